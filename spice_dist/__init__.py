@@ -1,0 +1,30 @@
+"""Cluster images without labels: SPICE on Ray Train, FFCV and timm. Names are imported when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spice_dist.config import Config, override
+    from spice_dist.errors import Interrupted, UserError
+    from spice_dist.estimator import SpiceClusterer
+    from spice_dist.pipeline import Launch, fit
+    from spice_dist.recipes import recipe
+
+__all__ = ["Config", "Interrupted", "Launch", "SpiceClusterer", "UserError", "fit", "override", "recipe"]
+
+_HOME = {
+    "Config": "config",
+    "Interrupted": "errors",
+    "Launch": "pipeline",
+    "SpiceClusterer": "estimator",
+    "UserError": "errors",
+    "fit": "pipeline",
+    "override": "config",
+    "recipe": "recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spice_dist' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"spice_dist.{_HOME[name]}"), name)

@@ -1,0 +1,124 @@
+"""The command `spice-dist`: parse, call, print. Imports nothing heavy before it knows what to do."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done; 1 a mistake, told in one line; 75 state saved, run me again; 130 the same after Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(given)
+    from spice_dist.errors import Interrupted, UserError
+
+    try:
+        options.call(options, given)
+    except UserError as error:
+        print(f"spice-dist: {error}", file=sys.stderr)
+        return MISTAKE
+    except Interrupted as signal:
+        print("spice-dist: stopped, the state is saved; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED if str(signal) in ("", "SIGINT") else REQUEUE
+    except KeyboardInterrupt:
+        print("spice-dist: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        os._exit(INTERRUPTED)  # threads of loaders and workers must not hold the process
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spice-dist", description="Cluster images without labels, on one machine or many (SPICE)."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fit = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
+    fit.set_defaults(call=_fit)
+    fit.add_argument("data", help="'digits' (built in), a folder of images, or an .npy or .npz array")
+    fit.add_argument("--out", type=Path, required=True, help="the run folder; the same command resumes a run in it")
+    fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
+    fit.add_argument("--recipe", help="digits or photos; the default is what fits the data")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
+    )
+    fit.add_argument("--max-bad", type=float, help="largest share of unreadable images to go on with (0.05)")
+    fit.add_argument(
+        "--labels",
+        choices=("folder", "array"),
+        help="where true labels are, for scores only: sub-folder names, or .npz",
+    )
+    fit.add_argument("--workers", type=int, help="training processes; 0: no Ray (default: one per GPU, or 2 on a CPU)")
+    fit.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
+    fit.add_argument("--address", help="a running Ray cluster to join, host:port or 'auto'")
+
+    predict = commands.add_parser("predict", help="assign new images with the model of a finished run")
+    predict.set_defaults(call=_predict)
+    predict.add_argument("run", type=Path, help="a run folder, or a copy of its model folder")
+    predict.add_argument("data", help="as for fit")
+    predict.add_argument("--out", type=Path, required=True, help="a CSV file: index, path, cluster, confidence")
+
+    report = commands.add_parser("report", help="write report.html of a finished run again")
+    report.set_defaults(call=_report)
+    report.add_argument("run", type=Path)
+    report.add_argument("--out", type=Path, help="default: report.html in the run folder")
+
+    evaluate = commands.add_parser("evaluate", help="print the scores of a finished run")
+    evaluate.set_defaults(call=_evaluate)
+    evaluate.add_argument("run", type=Path)
+    return parser
+
+
+def _fit(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.errors import UserError
+
+    digits = options.data == "digits"
+    if options.clusters is None and not digits:
+        raise UserError("how many clusters? give --clusters, a whole number from 2 up")
+    changes: dict[str, Any] = {}
+    for item in options.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f'--set takes NAME=VALUE, such as moco.epochs=50, not "{item}"')
+        changes[name] = value
+    given_as_options = {"clusters": options.clusters, "data.max_bad": options.max_bad, "seed": options.seed}
+    changes |= {name: value for name, value in given_as_options.items() if value is not None}
+
+    from spice_dist.config import override
+    from spice_dist.pipeline import Launch, fit
+    from spice_dist.recipes import recipe
+
+    config = override(recipe(options.recipe or ("digits" if digits else "photos")), changes)
+    launch = Launch(options.workers, options.threads, options.address, options.labels)
+    fit(config, options.data, options.out, launch, ["spice-dist", *given])
+    _print_scores(options.out)
+
+
+def _predict(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.inference import predict
+
+    predict(options.run, options.data, options.out)
+    print(f"wrote {options.out}")
+
+
+def _report(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.report import write_report
+
+    print(f"wrote {write_report(options.run, options.out)}")
+
+
+def _evaluate(options: argparse.Namespace, given: list[str]) -> None:
+    _print_scores(options.run)
+
+
+def _print_scores(run: Path) -> None:
+    from spice_dist.report.table import format_scores
+
+    print(format_scores(run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Small data sets stay on the device: a batch is one indexing, no loader in the loop."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from spice_dist.data.images import Images
+from spice_dist.data.order import check_order, global_batches
+
+READ_BATCH = 1_024
+
+
+class ResidentImages:
+    """`Images` over one tensor on its device."""
+
+    def __init__(self, images: UInt8[Tensor, "n c h w"]):
+        self.n, self.channels, self.height, self.width = images.shape
+        self._images = images
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Images.batches`."""
+        checked = check_order(order, batch_size, self.n)
+        return self._serve(global_batches(checked, batch_size, drop_last=False))
+
+    def _serve(self, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            index = torch.from_numpy(batch.copy()).to(self._images.device)
+            yield self._images[index], index
+
+    def close(self) -> None:
+        """As `Images.close`."""
+        self._images = self._images[:0]
+
+
+def load_resident(images: Images, device: torch.device) -> ResidentImages:
+    """Read every image once, in order, into n * c * h * w bytes of the device."""
+    kept = torch.empty((images.n, images.channels, images.height, images.width), dtype=torch.uint8, device=device)
+    for pixels, index in images.batches(np.arange(images.n), READ_BATCH):
+        kept[index] = pixels
+    return ResidentImages(kept)

@@ -1,0 +1,275 @@
+"""What to cluster: a list of images, named and not yet decoded.
+
+Kinds: `digits` (scikit-learn's 1,797 real 8x8 images), a folder of images (flat or nested), an `.npy` or `.npz` array.
+"""
+
+import os
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from spice_dist.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+MAX_FILE_BYTES = 64 << 20  # an encoded image of 50 million pixels fits; a video or an archive renamed to .jpg does not
+KINDS = "'digits', a folder of images, an .npy or an .npz file"
+SYMLINK = "symbolic link"
+
+
+class BadImage(Exception):
+    """One image that cannot be used; the text is the reason. It is quarantined, the run goes on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """N named images. Names are relative, so a folder can be moved; labels are for scores only."""
+
+    name: str  # "digits", or the absolute path
+    paths: list[str]  # N names; bytes that are no UTF-8 are kept by surrogateescape
+    read: Callable[[int], np.ndarray | bytes]  # (H, W), (H, W, 1) or (H, W, 3) uint8, or an encoded file; or BadImage
+    labels: np.ndarray | None = None  # (N,) int64 in [0, num_classes)
+    label_names: list[str] = field(default_factory=list)  # num_classes names, in the order of their number
+    ignored: dict[str, int] = field(default_factory=dict)  # files that are no candidates: suffix -> count
+    refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of distinct labels, None without labels."""
+        return None if self.labels is None else len(self.label_names)
+
+
+def open_source(data: str, labels: str | None = None) -> Source:
+    """Find the images of `data` without decoding them.
+
+    Args:
+        data: one of KINDS.
+        labels: where true labels come from, for scores only: None, "folder" (the top-level sub-folder) or "array"
+            (`labels` or `y` of an .npz). The digits bring their own.
+
+    Raises:
+        UserError: one line that says what to give instead.
+    """
+    if labels not in (None, "folder", "array"):
+        raise UserError(f"unknown labels {labels!r}: give 'folder' (sub-folder names) or 'array' (key 'labels' or 'y')")
+    if data == "digits":
+        return _digits()
+    path = Path(data)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(_why_missing(data, error)) from error
+    if stat.S_ISDIR(mode):
+        if labels == "array":
+            raise UserError("labels 'array' belong to an .npz file; for a folder give 'folder' or none")
+        return _folder(path, with_labels=labels == "folder")
+    if stat.S_ISREG(mode) and path.suffix.lower() in (".npy", ".npz"):
+        if labels == "folder":
+            raise UserError("labels 'folder' belong to a folder; for an .npz give 'array' or none")
+        return _array(path, with_labels=labels == "array")
+    hint = "; for a single image give the folder it is in" if _suffix(path.name) in IMAGE_SUFFIXES else ""
+    raise UserError(f"{data!r} is not a kind of data that can be read: give {KINDS}{hint}")
+
+
+def _why_missing(data: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"there is no {data!r}: check the path, or give {KINDS}"
+    return f"cannot read {data!r}: {getattr(error, 'strerror', None) or error}"
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    images, target = map(np.asarray, load_digits(return_X_y=True))
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # stored as 0..16
+    names = [f"digits/{i:04d}" for i in range(len(pixels))]
+    return Source("digits", names, pixels.__getitem__, target.astype(np.int64), [str(c) for c in range(10)])
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _folder(root: Path, *, with_labels: bool) -> Source:
+    paths, ignored, refused = _scan(root)
+    if not paths:
+        raise UserError(_why_no_image(root, ignored, refused))
+    labels, label_names = _folder_labels(root, paths) if with_labels else (None, [])
+    name = os.fsencode(root.absolute()).decode("utf-8", "backslashreplace")
+
+    def read(i: int) -> bytes:
+        return read_file(root / paths[i])
+
+    return Source(name, paths, read, labels, label_names, ignored, refused)
+
+
+def _scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
+    """(relative names of image files in byte order, other files by suffix, sub-folders that cannot be entered).
+
+    Hidden names are skipped, links are not followed, and no folder is entered twice, however it is mounted.
+    """
+    paths: list[str] = []
+    ignored: Counter[str] = Counter()
+    refused: list[tuple[str, str]] = []
+    visited: set[tuple[int, int]] = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(root / folder) as entries:
+                for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
+                    if entry.name.startswith("."):
+                        continue
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_symlink():
+                        ignored[SYMLINK] += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(name)
+                    elif entry.is_file(follow_symlinks=False) and _suffix(entry.name) in IMAGE_SUFFIXES:
+                        paths.append(name)
+                    else:
+                        ignored[_suffix(entry.name)] += 1
+        except OSError as error:
+            if not folder:
+                raise UserError(f"cannot list the folder {str(root)!r}: {error.strerror}") from error
+            refused.append((folder, f"cannot list this folder: {error.strerror}"))
+    return sorted(paths, key=os.fsencode), dict(ignored), refused
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _why_no_image(root: Path, ignored: dict[str, int], refused: list[tuple[str, str]]) -> str:
+    if not ignored and not refused:
+        return f"the folder {str(root)!r} is empty: put images into it ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    found = [f"{count} {_kind(suffix)}" for suffix, count in sorted(ignored.items(), key=lambda kv: -kv[1])[:6]]
+    found += [f"{len(refused)} folders without read permission"] * bool(refused)
+    hint = "; links are not followed: give the folder they point to" if SYMLINK in ignored else ""
+    return (
+        f"no image file in {str(root)!r}: found {', '.join(found)}, "
+        f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}{hint}"
+    )
+
+
+def _kind(suffix: str) -> str:
+    return suffix if suffix == SYMLINK else f".{suffix}" if suffix else "without suffix"
+
+
+def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:
+    loose = [path for path in paths if "/" not in path]
+    if loose:
+        raise UserError(
+            f"labels 'folder': {len(loose)} images such as {loose[0]!r} lie directly in {str(root)!r}: "
+            "move each into the sub-folder of its class, or do without labels"
+        )
+    names, labels = np.unique([os.fsencode(path.split("/", 1)[0]) for path in paths], return_inverse=True)
+    return labels.astype(np.int64), [os.fsdecode(name) for name in names]
+
+
+def read_file(path: Path) -> bytes:
+    """All bytes of a regular file of at most MAX_FILE_BYTES; BadImage with the reason otherwise."""
+    try:
+        # O_NONBLOCK: a pipe that took the place of a file since the scan must not block the run
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise BadImage(f"file of {status.st_size >> 20} MiB, at most {MAX_FILE_BYTES >> 20} are read")
+            if status.st_size == 0:
+                raise BadImage("empty file")
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise BadImage(f"cannot read: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def _array(path: Path, *, with_labels: bool) -> Source:
+    try:
+        if path.suffix.lower() == ".npy":
+            if with_labels:
+                raise UserError(f"{str(path)!r} has no labels: an .npy is one array; save an .npz with key 'labels'")
+            images, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
+        else:
+            images, labels = _read_npz(path, with_labels)
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {str(path)!r} as a NumPy array file without pickled objects: {error}") from error
+    _check_images(path, images)
+    encoded, label_names = _encode(path, labels, len(images)) if labels is not None else (None, [])
+    names = [f"{path.name}/{i:07d}" for i in range(len(images))]
+    return Source(str(path.absolute()), names, images.__getitem__, encoded, label_names)
+
+
+def _read_npz(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """The image array, read whole into memory, and the raw labels if asked for."""
+    with np.load(path, allow_pickle=False) as archive:
+        shapes = _npz_headers(path)
+        key = "images"
+        if key not in shapes:
+            candidates = [k for k, (shape, dtype) in shapes.items() if len(shape) in (3, 4) and dtype == np.uint8]
+            if len(candidates) != 1:
+                raise UserError(
+                    f"{str(path)!r} must have an array 'images' or exactly one uint8 array of 3 or 4 axes; "
+                    f"it has {', '.join(f'{k} {dtype}{shape}' for k, (shape, dtype) in shapes.items()) or 'none'}"
+                )
+            key = candidates[0]
+        labels = None
+        if with_labels:
+            label_key = next((k for k in ("labels", "y") if k in shapes), None)
+            if label_key is None:
+                raise UserError(f"{str(path)!r} has no array 'labels' or 'y': add one, or do without labels")
+            labels = archive[label_key]
+        return archive[key], labels
+
+
+def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype). An array that claims more than its member holds is refused before it is allocated."""
+    headers = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.filename.endswith(".npy"):
+                continue
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            claimed = dtype.itemsize
+            for side in shape:
+                claimed *= int(side)
+            if claimed > member.file_size:
+                raise ValueError(f"array {member.filename!r} is truncated")
+            headers[member.filename.removesuffix(".npy")] = (shape, dtype)
+    return headers
+
+
+def _check_images(path: Path, images: np.ndarray) -> None:
+    wanted = "give uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+    got = f"{str(path)!r} holds {images.dtype} {images.shape}"
+    if images.dtype != np.uint8:
+        raise UserError(f"{got}: {wanted}; pixels in [0, 1] convert with (x * 255).round().astype('uint8')")
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise UserError(f"{got}: {wanted}; channels come last")
+    if images.ndim == 3 and images.shape[2] == 3:
+        raise UserError(f"{got}, which looks like one colour image: {wanted}")
+    if 0 in images.shape:
+        raise UserError(f"{got}, no pixel at all: {wanted}")
+
+
+def _encode(path: Path, labels: np.ndarray, n: int) -> tuple[np.ndarray, list[str]]:
+    if labels.shape != (n,) or labels.dtype.kind not in "iubSU":
+        raise UserError(
+            f"the labels of {str(path)!r} are {labels.dtype} {labels.shape}: give integers or strings of shape ({n},)"
+        )
+    names, encoded = np.unique(labels, return_inverse=True)
+    return encoded.astype(np.int64), [str(name) for name in names]

@@ -1,0 +1,52 @@
+"""Global tensors: gather, then compute the same pure function everywhere. The identity when there is one process."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate `x` (B, ...) of every worker along the first axis, in rank order. No gradient."""
+    if alone():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def mean(x: Tensor) -> Tensor:
+    """Average over workers, elementwise."""
+    if alone():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def largest_int(value: int, device: torch.device) -> int:
+    """The largest of the workers' integers; every worker gets the same answer."""
+    if alone():
+        return value
+    votes = torch.tensor([value], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return int(votes.item())
+
+
+def broadcast_int(value: int, device: torch.device) -> int:
+    """The integer of the first worker."""
+    if alone():
+        return value
+    message = torch.tensor([value], device=device)
+    dist.broadcast(message, src=0)
+    return int(message.item())
+
+
+def barrier() -> None:
+    if not alone():
+        dist.barrier()

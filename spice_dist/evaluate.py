@@ -1,0 +1,141 @@
+"""The end of a run: assignments of every image, and scores. With metrics.py the only place that sees true labels."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spice_dist import inference, metrics
+from spice_dist.data.files import Progress, csv_cell, publish, publish_json
+from spice_dist.data.images import Images, open_images
+from spice_dist.data.ingest import read_paths
+from spice_dist.methods.plumbing import finished, place
+from spice_dist.methods.spice_self import load_heads
+from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task
+
+KMEANS_BYTES = 256 << 20  # k-means baselines are fitted on a random sample of this size and assigned to all
+Scores = dict[str, float] | None
+
+
+def evaluate(
+    task: Task, semi: SpiceSemiConfig, run: Path, device: torch.device, seconds: dict[str, float],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Leaves `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; returns the metrics.
+
+    True labels, where the data has them, are read here for the first time: nothing before depends on them.
+    """
+    net = place(new_network(task, semi, run), device)
+    net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
+    inference.save_model(net, task, run / "model")
+    images = open_images(run / "data", device=device, channels=task.data.channels, loader=task.data.loader)
+    probs = inference.probabilities(net, images, progress)
+    pixel_clusters = kmeans(images.n, task, lambda index: _pixels(images, index))
+    images.close()
+
+    features = np.load(run / "features/features.npy", mmap_mode="r")
+    feature_clusters = kmeans(len(features), task, lambda index: features[index].astype(np.float32))
+    reliable = np.load(run / "reliable/labels.npy")
+    assigned, confidence = probs.argmax(1), probs.max(1)
+    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable != UNRELIABLE)
+
+    heads, loss = load_heads(task, run, features.shape[1])
+    with torch.no_grad():
+        chunks = np.array_split(features, -(-len(features) // 4096))
+        by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
+    selected = by_head[int(loss.argmin())]
+
+    y_true = _true_labels(run)
+
+    def score(y_pred: np.ndarray) -> Scores:
+        return None if y_true is None else metrics.scores(y_true, y_pred)
+
+    summary = json.loads((run / "reliable/summary.json").read_text())
+    sizes = metrics.cluster_sizes(assigned, task.clusters)
+    result = {
+        "n": len(assigned),
+        "k": task.clusters,
+        "nonempty": int((sizes > 0).sum()),
+        "seconds": seconds,
+        "select": {
+            "head_loss": float(loss.min()),
+            "head_agreement": metrics.agreement(by_head),
+            "stage_agreement": metrics.agreement(np.stack([selected, assigned])),
+            "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
+            "mean_confidence": float(confidence.mean()),
+            "size_entropy": metrics.size_entropy(assigned, task.clusters),
+        },
+        "eval": score(assigned),
+        "baselines": {
+            "kmeans_pixels": score(pixel_clusters),
+            "kmeans_features": score(feature_clusters),
+        },
+        "heads": [
+            {"select_loss": float(value), "acc": None if y_true is None else metrics.accuracy(y_true, labels)}
+            for value, labels in zip(loss, by_head, strict=True)
+        ],
+        "reliable": {
+            "count": summary["count"],
+            "fraction": summary["count"] / len(assigned),
+            "acc": _reliable_accuracy(y_true, selected, reliable),
+        },
+    }
+    publish_json(run / "spice_self/eval.json", score(selected))
+    publish_json(run / "spice_semi/eval.json", result["eval"])
+    publish_json(run / "metrics.json", result)
+    return result
+
+
+def write_assignments(
+    path: Path, names: list[str], cluster: np.ndarray, confidence: np.ndarray, reliable: np.ndarray | None
+) -> None:
+    """index,path,cluster,confidence,reliable: one row per image, in image order."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "path", "cluster", "confidence"] + ["reliable"] * (reliable is not None))
+    for index, name in enumerate(names):
+        row = [index, csv_cell(name), int(cluster[index]), f"{confidence[index]:.4f}"]
+        writer.writerow(row + ([int(reliable[index])] if reliable is not None else []))
+    with publish(path) as file:
+        file.write(table.getvalue().encode())
+
+
+def _true_labels(run: Path) -> np.ndarray | None:
+    path = run / "data/labels.npy"
+    return np.load(path) if path.exists() else None
+
+
+def _reliable_accuracy(y_true: np.ndarray | None, selected: np.ndarray, reliable: np.ndarray) -> float | None:
+    """Share of the reliable labels that are right, clusters matched to classes over the whole set."""
+    kept = reliable != UNRELIABLE
+    if y_true is None or not kept.any():
+        return None
+    to_class = metrics.match(y_true, selected)
+    return float(
+        np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[kept], y_true[kept], strict=True)])
+    )
+
+
+def kmeans(num_rows: int, task: Task, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """k-means labels (N,) of the float32 rows that `read(index)` gives; fitted on at most KMEANS_BYTES of them."""
+    from sklearn.cluster import KMeans
+
+    width = read(np.arange(1)).nbytes
+    chosen = np.random.default_rng(task.seed).permutation(num_rows)[: max(KMEANS_BYTES // width, 10 * task.clusters)]
+    model = KMeans(task.clusters, n_init=10, random_state=task.seed).fit(read(np.sort(chosen)))
+    parts = np.array_split(np.arange(num_rows), -(-num_rows // inference.CHUNK))
+    return np.concatenate([model.predict(read(part)) for part in parts])
+
+
+def _pixels(images: Images, index: np.ndarray) -> np.ndarray:
+    """(N, C * H * W) float32 in [0, 1]."""
+    return np.concatenate([x.flatten(1).cpu().numpy() for x, _ in images.batches(index, inference.CHUNK)]) / np.float32(
+        255
+    )

@@ -1,0 +1,150 @@
+"""Trained networks over many images: features, probabilities, and the model folder that outlives a run."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from spice_dist.data import augment
+from spice_dist.data.files import Progress, publish_json, temporary_path
+from spice_dist.data.images import Images, open_images
+from spice_dist.data.ingest import ingest, read_paths
+from spice_dist.data.sources import open_source
+from spice_dist.distributed import collectives
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import autocast, place
+from spice_dist.methods.spice_self import load_backbone
+from spice_dist.models.backbone import Backbone, BackboneConfig, unit
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.task import DataConfig, Task
+
+CHUNK = 512  # images per forward pass
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Images, index: np.ndarray, progress: Progress) -> Iterator[Float[Tensor, "B D"]]:
+    """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
+    model.eval()
+    done = 0
+    for image, number in images.batches(index, CHUNK):
+        with autocast(image.device):
+            out = model(augment.apply(augment.PLAIN, image, number, ()))
+        done += len(image)
+        progress(done, len(index))
+        yield out.float()
+
+
+def embed(task: Task, config: None, worker: Worker) -> None:
+    """Unit-norm features of stage 1 for all images, in image order: `features/features.npy`, (N, D) float16.
+
+    Every worker writes the rows of a consecutive share of the images; the file appears when all are there.
+    """
+    images = open_images(
+        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
+    )
+    backbone = place(load_backbone(task, worker.run), worker.device)
+    final, partial = worker.run / "features/features.npy", worker.run / "features/features.partial.npy"
+    if worker.rank == 0:
+        final.parent.mkdir(exist_ok=True)
+        open_memmap(partial, mode="w+", dtype=np.float16, shape=(images.n, backbone.dim)).flush()
+    collectives.barrier()
+    rows = np.lib.format.open_memmap(partial, mode="r+")
+    own = np.array_split(np.arange(images.n), worker.world)[worker.rank]
+    first = own[0] if len(own) else 0
+    for features in outputs(backbone, images, own, lambda done, total: worker.progress(done, total, None)):
+        rows[first : first + len(features)] = unit(features).half().cpu().numpy()
+        first += len(features)
+    rows.flush()
+    images.close()
+    collectives.barrier()
+    if worker.rank == 0:
+        partial.rename(final)
+
+
+def probabilities(
+    model: nn.Module, images: Images, progress: Progress = lambda done, total: None
+) -> Float[np.ndarray, "N K"]:
+    """Softmax of the model's logits for every image, in image order, float32."""
+    chunks = [logits.softmax(1).cpu() for logits in outputs(model, images, np.arange(images.n), progress)]
+    return torch.cat(chunks).numpy()
+
+
+def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
+    """`model.safetensors` and `model.json`: all that `load_model` needs, wherever the folder goes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+    temporary = temporary_path(folder / "model.safetensors")
+    save_file(weights, temporary)
+    temporary.rename(folder / "model.safetensors")
+    about = {
+        "version": 1,
+        "clusters": task.clusters,
+        "data": asdict(task.data),
+        "backbone": asdict(task.backbone),
+        "mean": augment.IMAGENET_MEAN,
+        "std": augment.IMAGENET_STD,
+    }
+    publish_json(folder / "model.json", about)
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
+    """The network in eval mode and what it was made for; UserError if the folder holds none."""
+    from safetensors.torch import load_file
+
+    try:
+        about = json.loads((folder / "model.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no model ({Path(error.filename).name} is missing); finish `fit` first"
+        ) from None
+    widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths")}
+    task = Task(
+        clusters=about["clusters"],
+        data=DataConfig(**about["data"]),
+        backbone=BackboneConfig(**{**about["backbone"], **widths}),
+    )
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    net = ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
+    net.load_state_dict(weights)
+    place(net, device)
+    return net.eval(), task
+
+
+def predict(model: Path, data: str, out: Path) -> None:
+    """Assign the images of `data` with the model of a run, into a CSV file: index,path,cluster,confidence.
+
+    Unreadable images are left out; `OUT.quarantine.csv` then says which and why.
+    """
+    from spice_dist.evaluate import write_assignments
+
+    folder = model / "model" if (model / "model").is_dir() else model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, task = load_model(folder, device)
+    with packed(data, task.data, device) as (images, names, quarantine):
+        probs = probabilities(net, images)
+        write_assignments(out, names, probs.argmax(1), probs.max(1), None)
+        if quarantine:
+            shutil.copyfile(quarantine, out.with_name(out.name + ".quarantine.csv"))
+
+
+@contextmanager
+def packed(data: str, config: DataConfig, device: torch.device) -> Iterator[tuple[Images, list[str], Path | None]]:
+    """(images, their names, the quarantine list if any image was bad) of `data`, ingested into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="spice-") as temporary:
+        folder = Path(temporary)
+        manifest = ingest(open_source(data), config.size, folder, config.max_bad)
+        with closing(open_images(folder, device=device, channels=config.channels, loader="torch")) as images:
+            yield images, read_paths(folder), folder / "quarantine.csv" if manifest.bad else None

@@ -1,0 +1,56 @@
+"""What every training loop calls and no paper mentions: devices, precision, and the state of a checkpoint."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spice_dist.distributed import checkpoint
+from spice_dist.distributed.checkpoint import Checkpoint, Tensors
+from spice_dist.errors import UserError
+from spice_dist.models.split_batch_norm import set_groups
+from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move to the device, on a GPU in the memory layout its convolutions are fastest in."""
+    if device.type == "cuda":
+        return module.to(device, memory_format=torch.channels_last)
+    return module.to(device)
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int:
+    """In how many forward passes a step's `groups` BatchNorm groups are computed; tells the module.
+
+    A GPU takes them all in one. On a CPU one pass per group costs the same, holds less memory, and adds gradients up in
+    the order in which two workers would, so that one worker gets the same bits as two.
+    """
+    passes = groups if device.type == "cpu" else 1
+    set_groups(module, groups // passes)
+    return passes
+
+
+def state_of(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Tensors:
+    """Everything a checkpoint needs of these modules and their optimizer."""
+    tensors: Tensors = {name: module.state_dict() for name, module in parts.items()}
+    return {**tensors, "optimizer": optimizer_tensors(optimizer)}
+
+
+def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:
+    for name, module in parts.items():
+        module.load_state_dict(saved.tensors(name))
+    load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
+
+
+def finished(stage: Path) -> Checkpoint:
+    """The last checkpoint of an earlier stage."""
+    saved = checkpoint.newest(stage / "checkpoints")
+    if saved is None:
+        raise UserError(f"{stage} holds no valid checkpoint; remove {stage} and run the same command again")
+    return saved

@@ -1,0 +1,155 @@
+"""Stage 3 of SPICE, SPICE-Semi: the whole network learns from the reliable labels, FixMatch-style (III-C, eqs. 8-9).
+
+Weak views of reliably labelled images teach their labels; any other image whose weak view is predicted with high
+confidence teaches that class to its strong view. What is evaluated is the exponential moving average of the network.
+Settings are those of Sohn et al. 2020: 64 labelled and 448 other images, SGD with Nesterov momentum, cosine 7/16.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spice_dist import losses
+from spice_dist.data import augment
+from spice_dist.data.augment import View
+from spice_dist.data.images import Images, open_images
+from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import autocast, load_state, passes_per_step, place, state_of
+from spice_dist.methods.spice_self import stage2_network
+from spice_dist.models.backbone import Backbone
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.momentum import copy_buffers, follow, slow_copy
+from spice_dist.models.split_batch_norm import update_statistics
+from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task
+
+DRAW, WEAK, STRONG = 20, 21, 22  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class SpiceSemiConfig:
+    steps: int = 2**20
+    labelled: int = 64  # L, images per step with a reliable label, all workers together
+    ratio: int = 7  # mu = U / L, other images per labelled one
+    threshold: float = 0.95  # eta, confidence from which a prediction is taken as a label
+    lr: float = 0.03
+    weight_decay: float = 5e-4  # on kernels only
+    ema: float = 0.999  # momentum of the evaluated network
+    init: str = "scratch"  # "scratch", as published, or "stage2": the network that stages 1 and 2 trained
+    weak: View = field(default_factory=lambda: View(pad=4, flip=0.5))
+    strong: View = field(default_factory=lambda: View(pad=4, flip=0.5, operations=3, cutout=0.5))
+
+
+def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
+    """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`."""
+    images = open_images(
+        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
+    )
+    labels = np.load(worker.run / "reliable/labels.npy")
+    reliable = np.flatnonzero(labels != UNRELIABLE)
+    groups = task.bn_groups // worker.world  # on this worker
+    _check(config, task.bn_groups)
+
+    torch.manual_seed(task.seed)
+    net = place(new_network(task, config, worker.run), worker.device)
+    ema = slow_copy(net)
+    optimizer = torch.optim.SGD(decay_kernels_only(net, config.weight_decay), config.lr, momentum=0.9, nesterov=True)
+
+    parts: dict[str, nn.Module] = {"net": net, "ema": ema}
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+    model = worker.wrap(net)
+
+    net.train()
+    passes = passes_per_step(net, groups, worker.device)
+    targets = torch.from_numpy(labels).to(worker.device)
+    labelled = config.labelled // worker.world
+    position = own_positions(config, worker)
+    stream = images_of_steps(images, reliable, config, task.seed, start, worker)
+    for step, (image, index) in enumerate(stream, start):
+        set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
+        weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK))
+        strong = augment.apply(config.strong, image[labelled:], position[labelled:], (task.seed, step, STRONG))
+
+        optimizer.zero_grad()
+        sums = torch.zeros(3, device=worker.device)
+        views = zip(
+            weak[:labelled].chunk(passes),
+            targets[index[:labelled]].chunk(passes),
+            weak[labelled:].chunk(passes),
+            strong.chunk(passes),
+            strict=True,
+        )
+        for number, (taught, label, other, other_strong) in enumerate(views, 1):
+            with accumulating(model, last=number == passes), autocast(worker.device):
+                logits = model(torch.cat([taught, other, other_strong]))
+                taught_logits, weak_logits, strong_logits = logits.split([len(taught), len(other), len(other)])
+                supervised = F.cross_entropy(taught_logits.float(), label)
+                consistent, passed = losses.consistency(weak_logits, strong_logits, config.threshold)
+                loss = (supervised + consistent) / passes
+            loss.backward()
+            sums += torch.stack([loss.detach() * passes, supervised.detach(), passed]) / passes
+        optimizer.step()
+        update_statistics(net)
+        follow(ema, net, config.ema)
+        copy_buffers(ema, net)
+        metrics = dict(zip(("loss", "supervised_loss", "confident_fraction"), sums, strict=True))
+        worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer))
+    images.close()
+
+
+def own_positions(config: SpiceSemiConfig, worker: Worker) -> Tensor:
+    """Where this worker's images are in a step's global batch of L labelled and U other ones: names their views."""
+    order = torch.arange(config.labelled * (1 + config.ratio))
+    labelled, others = order.split([config.labelled, config.labelled * config.ratio])
+    return torch.cat([part.chunk(worker.world)[worker.rank] for part in (labelled, others)])
+
+
+def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
+    """A network to train: with random weights, or with the backbone and the selected head of stages 1 and 2."""
+    if config.init == "stage2":
+        return stage2_network(task, run)
+    if config.init != "scratch":
+        raise UserError(f'spice_semi.init is "{config.init}"; it can be "scratch" or "stage2"')
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
+
+
+def images_of_steps(
+    images: Images,
+    reliable: np.ndarray,
+    config: SpiceSemiConfig,
+    seed: int,
+    start: int,
+    worker: Worker,
+    span: int = 256,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's images of every step from `start` on: labelled ones first, then the others, with replacement.
+
+    Both draws are functions of (seed, step); the loader is asked for `span` steps at a time.
+    """
+    for first in range(start, config.steps, span):
+        order = []
+        for step in range(first, min(first + span, config.steps)):
+            generator = np.random.default_rng([seed, step, DRAW])
+            labelled = reliable[generator.integers(len(reliable), size=config.labelled)]
+            others = generator.integers(images.n, size=config.labelled * config.ratio)
+            order += [part.reshape(worker.world, -1)[worker.rank] for part in (labelled, others)]
+        yield from images.batches(np.concatenate(order), config.labelled * (1 + config.ratio) // worker.world)
+
+
+def _check(config: SpiceSemiConfig, bn_groups: int) -> None:
+    if config.labelled % bn_groups:
+        raise UserError(
+            f"spice_semi.labelled is {config.labelled}, which {bn_groups} BatchNorm groups cannot share evenly; "
+            f"make it a multiple of bn_groups"
+        )

@@ -1,0 +1,56 @@
+"""Small networks on top of features: MoCo's projection and SPICE's clustering heads."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spice_dist.models.backbone import unit
+
+
+class Projection(nn.Sequential):
+    """MoCo-v2's Linear(D, D)-ReLU-Linear(D, out)."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, out))
+
+
+class ClusterHeads(nn.Module):
+    """H independent heads Linear(D, D)-ReLU-Linear(D, K), computed as two batched matrix products.
+
+    Features have unit norm and are shared, (B, D), or a head's own, (H, B, D); the logits are (H, B, K). Initialised as
+    nn.Linear is, which expects entries of size one: unit vectors are scaled by the root of D first.
+    """
+
+    def __init__(self, heads: int, dim: int, clusters: int):
+        super().__init__()
+        self.hidden_weight = nn.Parameter(torch.empty(heads, dim, dim))
+        self.hidden_bias = nn.Parameter(torch.empty(heads, 1, dim))
+        self.out_weight = nn.Parameter(torch.empty(heads, dim, clusters))
+        self.out_bias = nn.Parameter(torch.empty(heads, 1, clusters))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+
+    def forward(self, features: Float[Tensor, "*shared B D"]) -> Float[Tensor, "H B K"]:
+        scaled = features * math.sqrt(features.shape[-1])
+        hidden = torch.relu(torch.matmul(scaled, self.hidden_weight) + self.hidden_bias)
+        return torch.baddbmm(self.out_bias, hidden, self.out_weight)
+
+    def select(self, head: int) -> "ClusterHeads":
+        """A copy that holds only the given head."""
+        _, dim, clusters = self.out_weight.shape
+        one = ClusterHeads(1, dim, clusters)
+        one.load_state_dict({name: value[head : head + 1] for name, value in self.state_dict().items()})
+        return one
+
+
+class ClusterNet(nn.Module):
+    """A backbone and one clustering head: images (B, C, H, W) to logits (B, K)."""
+
+    def __init__(self, backbone: nn.Module, head: ClusterHeads):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return self.head(unit(self.backbone(images)))[0]

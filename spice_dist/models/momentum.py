@@ -1,0 +1,40 @@
+"""Slow copies and memory: the momentum encoder, the EMA network and MoCo's queue of keys."""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def slow_copy(module: nn.Module) -> nn.Module:
+    """A copy that no gradient reaches, to be moved by `follow`."""
+    slow = copy.deepcopy(module)
+    return slow.requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """slow <- momentum * slow + (1 - momentum) * fast, parameters only, as one fused operation."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def copy_buffers(slow: nn.Module, fast: nn.Module) -> None:
+    for target, source in zip(slow.buffers(), fast.buffers(), strict=True):
+        target.copy_(source)
+
+
+class Queue(nn.Module):
+    """A ring of the last `size` keys; starts as random unit vectors. Its place is a function of the step."""
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.keys: Tensor
+        self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
+
+    @torch.no_grad()
+    def push(self, keys: Float[Tensor, "B D"], step: int) -> None:
+        """Overwrite the oldest keys; the size is a multiple of the global batch B."""
+        start = step * len(keys) % len(self.keys)
+        self.keys[start : start + len(keys)] = keys

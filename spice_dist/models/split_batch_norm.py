@@ -1,0 +1,85 @@
+"""BatchNorm over fixed groups of the global batch, whatever the number of workers.
+
+MoCo hides the batch statistics of a query from its key by normalising in several groups ("shuffle-BN" across GPUs,
+"split-BN" inside one). Here the number of groups of the global batch is a setting: a worker that holds several groups
+normalises each by itself, and the running statistics follow the mean over all groups of all workers. So one worker
+with four groups computes what four workers with one group each compute.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spice_dist.distributed import collectives
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose training batch is `groups` equal consecutive parts, each normalised by itself.
+
+    In training, running statistics move only when `update_statistics` is called, once per optimizer step.
+    """
+
+    groups = 1
+
+    def __init__(self, num_features: int, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.pending: list[Tensor] = []  # (2, C): mean and variance of every group since the last update
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        if len(input) % self.groups:
+            raise ValueError(f"a batch of {len(input)} images cannot be split into {self.groups} BatchNorm groups")
+        parts = [self._normalize(part) for part in input.chunk(self.groups)]
+        return parts[0] if self.groups == 1 else torch.cat(parts)
+
+    def _normalize(self, part: Tensor) -> Tensor:
+        statistics = part.new_zeros(2, self.num_features, dtype=torch.float32)
+        self.pending.append(statistics)
+        # momentum 1 makes the native kernel leave this batch's statistics in the two scratch vectors
+        return F.batch_norm(part, statistics[0], statistics[1], self.weight, self.bias, True, 1.0, self.eps)
+
+
+def split_batch_norm(module: nn.Module) -> None:
+    """Replace every 2-D BatchNorm inside `module`, keeping weights, statistics and timm's fused activation."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, SplitBatchNorm2d):
+            norm = SplitBatchNorm2d(
+                child.num_features,
+                eps=child.eps,
+                momentum=child.momentum,
+                affine=child.affine,
+                track_running_stats=child.track_running_stats,
+            )
+            norm.load_state_dict(child.state_dict())
+            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            setattr(module, name, nn.Sequential(norm, *activation) if activation else norm)
+        else:
+            split_batch_norm(child)
+
+
+def set_groups(module: nn.Module, groups: int) -> None:
+    """How many groups the next training batches hold on this worker."""
+    for norm in _norms(module):
+        norm.groups = groups
+
+
+@torch.no_grad()
+def update_statistics(module: nn.Module) -> None:
+    """Move the running statistics towards the mean over the groups of all workers since the last update."""
+    norms = [norm for norm in _norms(module) if norm.pending]
+    if not norms:
+        return
+    here = torch.cat([torch.stack(norm.pending).mean(0) for norm in norms], dim=1)
+    everywhere = collectives.mean(here).split([norm.num_features for norm in norms], dim=1)
+    for norm, (mean, var) in zip(norms, everywhere, strict=True):
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(var, momentum)
+        norm.pending.clear()
+
+
+def _norms(module: nn.Module) -> list[SplitBatchNorm2d]:
+    return [child for child in module.modules() if isinstance(child, SplitBatchNorm2d)]

@@ -1,0 +1,296 @@
+"""A run: the stages in order, each skipped when finished, resumed when interrupted, refused when it no longer fits."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spice_dist import inference
+from spice_dist.config import Config, flatten
+from spice_dist.data.files import publish_json
+from spice_dist.data.sources import Source, open_source
+from spice_dist.distributed.worker import LocalWorker
+from spice_dist.errors import Interrupted, UserError
+from spice_dist.evaluate import evaluate
+from spice_dist.methods import moco, reliable, spice_self, spice_semi
+from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
+
+EMBED_HERE = 50_000  # images below which features are computed in this process
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is carried out; nothing here changes its result."""
+
+    workers: int | None = None  # training processes; 0: this one, without Ray; None: one per GPU, or 2 on a CPU
+    threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
+    address: str | None = None  # of a running Ray cluster; None: our own on this machine
+    labels: str | None = None  # where true labels come from, for scores only
+
+
+@dataclass
+class Run:
+    """One call of `fit` on one folder."""
+
+    config: Config
+    source: Source
+    folder: Path
+    launch: Launch
+    stop: "StopSignal"
+    device: torch.device = field(init=False)
+    workers: int = field(init=False)
+    threads: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        gpus = torch.cuda.device_count()
+        self.device = torch.device("cuda" if gpus else "cpu")
+        groups = self.config.bn_groups
+        wanted = self.launch.workers
+        if wanted is None:
+            wanted = max(count for count in range(1, max(gpus, 1 if gpus else 2) + 1) if groups % count == 0)
+        if wanted < 0 or (wanted and groups % wanted):
+            raise UserError(
+                f"--workers is {wanted}, which does not divide the {groups} BatchNorm groups of a batch; "
+                f"give a divisor of {groups}, 0, or --set bn_groups=..."
+            )
+        self.workers = wanted
+        self.threads = self.launch.threads or max(1, (os.cpu_count() or 1) // groups)
+
+
+def fit(config: Config, data: str, out: Path, launch: Launch, command: list[str] | None = None) -> dict[str, Any]:
+    """Run all stages on `data` in the folder `out`; returns the contents of metrics.json.
+
+    Raises:
+        UserError: the data, the settings or the folder cannot be used; one line says why.
+        Interrupted: asked to stop; the same call goes on from there.
+    """
+    source = open_source(data, launch.labels)
+    _check_clusters(config, len(source.paths), data)
+    folder = out.resolve()
+    with owned(folder), StopSignal() as stop:
+        run = Run(config, source, folder, launch, stop)
+        settings = _settings(config, source, launch)
+        for stage, values in settings.items():
+            refuse_changes(folder, stage, values)
+        _write_config(run, command)
+        return _run_stages(run, settings)
+
+
+def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from spice_dist.report import write_report
+
+    config, folder, device = run.config, run.folder, run.device
+    stages: dict[str, Callable[[Bar], None]] = {
+        "data": lambda bar: pack(run, bar),
+        "moco": lambda bar: _train(run, moco.train, config.moco, "moco", bar),
+        "features": lambda bar: _embed(run, bar),
+        "spice_self": lambda bar: _train_here(run, spice_self.train, config.spice_self, "spice_self", bar),
+        "reliable": lambda bar: reliable.select(config, config.reliable, folder, device, bar.show),
+        "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
+    }
+    finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
+    with _ray_session(run, needed={"moco", "features", "spice_semi"} - finished):
+        for stage, work in stages.items():
+            if stage in finished:
+                print(f"{stage:<11} finished before", file=sys.stderr)
+            else:
+                _run_stage(run, stage, settings[stage], work)
+    seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
+    if finished != set(stages) or not (folder / "metrics.json").exists():
+        with Bar("evaluate", run.stop) as bar:
+            evaluate(config, config.spice_semi, folder, device, seconds, bar.show)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    write_report(folder)
+    return metrics
+
+
+def _ray_session(run: Run, needed: set[str]) -> contextlib.AbstractContextManager:
+    if run.workers == 0 or not needed:
+        return contextlib.nullcontext()
+    from spice_dist.distributed import ray_train
+
+    print(f"starting Ray for {run.workers} workers", file=sys.stderr)
+    return ray_train.session(run.launch.address, num_cpus=run.workers)
+
+
+def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["Bar"], None]) -> None:
+    spent = (stage_record(run.folder, stage) or {}).get("seconds", 0.0)
+    started = time.monotonic()
+    write_stage_record(run.folder, stage, settings, False, spent)
+    done = False
+    try:
+        with Bar(stage, run.stop) as bar:
+            work(bar)
+        done = True
+    finally:
+        write_stage_record(run.folder, stage, settings, done, spent + time.monotonic() - started)
+    run.stop.check()
+
+
+def pack(run: Run, bar: "Bar") -> None:
+    """The images as one verified file: FFCV's format, or an array where FFCV is not installed."""
+    from spice_dist.data.ffcv_loader import why_no_ffcv
+    from spice_dist.data.ffcv_writer import write_beton
+    from spice_dist.data.ingest import ingest
+
+    folder = run.folder / "data"
+    data = run.config.data
+    manifest = ingest(run.source, data.size, folder, data.max_bad, bar.show)
+    _check_clusters(run.config, manifest.n, manifest.source)
+    if manifest.bad:
+        tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
+    if manifest.duplicates:
+        tqdm.write(f"{manifest.duplicates} of {manifest.n} images are exact copies of others", sys.stderr)
+    if data.loader != "torch" and why_no_ffcv() is None:
+        write_beton(folder / "images.npy", folder / "dataset.beton", bar.show)
+        (folder / "images.npy").unlink()
+
+
+def _embed(run: Run, bar: "Bar") -> None:
+    """A small set is embedded in less time than workers take to start."""
+    if len(run.source.paths) < EMBED_HERE:
+        _train_here(run, inference.embed, None, "features", bar)
+    else:
+        _train(run, inference.embed, None, "features", bar)
+
+
+def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
+    """On the workers of the Ray session, or in this process if there are none."""
+    if run.workers == 0:
+        _train_here(run, train, config, stage, bar, run.threads)
+        return
+    from spice_dist.distributed import ray_train
+
+    ray_train.train_on_workers(
+        train, run.config, config, run.folder, stage, run.workers, run.threads, run.stop.requested, bar.show
+    )
+
+
+def _train_here(run: Run, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        train(run.config, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
+    finally:
+        torch.set_num_threads(before)
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM or SIGUSR1: save and stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        with contextlib.suppress(ValueError):  # not the main thread: whoever owns it takes the signals
+            for number in self.before:
+                signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ValueError):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        tqdm.write("stopping after this step; the state is being saved", sys.stderr)
+
+    def requested(self) -> bool:
+        return self.received is not None
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Interrupted(signal.Signals(self.received).name)
+
+
+class Bar:
+    """A stage's progress: done of total, rate, time left, loss."""
+
+    def __init__(self, stage: str, stop: StopSignal):
+        slow = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no redrawing
+        self.tqdm = tqdm(desc=f"{stage:<11}", unit="", mininterval=slow, dynamic_ncols=True, file=sys.stderr)
+        self.stop = stop
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tqdm.close()
+
+    def show(self, done: int, total: int, loss: float | None = None) -> None:
+        """Between two steps of a stage that keeps no state of its own this is where it stops."""
+        if self.tqdm.total != total:
+            self.tqdm.reset(total)
+            self.tqdm.initial = self.tqdm.n = done if loss is not None and done > 1 else 0
+        if loss is not None:
+            self.tqdm.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.tqdm.update(done - self.tqdm.n)
+
+
+def _settings(config: Config, source: Source, launch: Launch) -> dict[str, dict[str, Any]]:
+    """For each stage everything its result depends on: its own settings and those of the stages before it."""
+    names = {
+        "data": ("data",),
+        "moco": ("seed", "bn_groups", "backbone", "moco"),
+        "features": (),
+        "spice_self": ("clusters", "spice_self"),
+        "reliable": ("reliable",),
+        "spice_semi": ("spice_semi",),
+    }
+    flat = flatten(config)
+    depends: dict[str, Any] = {"images": _listing(source), "labels": launch.labels}
+    settings = {}
+    for stage, own in names.items():
+        depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own}
+        settings[stage] = dict(depends)
+    return settings
+
+
+def _listing(source: Source) -> str:
+    """The images by number, names and file sizes: cheap, and different when files come, go or are replaced."""
+    root = Path(source.name)
+    total = hashlib.sha256()
+    for name in source.paths:
+        file = root / name
+        size = file.stat().st_size if root.is_dir() and file.exists() else 0
+        total.update(os.fsencode(name) + b"\0" + str(size).encode() + b"\0")
+    if root.is_file():
+        total.update(str(root.stat().st_size).encode())
+    return f"{len(source.paths)} images, {total.hexdigest()[:16]}"
+
+
+def _check_clusters(config: Config, num_images: int, data: str) -> None:
+    if config.clusters < 2:
+        raise UserError(f"--clusters is {config.clusters}; a clustering needs at least 2")
+    if config.clusters > num_images:
+        raise UserError(f"--clusters is {config.clusters}, more than the {num_images} images of {data}; ask for fewer")
+
+
+def _write_config(run: Run, command: list[str] | None) -> None:
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "timm", "ray", "numpy", "scikit-learn")
+    about = {
+        "version": 1,
+        "command": command,
+        "config": asdict(run.config),
+        "data": {"source": Path(run.source.name).name, "images": _listing(run.source)},
+        "launch": {"workers": run.workers, "threads": run.threads, "device": run.device.type},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    publish_json(run.folder / "config.json", about)

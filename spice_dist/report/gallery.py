@@ -1,0 +1,191 @@
+"""What each cluster looks like: the images nearest its center, the ones it is least certain of, as small data URIs."""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from spice_dist.errors import DamagedFile, UserError
+from spice_dist.report.run_folder import Run, read_paths
+
+ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,) -> uint8 (n, H, W, 3)
+
+PAGE_BUDGET = 12_000_000  # bytes of thumbnails with their captions; the rest of the page takes one or two million
+PIXELATED_BELOW = 48  # px; smaller images are kept as they are and shown with hard pixels
+CHUNK = 8192  # rows of features in memory at a time
+
+
+@dataclass
+class Thumbnail:
+    uri: str
+    path: str
+    confidence: float
+    pixelated: bool
+
+    @property
+    def bytes(self) -> int:
+        return len(self.uri) + 2 * len(self.path.encode("utf-8", "replace")) + 120
+
+
+@dataclass
+class Gallery:
+    cluster: int
+    size: int
+    mean_confidence: float | None  # None for an empty cluster, like the next
+    reliable_fraction: float | None
+    nearest: list[Thumbnail] = field(default_factory=list)
+    uncertain: list[Thumbnail] = field(default_factory=list)
+
+
+def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
+    """Some images of the run, in the order of `indices`, reduced to what a thumbnail needs: uint8 (n, H, W, 3)."""
+    import torch
+
+    from spice_dist.data.images import open_images
+
+    order = np.asarray(indices, dtype=np.int64)
+    images = open_images(run / "data", device=torch.device("cpu"), channels=3, resident_bytes=0)
+    try:
+        batches = images.batches(order, 256)  # serves exactly this order
+        return np.stack([_reduce(image, 96) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])
+    finally:
+        images.close()
+
+
+def counts(num_clusters: int) -> tuple[int, int, int]:
+    """Thumbnails nearest the center, least certain ones, and their longer edge in px, so that many clusters fit too."""
+    if num_clusters <= 60:
+        return 24, 12, 96
+    if num_clusters <= 200:
+        return 12, 6, 64
+    return 6, 3, 64
+
+
+def center_similarity(features: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Cosine of each image with the center of its cluster: center[k] = normalize(mean of features with label k)."""
+    blocks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+    centers = np.zeros((num_clusters, features.shape[1]))
+    for block in blocks:
+        rows = np.asarray(features[block], dtype=np.float64)
+        if not np.isfinite(rows).all():
+            raise DamagedFile("features.npy holds values that are not finite")
+        order = np.argsort(labels[block], kind="stable")
+        present, starts = np.unique(labels[block][order], return_index=True)
+        centers[present] += np.add.reduceat(rows[order], starts, axis=0)
+    centers /= np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-12)
+    similarity = np.empty(len(labels))
+    for block in blocks:
+        rows = np.asarray(features[block], dtype=np.float64)
+        similarity[block] = np.einsum("nd,nd->n", rows, centers[labels[block]])
+    return similarity
+
+
+def principal_axes(
+    features: np.ndarray, sample: int = 3000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """PCA by SVD of a sample: indices (n,), coordinates (n, 2), share of the variance on the two axes."""
+    indices = np.arange(len(features))
+    if len(indices) > sample:
+        indices = np.sort(np.random.default_rng(seed).choice(len(indices), sample, replace=False))
+    rows = np.asarray(features[indices], dtype=np.float32)
+    rows = rows - rows.mean(axis=0)
+    _, singular, axes = np.linalg.svd(rows, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    points, share = np.zeros((len(rows), 2)), np.zeros(2)
+    points[:, : len(axes)] = rows @ axes.T
+    share[: len(axes)] = singular[:2] ** 2 / max(float((singular**2).sum()), 1e-12)
+    return indices, points, share
+
+
+def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tuple[list[Gallery], list[str]]:
+    """One gallery per cluster, and notes on what was left out. Without features the most confident images lead."""
+    num_nearest, num_uncertain, edge = counts(run.num_clusters)
+    typical = run.confidence if similarity is None else similarity
+    by_cluster = np.split(
+        np.argsort(run.labels, kind="stable"), np.cumsum(np.bincount(run.labels, minlength=run.num_clusters))
+    )
+    nearest = [members[np.argsort(-typical[members], kind="stable")][:num_nearest] for members in by_cluster[:-1]]
+    uncertain = [
+        members[np.argsort(run.confidence[members], kind="stable")][:num_uncertain] for members in by_cluster[:-1]
+    ]
+
+    wanted = np.unique(np.concatenate([*nearest, *uncertain]))
+    paths = read_paths(run, wanted)
+    notes = []
+    thumbnails: dict[int, Thumbnail] = {}
+    try:
+        for chunk in np.array_split(wanted, max(1, -(-len(wanted) // 5000))):
+            for index, image in zip(chunk.tolist(), images(run.folder, chunk), strict=True):
+                uri, pixelated = encode(image, edge)
+                thumbnails[index] = Thumbnail(uri, paths[index], float(run.confidence[index]), pixelated)
+    except (UserError, OSError) as error:
+        notes.append(f"The images could not be read, so no thumbnails are shown: {error}")
+        nearest = uncertain = [np.empty(0, np.int64)] * run.num_clusters
+
+    kept_nearest, kept_uncertain = fit_budget(nearest, uncertain, thumbnails)
+    if (kept_nearest, kept_uncertain) != (24, 12) and not notes:
+        notes.append(
+            f"To keep this page small, each cluster shows at most {kept_nearest} of its most typical images "
+            f"and {kept_uncertain} of its least certain ones."
+        )
+    result = []
+    for cluster, members in enumerate(by_cluster[:-1]):
+        result.append(
+            Gallery(
+                cluster=cluster,
+                size=len(members),
+                mean_confidence=float(run.confidence[members].mean()) if len(members) else None,
+                reliable_fraction=float(run.reliable[members].mean()) if len(members) else None,
+                nearest=[thumbnails[i] for i in nearest[cluster][:kept_nearest].tolist()],
+                uncertain=[thumbnails[i] for i in uncertain[cluster][:kept_uncertain].tolist()],
+            )
+        )
+    return result, notes
+
+
+def fit_budget(
+    nearest: list[np.ndarray], uncertain: list[np.ndarray], thumbnails: dict[int, Thumbnail]
+) -> tuple[int, int]:
+    """The largest numbers of thumbnails per cluster, two typical ones for one uncertain one, that fit the page."""
+    most = max(map(len, nearest), default=0), max(map(len, uncertain), default=0)
+    num_nearest, num_uncertain = counts(len(nearest))[:2]
+    if not max(most):
+        return num_nearest, num_uncertain
+    while num_nearest > 1:
+        shown = [*(row[:num_nearest] for row in nearest), *(row[:num_uncertain] for row in uncertain)]
+        if sum(thumbnails[i].bytes for row in shown for i in row.tolist()) <= PAGE_BUDGET:
+            break
+        num_nearest, num_uncertain = num_nearest - 1, num_nearest // 2
+    return num_nearest, num_uncertain
+
+
+def encode(image: np.ndarray, edge: int) -> tuple[str, bool]:
+    """A data URI of the pixels, nothing of the original file: PNG if small, else JPEG reduced to `edge`."""
+    from PIL import Image
+
+    pixelated = max(image.shape[:2]) < PIXELATED_BELOW
+    if not pixelated:
+        image = _reduce(image, edge)
+    grey = bool((image == image[..., :1]).all())
+    picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
+    buffer = io.BytesIO()
+    if pixelated:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=80, optimize=True)
+    kind = "png" if pixelated else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", pixelated
+
+
+def _reduce(image: np.ndarray, edge: int) -> np.ndarray:
+    """uint8 (H, W, 3) with its longer edge at most `edge`."""
+    from PIL import Image
+
+    if max(image.shape[:2]) <= edge:
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    return np.asarray(picture)

@@ -1,0 +1,226 @@
+"""Read a finished run folder for the report.
+
+Nothing in it is trusted: names of files, reasons and configuration may hold any character, numbers may be missing or
+not finite, and a curve may end in half a line. What the report cannot do without is a `DamagedFile` when it is wrong.
+"""
+
+import csv
+import json
+import math
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spice_dist.errors import DamagedFile, UserError
+
+STAGES = ("moco", "spice_self", "spice_semi", "imc_swav")  # those that leave curves, in order
+SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
+
+
+@dataclass(frozen=True)
+class Curve:
+    steps: np.ndarray  # ascending, each once
+    values: np.ndarray  # NaN where the loss was not finite
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: dict
+    metrics: dict
+    num_clusters: int
+    labels: np.ndarray  # (N,) int64, the cluster of each image
+    confidence: np.ndarray  # (N,) float64
+    reliable: np.ndarray  # (N,) bool
+    features: np.ndarray | None  # (N, D) float16, memory-mapped
+    scores: dict[str, dict[str, float] | None]  # row of the score table -> scores
+    curves: dict[str, dict[str, Curve]]  # stage -> name -> curve
+    manifest: dict
+    quarantine: list[tuple[str, str]]  # (path, reason), the first ones
+    num_quarantined: int
+
+    @property
+    def has_labels(self) -> bool:
+        return any(self.scores.values())
+
+
+def load(folder: Path, max_quarantined: int = 50) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a finished run")
+    metrics = read_json(folder / "metrics.json")
+    if metrics is None:
+        raise UserError(
+            f"{folder} has no metrics.json: the run has not finished; start the same command again to finish it"
+        )
+    labels, confidence, reliable = read_assignments(folder / "assignments.csv")
+    num_clusters = metrics.get("k")
+    if not isinstance(num_clusters, int) or num_clusters < 1:
+        raise DamagedFile(f"{folder / 'metrics.json'}: k must be a positive integer, not {num_clusters!r}")
+    if labels.min() < 0 or labels.max() >= num_clusters:
+        raise DamagedFile(
+            f"{folder / 'assignments.csv'}: clusters {labels.min()}..{labels.max()}, "
+            f"but metrics.json says k = {num_clusters}"
+        )
+    quarantine, num_quarantined = read_quarantine(folder / "data" / "quarantine.csv", max_quarantined)
+    return Run(
+        folder=folder,
+        config=read_json(folder / "config.json") or {},
+        metrics=metrics,
+        num_clusters=num_clusters,
+        labels=labels,
+        confidence=confidence,
+        reliable=reliable,
+        features=read_features(folder / "features" / "features.npy", len(labels)),
+        scores=score_rows(folder, metrics),
+        curves={stage: read_curves(folder / stage / "metrics.jsonl") for stage in STAGES},
+        manifest=read_json(folder / "data" / "manifest.json") or {},
+        quarantine=quarantine,
+        num_quarantined=num_quarantined,
+    )
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for whatever else stands there."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in the file; None if there is no file or it says null."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: not JSON ({error})") from None
+    if content is not None and not isinstance(content, dict):
+        raise DamagedFile(f"{path}: an object was expected")
+    return content
+
+
+def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None]:
+    """The rows of the score table, weakest method first. `eval` of metrics.json belongs to the last stage that ran."""
+    final = read_scores(metrics.get("eval"))
+    baselines = mapping(metrics.get("baselines"))
+    rows = {
+        "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
+        "Features + k-means": read_scores(baselines.get("kmeans_features")),
+    }
+    if (folder / "imc_swav").is_dir():
+        return rows | {"IMC-SwAV": final}
+    spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))
+    spice = read_scores(read_json(folder / "spice_semi" / "eval.json"))
+    if (folder / "spice_semi").is_dir() or spice_self is None:
+        spice = spice or final
+    return rows | {"SPICE-Self": spice_self, "SPICE": spice}
+
+
+def read_scores(content: object) -> dict[str, float] | None:
+    found = {name: number(mapping(content).get(name)) for name in SCORES}
+    return {name: value for name, value in found.items() if value is not None} or None
+
+
+def read_assignments(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cluster, confidence and reliable of every image; the rows must be in image order."""
+    labels, confidence, reliable = array("q"), array("d"), array("b")
+    line = 1
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for index, row in enumerate(csv.DictReader(file)):
+                line = index + 2
+                if int(row["index"]) != index:
+                    raise ValueError(f"index {row['index']!r} where {index} was expected")
+                labels.append(int(row["cluster"]))
+                confidence.append(float(row["confidence"]))
+                if not math.isfinite(confidence[-1]):
+                    raise ValueError(f"confidence {row['confidence']!r}")
+                reliable.append(row["reliable"].strip().lower() in ("1", "true"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run has not finished; start the same command again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error) as error:
+        raise DamagedFile(f"{path}, row {line}: {error}") from None
+    if not labels:
+        raise DamagedFile(f"{path}: no images")
+    return np.array(labels, np.int64), np.array(confidence, np.float64), np.array(reliable, bool)
+
+
+def read_paths(run: Run, wanted: np.ndarray) -> dict[int, str]:
+    """The paths of some images, from a second pass: millions of names never sit in memory."""
+    indices, paths = set(wanted.tolist()), {}
+    with (run.folder / "assignments.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for index, row in enumerate(csv.DictReader(file)):
+            if index in indices:
+                paths[index] = unguard(row["path"])
+    return paths
+
+
+def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]:
+    """The first rows, and how many there are."""
+    rows, total = [], 0
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.DictReader(file):
+                total += 1
+                if total <= limit:
+                    rows.append((unguard(row.get("path") or ""), unguard(row.get("reason") or "")))
+    except FileNotFoundError:
+        return [], 0
+    except csv.Error as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    return rows, total
+
+
+def unguard(cell: str) -> str:
+    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
+
+
+def read_features(path: Path, num_images: int) -> np.ndarray | None:
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError, EOFError) as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    if features.ndim != 2 or len(features) != num_images or features.shape[1] < 1 or features.dtype.kind != "f":
+        raise DamagedFile(f"{path}: {features.dtype} {features.shape}, but the run has {num_images} images")
+    return features
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Every numeric key but step and epoch, against step. A step written again after a restart replaces the old one."""
+    steps: dict[str, array] = {}
+    values: dict[str, array] = {}
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = mapping(json.loads(line))
+                except (ValueError, RecursionError):
+                    continue  # a line cut off when the run was stopped; the resumed run writes it again
+                step = number(record.get("step"))
+                if step is None:
+                    continue
+                for name, value in record.items():
+                    if name in ("step", "epoch") or isinstance(value, bool) or not isinstance(value, int | float):
+                        continue
+                    finite = number(value)
+                    steps.setdefault(name, array("d")).append(step)
+                    values.setdefault(name, array("d")).append(math.nan if finite is None else finite)
+    except FileNotFoundError:
+        return {}
+    curves = {}
+    for name in steps:
+        ascending, last = np.unique(np.array(steps[name])[::-1], return_index=True)
+        curves[name] = Curve(ascending, np.array(values[name])[::-1][last])
+    return curves

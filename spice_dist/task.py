@@ -1,0 +1,22 @@
+"""What every stage has to know: the images, the number of clusters, the network, the seed."""
+
+from dataclasses import dataclass, field
+
+from spice_dist.models.backbone import BackboneConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    size: int = 32  # pixels; images are scaled on the shorter side and cut square
+    channels: int = 3  # 3 colours, or 1 for grey
+    loader: str = "auto"  # "ffcv", "torch", or "auto": FFCV where it is installed
+    max_bad: float = 0.05  # share of unreadable images above which the run is refused
+
+
+@dataclass(frozen=True)
+class Task:
+    clusters: int = 10  # K
+    seed: int = 0
+    bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
