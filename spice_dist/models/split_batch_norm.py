@@ -52,6 +52,7 @@ def split_batch_norm(module: nn.Module) -> None:
                 track_running_stats=child.track_running_stats,
             )
             norm.load_state_dict(child.state_dict())
+            norm.train(child.training)
             activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(norm, *activation) if activation else norm)
         else:

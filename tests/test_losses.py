@@ -1,0 +1,89 @@
+"""The losses against float64 loops and the closed forms of the papers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spice_dist import losses
+
+E = math.e
+
+
+def random_unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_info_nce_is_the_loop_of_its_docstring():
+    query, key, queue = random_unit(5, 8), random_unit(5, 8, seed=1), random_unit(12, 8, seed=2)
+    total = 0.0
+    for b in range(5):
+        logits = [float(query[b].double() @ other.double()) / 0.2 for other in [key[b], *queue]]
+        total += math.log(sum(math.exp(z) for z in logits)) - logits[0]
+    assert losses.info_nce(query, key, queue, 0.2).item() == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_info_nce_at_chance_is_the_log_of_the_number_of_keys():
+    same = random_unit(1, 8).expand(4, 8)
+    assert losses.info_nce(same, same, same[:1].expand(63, 8), 0.2).item() == pytest.approx(math.log(64), rel=1e-6)
+
+
+@pytest.mark.parametrize("clusters", [2, 10, 200])
+def test_double_softmax_lies_in_its_band_and_reaches_both_ends(clusters):
+    low, high = math.log(E + clusters - 1) - 1, math.log(E + clusters - 1)
+    certain = torch.full((1, 2, clusters), -100.0)
+    certain[0, :, 0] = 100.0
+    right = losses.double_softmax_cross_entropy(certain, torch.tensor([[0, 0]]))
+    wrong = losses.double_softmax_cross_entropy(certain, torch.tensor([[1, 1]]))
+    assert right.item() == pytest.approx(low, rel=1e-5)
+    assert wrong.item() == pytest.approx(high, rel=1e-5)
+    uniform = losses.double_softmax_cross_entropy(torch.zeros(1, 2, clusters), torch.tensor([[0, 1]]))
+    assert uniform.item() == pytest.approx(math.log(clusters), rel=1e-5)
+
+
+def test_double_softmax_gradient_is_the_papers_equation_a5():
+    logits = torch.randn(1, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).float()
+    logits.requires_grad_()
+    losses.double_softmax_cross_entropy(logits, torch.tensor([[2]])).sum().backward()
+    p = logits.detach().double()[0, 0].softmax(0)
+    q = p.softmax(0)
+    error = q - F.one_hot(torch.tensor(2), 6)
+    expected = p * (error - (error * p).sum())
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[0, 0].double(), expected, atol=1e-7, rtol=1e-4)
+
+
+def test_double_softmax_starts_with_a_gradient_k_times_smaller_than_one_softmax():
+    clusters = 10
+    twice = torch.zeros(1, 1, clusters, requires_grad=True)
+    once = torch.zeros(1, clusters, requires_grad=True)
+    losses.double_softmax_cross_entropy(twice, torch.tensor([[4]])).sum().backward()
+    F.cross_entropy(once, torch.tensor([4])).backward()
+    assert twice.grad is not None
+    assert once.grad is not None
+    torch.testing.assert_close(twice.grad[0] * clusters, once.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_double_softmax_keeps_heads_apart():
+    logits, labels = torch.randn(3, 7, 4), torch.randint(0, 4, (3, 7))
+    together = losses.double_softmax_cross_entropy(logits, labels)
+    alone = torch.cat([losses.double_softmax_cross_entropy(logits[h : h + 1], labels[h : h + 1]) for h in range(3)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_consistency_counts_confident_images_and_divides_by_all():
+    weak = torch.tensor([[9.0, 0.0], [0.2, 0.0], [0.0, 9.0], [0.0, 0.1]])
+    strong = torch.tensor([[0.3, -0.2], [5.0, -5.0], [1.0, 2.0], [0.0, 0.0]])
+    expected = sum(-math.log(float(strong[i].double().softmax(0)[y])) for i, y in [(0, 0), (2, 1)]) / 4
+    loss, passed = losses.consistency(weak, strong, 0.95)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert passed.item() == 0.5
+
+
+def test_consistency_teaches_the_strong_view_only():
+    weak, strong = torch.tensor([[9.0, 0.0]], requires_grad=True), torch.zeros(1, 2, requires_grad=True)
+    losses.consistency(weak, strong, 0.5)[0].backward()
+    assert weak.grad is None
+    assert strong.grad is not None
+    assert strong.grad.abs().sum() > 0
