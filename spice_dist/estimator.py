@@ -1,11 +1,28 @@
 """SPICE with scikit-learn's conventions: fit, predict, fit_predict, transform, labels_."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int64
 from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from spice_dist import inference
+from spice_dist.config import override
+from spice_dist.data.images import Images
+from spice_dist.data.ingest import read_paths
+from spice_dist.data.sources import Source, from_array, from_files, open_source
+from spice_dist.models.backbone import unit
+from spice_dist.models.heads import ClusterNet
+from spice_dist.pipeline import Launch, fit
+from spice_dist.recipes import recipe
+from spice_dist.report import write_report
+from spice_dist.report.run_folder import read_assignments
 
 Data = str | Path | Sequence[str] | np.ndarray
 
@@ -13,19 +30,22 @@ Data = str | Path | Sequence[str] | np.ndarray
 class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     """Groups images: `SpiceClusterer(n_clusters=12).fit("photos/").labels_`.
 
+    Data is a path, a list of image files, or an array (N, H, W), (N, H, W, 1) or (N, H, W, 3) of uint8.
+
     Args:
         n_clusters: K, from 2 up.
         recipe: "digits" or "photos", see `spice_dist.recipes`.
         settings: single changes by dotted name, such as {"moco.epochs": 50}.
-        seed: two fits with the same seed, data and machine agree exactly.
+        seed: two fits with the same seed and data on the same machine agree exactly.
         workers: training processes; 0 trains in this one, without Ray.
-        run: the run folder; a temporary one if None. Fitting into the folder of an interrupted fit goes on from it.
+        run: the run folder, where an interrupted fit goes on; None makes a temporary one for this object's lifetime.
 
     Attributes:
-        labels_: (N,) int64, the cluster of each image, in the order given or sorted by path for a folder.
+        labels_: (N,) int64, the cluster of each image, in the order given; a folder is sorted by path.
         confidence_: (N,) float64 in [0, 1].
-        paths_: N names; unreadable images are left out of all three.
+        paths_: the N names; unreadable images are left out of all three.
         metrics_: the contents of metrics.json.
+        run_: the run folder.
     """
 
     def __init__(
@@ -44,3 +64,49 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self.seed = seed
         self.workers = workers
         self.run = run
+
+    def fit(self, X: Data, y: None = None) -> "SpiceClusterer":
+        """Run the whole pipeline. UserError if the data or the settings cannot be used."""
+        if self.run is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="spice-")
+            run = Path(self._temporary.name)
+        else:
+            run = Path(self.run)
+        changes = {"clusters": self.n_clusters, "seed": self.seed, **(self.settings or {})}
+        config = override(recipe(self.recipe), changes)
+        self.metrics_ = fit(config, _source(X), run, Launch(workers=self.workers))
+        self.run_ = run
+        self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")
+        self.paths_ = read_paths(run / "data")
+        return self
+
+    def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
+        """The cluster of each readable image."""
+        with self._packed(X) as (net, images):
+            return inference.probabilities(net, images).argmax(1)
+
+    def transform(self, X: Data) -> Float[np.ndarray, "N D"]:
+        """Unit-norm float32 features of the jointly trained network, one row per readable image."""
+        with self._packed(X) as (net, images):
+            index = np.arange(images.n)
+            chunks = inference.outputs(net.backbone, images, index, lambda done, total: None)
+            return torch.cat([unit(features).cpu() for features in chunks]).numpy()
+
+    def report(self, out: str | Path) -> Path:
+        """Write the HTML report to `out`."""
+        check_is_fitted(self, "run_")
+        return write_report(self.run_, Path(out))
+
+    @contextmanager
+    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet, Images]]:
+        check_is_fitted(self, "run_")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        net, task = inference.load_model(self.run_ / "model", device)
+        with inference.packed(_source(X), task.data, device) as (images, _, _):
+            yield net, images
+
+
+def _source(X: Data) -> Source:
+    if isinstance(X, np.ndarray):
+        return from_array(X)
+    return open_source(str(X)) if isinstance(X, str | Path) else from_files(X)

@@ -65,9 +65,8 @@ def evaluate(
         "nonempty": int((sizes > 0).sum()),
         "seconds": seconds,
         "select": {
-            "head_loss": float(loss.min()),
-            "head_agreement": metrics.agreement(by_head),
-            "stage_agreement": metrics.agreement(np.stack([selected, assigned])),
+            "select_loss": float(loss.min()),
+            "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
             "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
             "mean_confidence": float(confidence.mean()),
             "size_entropy": metrics.size_entropy(assigned, task.clusters),
@@ -129,7 +128,8 @@ def kmeans(num_rows: int, task: Task, read: Callable[[np.ndarray], np.ndarray]) 
 
     width = read(np.arange(1)).nbytes
     chosen = np.random.default_rng(task.seed).permutation(num_rows)[: max(KMEANS_BYTES // width, 10 * task.clusters)]
-    model = KMeans(task.clusters, n_init=10, random_state=task.seed).fit(read(np.sort(chosen)))
+    model = KMeans(task.clusters, n_init=10, random_state=task.seed)  # pyright: ignore[reportArgumentType]
+    model.fit(read(np.sort(chosen)))
     parts = np.array_split(np.arange(num_rows), -(-num_rows // inference.CHUNK))
     return np.concatenate([model.predict(read(part)) for part in parts])
 

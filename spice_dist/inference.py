@@ -18,7 +18,7 @@ from spice_dist.data import augment
 from spice_dist.data.files import Progress, publish_json, temporary_path
 from spice_dist.data.images import Images, open_images
 from spice_dist.data.ingest import ingest, read_paths
-from spice_dist.data.sources import open_source
+from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -31,13 +31,12 @@ from spice_dist.task import DataConfig, Task
 CHUNK = 512  # images per forward pass
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, images: Images, index: np.ndarray, progress: Progress) -> Iterator[Float[Tensor, "B D"]]:
     """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
     model.eval()
     done = 0
     for image, number in images.batches(index, CHUNK):
-        with autocast(image.device):
+        with torch.no_grad(), autocast(image.device):
             out = model(augment.apply(augment.PLAIN, image, number, ()))
         done += len(image)
         progress(done, len(index))
@@ -133,7 +132,7 @@ def predict(model: Path, data: str, out: Path) -> None:
     folder = model / "model" if (model / "model").is_dir() else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, task = load_model(folder, device)
-    with packed(data, task.data, device) as (images, names, quarantine):
+    with packed(open_source(data), task.data, device) as (images, names, quarantine):
         probs = probabilities(net, images)
         write_assignments(out, names, probs.argmax(1), probs.max(1), None)
         if quarantine:
@@ -141,10 +140,10 @@ def predict(model: Path, data: str, out: Path) -> None:
 
 
 @contextmanager
-def packed(data: str, config: DataConfig, device: torch.device) -> Iterator[tuple[Images, list[str], Path | None]]:
-    """(images, their names, the quarantine list if any image was bad) of `data`, ingested into a temporary folder."""
+def packed(source: Source, config: DataConfig, device: torch.device) -> Iterator[tuple[Images, list[str], Path | None]]:
+    """(images, their names, the quarantine list if any image was bad), ingested into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="spice-") as temporary:
         folder = Path(temporary)
-        manifest = ingest(open_source(data), config.size, folder, config.max_bad)
+        manifest = ingest(source, config.size, folder, config.max_bad)
         with closing(open_images(folder, device=device, channels=config.channels, loader="torch")) as images:
             yield images, read_paths(folder), folder / "quarantine.csv" if manifest.bad else None

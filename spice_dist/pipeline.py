@@ -68,15 +68,17 @@ class Run:
         self.threads = self.launch.threads or max(1, (os.cpu_count() or 1) // groups)
 
 
-def fit(config: Config, data: str, out: Path, launch: Launch, command: list[str] | None = None) -> dict[str, Any]:
+def fit(
+    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None = None
+) -> dict[str, Any]:
     """Run all stages on `data` in the folder `out`; returns the contents of metrics.json.
 
     Raises:
         UserError: the data, the settings or the folder cannot be used; one line says why.
         Interrupted: asked to stop; the same call goes on from there.
     """
-    source = open_source(data, launch.labels)
-    _check_clusters(config, len(source.paths), data)
+    source = data if isinstance(data, Source) else open_source(data, launch.labels)
+    _check_clusters(config, len(source.paths), source.name)
     folder = out.resolve()
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, launch, stop)

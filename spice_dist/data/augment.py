@@ -2,7 +2,8 @@
 
 A `View` says which operations are drawn and how strongly; a zero turns one off. `apply` draws every parameter from
 (seed, time, stream, image index), so a view does not depend on the batch, the worker or the number of workers.
-Geometry (crop, flip, affine) is one bilinear resampling with black outside; the rest works on values in [0, 1].
+Geometry is resampled bilinearly: a resized crop repeats its edges, a shift or an affine map is black outside. The
+rest works on values in [0, 1].
 """
 
 import math
@@ -54,23 +55,24 @@ def apply(
     view: View, images: UInt8[Tensor, "B C H W"], index: Int[Tensor, " B"], key: tuple[int, ...]
 ) -> Float[Tensor, "B C H W"]:
     """Normalised random views. `key` is (seed, time, stream): streams tell the views of one image apart."""
-    x = images.float() / 255
-    draws = _Draws(key, index, x.device)
-    x = _geometry(view, x, draws)
-    for _ in range(view.operations):
-        x = _random_operation(x, draws)
-    if view.jitter:
-        x = _color_jitter(view, x, draws)
-    if view.grey:
-        x = torch.where(_column(draws.chance(view.grey)), _luma(x), x)
-    if view.blur:
-        x = _blur(view, x, draws)
-    if view.noise:
-        x = _noise(view, x, draws)
-    x = normalize(x)
-    if view.cutout:
-        x = _cutout(view, x, draws)
-    return x
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would move pixels by up to half their distance
+        x = images.float() / 255
+        draws = _Draws(key, index, x.device)
+        x = _geometry(view, x, draws)
+        for _ in range(view.operations):
+            x = _random_operation(x, draws)
+        if view.jitter:
+            x = _color_jitter(view, x, draws)
+        if view.grey:
+            x = torch.where(_column(draws.chance(view.grey)), _luma(x), x)
+        if view.blur:
+            x = _blur(view, x, draws)
+        if view.noise:
+            x = _noise(view, x, draws)
+        x = normalize(x)
+        if view.cutout:
+            x = _cutout(view, x, draws)
+        return x
 
 
 def normalize(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -112,31 +114,39 @@ def _luma(x: Tensor) -> Tensor:
 
 
 def _geometry(view: View, x: Tensor, draws: _Draws) -> Tensor:
-    """Crop, flip and affine map as one 2 x 3 matrix per image from output to input coordinates in [-1, 1]."""
-    batch, _, height, width = x.shape
-    transform = torch.eye(3, device=x.device).repeat(batch, 1, 1)
+    height, width = x.shape[2:]
     if view.crop_scale != (1.0, 1.0):
-        transform = transform @ _resized_crop(view.crop_scale, height, width, draws)
+        x = _resample(x, _resized_crop(view.crop_scale, height, width, draws), repeat_edges=True)
+    if view.flip:
+        x = torch.where(_column(draws.chance(view.flip)), x.flip(-1), x)
     if view.pad:
         offset = draws.uniform(0, 2 * view.pad + 1, 2).floor() - view.pad
-        transform = transform @ _matrix(shift_x=offset[0] * 2 / width, shift_y=offset[1] * 2 / height)
-    if view.flip:
-        transform = transform @ _matrix(scale_x=torch.where(draws.chance(view.flip), -1.0, 1.0))
+        x = _resample(x, _matrix(shift_x=offset[0] * 2 / width, shift_y=offset[1] * 2 / height))
     if view.rotate or view.shift or view.zoom or view.shear:
-        angle = draws.uniform(-view.rotate, view.rotate)[0] * (math.pi / 180)
-        shift = draws.uniform(-2 * view.shift, 2 * view.shift, 2)
-        zoom = draws.uniform(1 - view.zoom, 1 + view.zoom, 2)
-        shear = draws.uniform(-view.shear, view.shear)[0]
-        transform = transform @ _matrix(shift_x=shift[0], shift_y=shift[1])
-        transform = transform @ _rotation(angle, height, width) @ _matrix(shear_x=shear)
-        transform = transform @ _matrix(scale_x=1 / zoom[0], scale_y=1 / zoom[1])
-    elif view.crop_scale == (1.0, 1.0) and not view.pad and not view.flip:
-        return x
-    return _resample(x, transform)
+        x = _resample(x, _affine(view, height, width, draws))
+    return x
 
 
-def _resample(x: Tensor, transform: Float[Tensor, "B 3 3"]) -> Tensor:
+def _affine(view: View, height: int, width: int, draws: _Draws) -> Float[Tensor, "B 3 3"]:
+    angle = draws.uniform(-view.rotate, view.rotate)[0] * (math.pi / 180)
+    shift = draws.uniform(-2 * view.shift, 2 * view.shift, 2)
+    zoom = draws.uniform(1 - view.zoom, 1 + view.zoom, 2)
+    shear = draws.uniform(-view.shear, view.shear)[0] * (height / width)
+    turned = _matrix(shift_x=shift[0], shift_y=shift[1]) @ _rotation(angle, height, width)
+    return turned @ _matrix(shear_x=shear) @ _matrix(scale_x=1 / zoom[0], scale_y=1 / zoom[1])
+
+
+def _resample(x: Tensor, transform: Float[Tensor, "B 3 3"], repeat_edges: bool = False) -> Tensor:
+    """`transform` takes output to input coordinates, both in [-1, 1] from edge to edge.
+
+    `repeat_edges` is for crops: nothing is read from beyond the crop, as if it had been cut out before it is resized.
+    """
+    height, width = x.shape[2:]
     grid = F.affine_grid(transform[:, :2], list(x.shape), align_corners=False)
+    if repeat_edges:
+        centre = transform[:, None, None, :2, 2]
+        reach = transform.diagonal(dim1=1, dim2=2)[:, None, None, :2] - torch.tensor([1 / width, 1 / height]).to(x)
+        grid = grid.clamp(centre - reach, centre + reach)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -259,7 +269,7 @@ def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
 def _cutout(view: View, x: Tensor, draws: _Draws) -> Tensor:
     """DeVries and Taylor's cutout: a square of random side and centre, clipped at the border, set to the mean."""
     height, width = x.shape[2:]
-    longest = max(1, int(view.cutout * min(height, width)))
+    longest = max(1, round(view.cutout * min(height, width)))
     half = (draws.uniform(1, longest + 1)[0].floor() / 2).floor()
     top, left = draws.uniform(0, height)[0].floor(), draws.uniform(0, width)[0].floor()
 
@@ -279,15 +289,20 @@ def _random_operation(x: Tensor, draws: _Draws) -> Tensor:
     x = x.clone()
     for number, name in enumerate(OPERATIONS):
         rows = (chosen == number).nonzero()[:, 0].to(x.device, non_blocking=True)
-        if len(rows) and name != "identity":
+        if len(rows):
             x[rows] = operation(name, x[rows], magnitude[rows], sign[rows])
     return x
 
 
 def operation(name: str, x: Tensor, magnitude: Float[Tensor, " B"], sign: Float[Tensor, " B"]) -> Tensor:
-    """The operation `name` on images in [0, 1]; magnitude in [0, 1) spans its published range."""
+    """The operation `name` on images in [0, 1]; magnitude in [0, 1) spans its published range.
+
+    As in Pillow, a rotation is about the centre and a shear about the upper left corner.
+    """
     height, width = x.shape[2:]
     factor = 0.05 + 0.9 * magnitude
+    if name == "identity":
+        return x
     if name == "autocontrast":
         low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
         return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-8), x)
@@ -296,7 +311,7 @@ def operation(name: str, x: Tensor, magnitude: Float[Tensor, " B"], sign: Float[
     if name == "solarize":
         return torch.where(x * 255 >= _column(256 * magnitude), 1 - x, x)
     if name == "posterize":
-        bits = (4 + 5 * magnitude).floor()
+        bits = (4 + 4 * magnitude).floor()  # 4 to 7: SCAN draws a real number below 8 and drops its fraction
         step = _column(2.0 ** (8 - bits))
         return ((x * 255).round() / step).floor() * step / 255
     if name == "color":
@@ -310,9 +325,11 @@ def operation(name: str, x: Tensor, magnitude: Float[Tensor, " B"], sign: Float[
     if name == "rotate":
         return _resample(x, _rotation(sign * magnitude * (math.pi / 6), height, width))
     if name == "shear_x":
-        return _resample(x, _matrix(shear_x=sign * 0.1 * magnitude))
+        shear = sign * 0.1 * magnitude * (height / width)
+        return _resample(x, _matrix(shear_x=shear, shift_x=shear))
     if name == "shear_y":
-        return _resample(x, _matrix(shear_y=sign * 0.1 * magnitude))
+        shear = sign * 0.1 * magnitude * (width / height)
+        return _resample(x, _matrix(shear_y=shear, shift_y=shear))
     if name == "translate_x":
         return _resample(x, _matrix(shift_x=sign * 0.2 * magnitude))
     if name == "translate_y":

@@ -44,7 +44,7 @@ def uniform(key: tuple[int, ...], index: Int[Tensor, " B"], count: int) -> Float
     state = 0
     for part in key:
         state = _mix_int(state + _GOLDEN + int(part))
-    rows = _mix(index.cpu() * _signed(_GOLDEN) + _signed(state))
+    rows = _mix(index.cpu().long() * _signed(_GOLDEN) + _signed(state))
     counters = torch.arange(1, count + 1) * _signed(_GOLDEN)
     bits = _mix(rows[:, None] + counters[None, :])
     return _shift_right(bits, 40).float() * 2.0**-24

@@ -7,7 +7,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,19 @@ def _digits() -> Source:
     pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # stored as 0..16
     names = [f"digits/{i:04d}" for i in range(len(pixels))]
     return Source("digits", names, pixels.__getitem__, target.astype(np.int64), [str(c) for c in range(10)])
+
+
+def from_files(files: Sequence[str | Path]) -> Source:
+    """Images by their paths, in the order given."""
+    if not len(files):
+        raise UserError("the list of images is empty: give at least one path")
+    return Source("a list of files", [os.fspath(file) for file in files], lambda i: read_file(Path(files[i])))
+
+
+def from_array(images: np.ndarray) -> Source:
+    """(N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8 images, named by their number."""
+    _check_images(Path("the array"), images)
+    return Source("an array", [f"{i:07d}" for i in range(len(images))], images.__getitem__)
 
 
 # ---------------------------------------------------------------- folders

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,11 +13,13 @@ from spice_dist.errors import UserError
 from spice_dist.models.split_batch_norm import set_groups
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 
+M = TypeVar("M", bound=nn.Module)
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
+
+def place(module: M, device: torch.device) -> M:
     """Move to the device, on a GPU in the memory layout its convolutions are fastest in."""
     if device.type == "cuda":
-        return module.to(device, memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module.to(device)
 
 

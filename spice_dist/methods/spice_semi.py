@@ -97,12 +97,12 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
                 consistent, passed = losses.consistency(weak_logits, strong_logits, config.threshold)
                 loss = (supervised + consistent) / passes
             loss.backward()
-            sums += torch.stack([loss.detach() * passes, supervised.detach(), passed]) / passes
+            sums += torch.stack([(supervised + consistent).detach(), supervised.detach(), passed]) / passes
         optimizer.step()
         update_statistics(net)
         follow(ema, net, config.ema)
         copy_buffers(ema, net)
-        metrics = dict(zip(("loss", "supervised_loss", "confident_fraction"), sums, strict=True))
+        metrics = {"loss": sums[0], "supervised_loss": sums[1], "confident_fraction": sums[2]}
         worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer))
     images.close()
 

@@ -1,22 +1,26 @@
 """Slow copies and memory: the momentum encoder, the EMA network and MoCo's queue of keys."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 
-def slow_copy(module: nn.Module) -> nn.Module:
+
+def slow_copy(module: M) -> M:
     """A copy that no gradient reaches, to be moved by `follow`."""
-    slow = copy.deepcopy(module)
-    return slow.requires_grad_(False)
+    return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """slow <- momentum * slow + (1 - momentum) * fast, parameters only, as one fused operation."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        list(slow.parameters()), list(fast.parameters()), 1 - momentum
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,26 @@
+"""Small real data and settings that the tests of the pipeline share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the machines that run this have two cores, and equal threads give equal bits
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the first 200 digits ingested, not packed: read only."""
+    from dataclasses import replace
+
+    from spice_dist.data.ingest import ingest
+    from spice_dist.data.sources import open_source
+
+    run = tmp_path_factory.mktemp("digits")
+    source = open_source("digits")
+    assert source.labels is not None
+    few = replace(source, paths=source.paths[:200], labels=source.labels[:200])
+    ingest(few, 8, run / "data")
+    return run

@@ -1,0 +1,60 @@
+"""Each training loop on 200 real digits, as a function of the run folder, small enough for seconds."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spice_dist import inference
+from spice_dist.config import Config, override
+from spice_dist.distributed.worker import LocalWorker, Worker
+from spice_dist.methods import moco, reliable, spice_self, spice_semi
+from spice_dist.recipes import digits
+
+CPU = torch.device("cpu")
+SMALL = override(
+    digits(),
+    {
+        "backbone.widths": (8, 8, 16, 32),
+        "moco.epochs": 3,
+        "moco.batch": 64,
+        "moco.queue": 128,
+        "spice_self.epochs": 4,
+        "spice_self.heads": 3,
+        "spice_semi.steps": 8,
+        "spice_semi.labelled": 16,
+    },
+)
+TRAIN: dict[str, Callable[[Config, Worker], None]] = {
+    "moco": lambda config, worker: moco.train(config, config.moco, worker),
+    "spice_self": lambda config, worker: spice_self.train(config, config.spice_self, worker),
+    "spice_semi": lambda config, worker: spice_semi.train(config, config.spice_semi, worker),
+}
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> Path:
+    """A run folder with every stage trained on one worker: read only."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    shutil.copytree(digits_folder, run)
+    TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU))
+    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
+    reliable.select(SMALL, SMALL.reliable, run, CPU, lambda done, total: None)
+    TRAIN["spice_semi"](SMALL, LocalWorker(run, "spice_semi", CPU))
+    return run
+
+
+@pytest.fixture
+def without_stage(small_run: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the run in which one stage has not begun."""
+
+    def copy(stage: str) -> Path:
+        run = tmp_path / stage
+        shutil.copytree(small_run, run)
+        shutil.rmtree(run / stage)
+        return run
+
+    return copy

@@ -1,0 +1,250 @@
+"""The training loops: they learn, they resume bit for bit, and two workers equal one."""
+
+import json
+import multiprocessing
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spice_dist import inference
+from spice_dist.config import Config, override
+from spice_dist.data.images import open_images
+from spice_dist.distributed.checkpoint import Checkpoint
+from spice_dist.distributed.worker import LocalWorker
+from spice_dist.errors import Interrupted, UserError
+from spice_dist.methods import moco, spice_semi
+from spice_dist.methods.plumbing import finished
+from spice_dist.models.backbone import unit
+from spice_dist.pseudo_labels import UNRELIABLE
+from tests.methods.conftest import CPU, SMALL, TRAIN
+
+STAGES = list(TRAIN)
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Everything the last checkpoint of a stage holds, by file and name."""
+    saved: Checkpoint = finished(run / stage)
+    names = [file.stem for file in sorted(saved.path.glob("*.safetensors"))]
+    assert "optimizer" in names
+    return {f"{name}/{key}": value for name in names for key, value in saved.tensors(name).items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_moco_learns_to_tell_images_apart(digits_folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "data").symlink_to(digits_folder / "data")
+    TRAIN["moco"](override(SMALL, {"moco.epochs": 20}), LocalWorker(run, "moco", CPU))
+    curve = losses(run, "moco")
+    assert np.mean(curve[-10:]) < np.log(129) - 0.1, "below chance, ln(1 + queue)"
+
+
+def test_spice_self_lowers_its_loss_and_keeps_the_best_of_every_head(small_run):
+    curve = [json.loads(line) for line in (small_run / "spice_self/metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    selected = [line["select_loss"] for line in curve]
+    assert selected == sorted(selected, reverse=True)
+
+
+def test_every_cluster_keeps_a_reliable_label(small_run):
+    labels = np.load(small_run / "reliable/labels.npy")
+    assert labels.shape == (200,)
+    summary = json.loads((small_run / "reliable/summary.json").read_text())
+    assert summary["count"] == int((labels != UNRELIABLE).sum())
+    for size, kept in zip(summary["cluster_sizes"], summary["per_cluster"], strict=True):
+        assert kept >= min(size, 1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("cut", [1, 3])
+def test_an_interrupted_stage_resumes_bit_for_bit(small_run, without_stage, stage, cut):
+    run = without_stage(stage)
+    calls = iter(range(1, 1000))
+    with pytest.raises(Interrupted):
+        TRAIN[stage](SMALL, LocalWorker(run, stage, CPU, stop_requested=lambda: next(calls) >= cut))
+    assert finished(run / stage).step == cut
+    TRAIN[stage](SMALL, LocalWorker(run, stage, CPU))
+    assert_same_bits(weights(run, stage), weights(small_run, stage))
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "queue", "key"])
+def test_the_resume_test_notices_state_that_is_forgotten(small_run, without_stage, monkeypatch, forgotten):
+    run = without_stage("moco")
+    with pytest.raises(Interrupted):
+        TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU, stop_requested=lambda: True))
+    real = Checkpoint.tensors
+
+    def forget(self: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+        return {key: torch.zeros_like(value) if name == forgotten else value for key, value in real(self, name).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "tensors", forget)
+        TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU))
+    with pytest.raises(AssertionError):
+        assert_same_bits(weights(run, "moco"), weights(small_run, "moco"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_runs_again_without_changing_anything(small_run, tmp_path, stage):
+    before = weights(small_run, stage)
+    TRAIN[stage](SMALL, LocalWorker(small_run, stage, CPU))
+    assert_same_bits(weights(small_run, stage), before)
+
+
+class GlooWorker(LocalWorker):
+    """A worker of a gloo process group."""
+
+    def __init__(self, run: Path, stage: str, rank: int, world: int):
+        self.rank, self.world = rank, world
+        super().__init__(run, stage, CPU)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def run_rank(rank: int, world: int, port: int, config: Config, run: Path, stage: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    worker = GlooWorker(run, stage, rank, world)
+    if stage == "features":
+        inference.embed(config, None, worker)
+    else:
+        TRAIN[stage](config, worker)
+    torch.distributed.destroy_process_group()
+
+
+def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=run_rank, args=(rank, world, port, config, run, stage)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * world
+
+
+@pytest.mark.parametrize("stage", ["moco", "spice_semi"])
+def test_two_workers_equal_one_bit_for_bit(small_run, without_stage, stage):
+    run = without_stage(stage)
+    on_workers(2, SMALL, run, stage)
+    assert_same_bits(weights(run, stage), weights(small_run, stage))
+
+
+def test_four_workers_equal_one_up_to_float_tolerance(small_run, without_stage):
+    config = override(SMALL, {"bn_groups": 4, "moco.epochs": 1})
+    one = without_stage("moco")
+    four = one.with_name("four")
+    four.mkdir()
+    (four / "data").symlink_to(one / "data")
+    TRAIN["moco"](config, LocalWorker(one, "moco", CPU))
+    on_workers(4, config, four, "moco")
+    ours, theirs = weights(one, "moco"), weights(four, "moco")
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], atol=1e-5, rtol=1e-3)
+
+
+def test_two_workers_embed_what_one_does(small_run, without_stage):
+    run = without_stage("features")
+    on_workers(2, SMALL, run, "features")
+    assert np.array_equal(np.load(run / "features/features.npy"), np.load(small_run / "features/features.npy"))
+
+
+def test_features_are_the_unit_vectors_of_plain_images_in_order(small_run):
+    features = np.load(small_run / "features/features.npy").astype(np.float32)
+    assert features.shape == (200, 32)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=2e-3)
+    net = spice_semi.stage2_network(SMALL, small_run).eval()
+    images = open_images(small_run / "data", device=CPU, channels=1)
+    (last,) = inference.outputs(net.backbone, images, np.array([199]), lambda done, total: None)
+    np.testing.assert_allclose(unit(last)[0].detach().numpy(), features[199], atol=2e-3)
+
+
+def test_shuffled_keys_come_back_in_the_order_of_their_images(small_run):
+    worker = LocalWorker(small_run, "none", CPU)
+    flatten = nn.Sequential(nn.Flatten())
+    view = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    keys = moco.shuffled_keys(flatten, view, 3, (0, 0, 0), worker)
+    torch.testing.assert_close(keys, unit(view.flatten(1)))
+
+
+def test_keys_are_normalised_among_other_images_than_their_queries(small_run):
+    """With BatchNorm the shuffle must change the keys: that is what hides the batch from the query."""
+    worker = LocalWorker(small_run, "none", CPU)
+    torch.manual_seed(0)
+    from spice_dist.models.split_batch_norm import SplitBatchNorm2d
+
+    net = nn.Sequential(SplitBatchNorm2d(1), nn.Flatten())
+    view = torch.randn(12, 1, 2, 2)
+    shuffled = moco.shuffled_keys(net, view, 3, (0, 0, 0), worker)
+    unshuffled = torch.cat([unit(net(part)) for part in view.chunk(3)])
+    assert not torch.allclose(shuffled, unshuffled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "message"),
+    [
+        ({"moco.batch": 300}, "moco", "more than the 200 images"),
+        ({"moco.queue": 100}, "moco", "not a multiple of moco.batch"),
+        ({"moco.batch": 65, "moco.queue": 130}, "moco", "not a multiple of bn_groups"),
+        ({"clusters": 101}, "spice_self", "ask for 100 clusters or fewer"),
+        ({"spice_semi.labelled": 15}, "spice_semi", "a multiple of bn_groups"),
+        ({"spice_semi.init": "warm"}, "spice_semi", 'can be "scratch" or "stage2"'),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(without_stage, changes, stage, message):
+    with pytest.raises(UserError, match=message) as caught:
+        TRAIN[stage](override(SMALL, changes), LocalWorker(without_stage(stage), stage, CPU))
+    assert "\n" not in str(caught.value)
+
+
+def test_scratch_shares_no_weight_with_stage_one(small_run):
+    config = override(SMALL, {"spice_semi.init": "scratch"})
+    scratch = spice_semi.new_network(config, config.spice_semi, small_run).state_dict()
+    warm = spice_semi.new_network(SMALL, SMALL.spice_semi, small_run).state_dict()
+    assert scratch.keys() == warm.keys()
+    assert not torch.equal(scratch["backbone.body.conv1.weight"], warm["backbone.body.conv1.weight"])
+
+
+class Recorder:
+    """Images that only note in which order they were asked for."""
+
+    n, height, width, channels = 200, 8, 8, 1
+
+    def __init__(self) -> None:
+        self.orders: list[np.ndarray] = []
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.orders.append(order.reshape(-1, batch_size))
+        return iter(())
+
+    def close(self) -> None:
+        pass
+
+
+def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(small_run):
+    def drawn(start: int) -> np.ndarray:
+        images, worker = Recorder(), LocalWorker(small_run, "none", CPU)
+        list(spice_semi.images_of_steps(images, np.array([3, 5]), SMALL.spice_semi, 0, start, worker, span=3))
+        return np.concatenate(images.orders)
+
+    whole = drawn(0)
+    assert whole.shape == (8, 16 * 8)
+    assert set(whole[:, :16].ravel()) == {3, 5}
+    assert np.array_equal(drawn(5), whole[5:])
