@@ -73,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fit(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.data.sources import open_source
     from spice_dist.errors import UserError
 
     digits = options.data == "digits"
+    source = open_source(options.data, options.labels)
     if options.clusters is None and not digits:
         raise UserError("how many clusters? give --clusters, a whole number from 2 up")
     changes: dict[str, Any] = {}
@@ -91,9 +93,10 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.pipeline import Launch, fit
     from spice_dist.recipes import recipe
 
-    config = override(recipe(options.recipe or ("digits" if digits else "photos")), changes)
+    name = options.recipe or ("digits" if digits else "photos")
+    config = override(recipe(name, len(source.paths)), changes)
     launch = Launch(options.workers, options.threads, options.address, options.labels)
-    fit(config, options.data, options.out, launch, ["spice-dist", *given])
+    fit(config, source, options.out, launch, ["spice-dist", *given])
     _print_scores(options.out)
 
 

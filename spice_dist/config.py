@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import difflib
-import types
+import numbers
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.task import Task
+
+KINDS = {int: numbers.Integral, float: numbers.Real}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         UserError: no such field (the nearest name is offered), or a value of another type.
     """
     for name, value in changes.items():
+        if name not in (leaves := flatten(config)):
+            raise UserError(_no_setting(name, list(leaves)))
         config = _replace(config, name.split("."), value, name)
     return config
 
@@ -49,42 +53,50 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _replace(config: Any, path: list[str], value: Any, name: str) -> Any:
-    types_of = typing.get_type_hints(type(config))
-    if path[0] not in types_of:
-        prefix = name[: len(name) - len(".".join(path))]
-        near = difflib.get_close_matches(path[0], types_of, n=1)
-        offer = f'; did you mean "{prefix}{near[0]}"?' if near else f"; there are {', '.join(sorted(types_of))}"
-        raise UserError(f'there is no setting "{name}"{offer}')
-    current = getattr(config, path[0])
-    if dataclasses.is_dataclass(current):
-        if len(path) == 1:
-            raise UserError(f'"{name}" is a group of settings; name one of {", ".join(flatten(current, name + "."))}')
-        return dataclasses.replace(config, **{path[0]: _replace(current, path[1:], value, name)})
-    if len(path) > 1:
-        raise UserError(f'there is no setting "{name}"; "{path[0]}" has no parts')
-    return dataclasses.replace(config, **{path[0]: _convert(value, types_of[path[0]], name)})
+    first, *rest = path
+    if rest:
+        return dataclasses.replace(config, **{first: _replace(getattr(config, first), rest, value, name)})
+    wanted = typing.get_type_hints(type(config))[first]
+    try:
+        return dataclasses.replace(config, **{first: _convert(value, wanted)})
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):  # of reading the text
+        raise UserError(f'"{name}" is {_name(wanted)}, not {_quoted(value)}') from None
 
 
-def _convert(value: Any, wanted: Any, name: str) -> Any:
+def _no_setting(name: str, leaves: list[str]) -> str:
+    group = [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+    if group:
+        return f'"{name}" is a group of settings; name one of {", ".join(group)}'
+    near = [leaf for leaf in leaves if leaf.endswith(f".{name}")] or difflib.get_close_matches(name, leaves, n=1)
+    if near:
+        return f'there is no setting "{name}"; did you mean {" or ".join(map(_quoted, near))}?'
+    parent = name.rpartition(".")[0]
+    among = [leaf for leaf in leaves if leaf.startswith(f"{parent}.")] or leaves
+    return f'there is no setting "{name}"; there are {", ".join(among)}'
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    """The value as the wanted type; ValueError, or an error of reading the text, if it is of another."""
     if isinstance(value, str) and wanted is not str:
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise UserError(f'"{name}" is {_name(wanted)}, not "{value}"') from None
+        value = {"true": True, "false": False}.get(value.lower()) if wanted is bool else ast.literal_eval(value)
     if typing.get_origin(wanted) is tuple:
         parts = typing.get_args(wanted)
         if isinstance(value, list | tuple):
             kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-            if len(kinds) == len(value):
-                return tuple(_convert(item, kind, name) for item, kind in zip(value, kinds, strict=True))
-    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+            return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif wanted in (int, float) and isinstance(value, KINDS[wanted]) and not isinstance(value, bool):
+        return wanted(value)  # a NumPy number becomes a plain one, which JSON can hold
+    elif wanted in (bool, str) and isinstance(value, wanted):
         return value
-    raise UserError(f'"{name}" is {_name(wanted)}, not {value!r}')
+    raise ValueError(value)
 
 
 def _name(wanted: Any) -> str:
-    if isinstance(wanted, types.GenericAlias):
-        return "a list such as " + str(tuple(1 if kind is int else 0.5 for kind in typing.get_args(wanted)[:2]))
+    if typing.get_origin(wanted) is tuple:
+        parts = typing.get_args(wanted)
+        return f"a list such as ({', '.join('32' if parts[0] is int else '0.5' for _ in parts)})"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[wanted]
+
+
+def _quoted(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -73,8 +73,9 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         else:
             run = Path(self.run)
         changes = {"clusters": self.n_clusters, "seed": self.seed, **(self.settings or {})}
-        config = override(recipe(self.recipe), changes)
-        self.metrics_ = fit(config, _source(X), run, Launch(workers=self.workers))
+        source = _source(X)
+        config = override(recipe(self.recipe, len(source.paths)), changes)
+        self.metrics_ = fit(config, source, run, Launch(workers=self.workers))
         self.run_ = run
         self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")
         self.paths_ = read_paths(run / "data")

@@ -86,7 +86,11 @@ def fit(
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
         _write_config(run, command)
-        return _run_stages(run, settings)
+        try:
+            return _run_stages(run, settings)
+        except Interrupted:
+            stop.check()  # says which signal it was
+            raise
 
 
 def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def apply(
     view: View, images: UInt8[Tensor, "B C H W"], index: Int[Tensor, " B"], key: tuple[int, ...]
 ) -> Float[Tensor, "B C H W"]:
     """Normalised random views. `key` is (seed, time, stream): streams tell the views of one image apart."""
-    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would move pixels by up to half their distance
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 positions are off by up to half a pixel
         x = images.float() / 255
         draws = _Draws(key, index, x.device)
         x = _geometry(view, x, draws)

@@ -5,18 +5,23 @@ It is written beside, flushed to disk and renamed, so a reader never sees a part
 loaded, and the newest valid one wins. No pickle is written or read.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from spice_dist.data.files import publish_json
+from spice_dist.errors import DamagedFile
 
 Tensors = dict[str, dict[str, Tensor]]
+DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as no rights, pass: no fallback
 
 
 @dataclass(frozen=True)
@@ -34,50 +39,63 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, tensors: Tensors, state: dict, keep: int = 2) -> Path:
-    """Write `folder/<step>/` atomically and drop all but the newest `keep`. OSError when the disk is full."""
-    from safetensors.torch import save_file
+    """Write `folder/<step>/` atomically and drop all but the newest `keep`; OSError, and no trace, if the disk is full.
 
+    A valid checkpoint of the same step is kept instead: replacing it would leave a moment without one.
+    """
     final = folder / f"{step:09d}"
-    temporary = folder / f".{step:09d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    if final.exists():
+        try:
+            return load(final).path
+        except DamagedFile as error:
+            _set_aside(final, error)
+    temporary = folder / f".{step:09d}.{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)
     try:
         for name, group in tensors.items():
-            copies = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(copies, temporary / f"{name}.safetensors")
-        publish_json(temporary / "state.json", {**state, "step": step})
+            _write_tensors(temporary / f"{name}.safetensors", group)
+        (temporary / "state.json").write_text(json.dumps({**state, "step": step}))
         files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        publish_json(temporary / "manifest.json", {"version": 1, "step": step, "sha256": files})
+        (temporary / "manifest.json").write_text(json.dumps({"version": 1, "step": step, "sha256": files}, indent=1))
         for file in (*temporary.iterdir(), temporary):
             _fsync(file)
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in sorted(_candidates(folder))[:-keep]:
+    for old in _candidates(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Damaged ones are set aside as `<step>.bad`."""
-    for path in sorted(_candidates(folder), reverse=True):
+    """The newest checkpoint that verifies, or None. Damaged ones are set aside as `<step>.bad`, with a warning."""
+    for path in _candidates(folder):
         try:
             return load(path)
-        except (OSError, ValueError, KeyError):
-            path.rename(_free_name(path))
+        except DamagedFile as error:
+            _set_aside(path, error)
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Verify and open one checkpoint; ValueError, KeyError or OSError if anything is missing or altered."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name, expected in manifest["sha256"].items():
-        if _sha256(path / name) != expected:
-            raise ValueError(f"{path / name} does not match its manifest")
-    return Checkpoint(path, int(manifest["step"]), json.loads((path / "state.json").read_text()))
+    """Verify and open one checkpoint; DamagedFile if anything is missing or altered."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        found = {file.name for file in path.glob("*.safetensors")} | {"state.json"}
+        if (manifest["version"], manifest["step"], set(manifest["sha256"])) != (1, int(path.name), found):
+            raise ValueError("manifest.json does not belong to these files")
+        for name, expected in manifest["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise ValueError(f"{name} does not match its manifest")
+        return Checkpoint(path, manifest["step"], json.loads((path / "state.json").read_bytes()))
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
+        raise DamagedFile(f"{path} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
 
 
 def sweep(folder: Path) -> None:
@@ -87,15 +105,28 @@ def sweep(folder: Path) -> None:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if path.name.isdigit()] if folder.is_dir() else []
+    """What may be a checkpoint, the newest first."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
-def _free_name(path: Path) -> Path:
-    bad = path.with_name(path.name + ".bad")
-    number = 1
+def _set_aside(path: Path, why: DamagedFile) -> None:
+    bad, number = path.with_name(f"{path.name}.bad"), 1
     while bad.exists():
         bad, number = path.with_name(f"{path.name}.bad{number}"), number + 1
-    return bad
+    with contextlib.suppress(OSError):  # another process was faster, or we may only read
+        path.rename(bad)
+        warnings.warn(f"{why}; it is set aside as {bad.name}, and the checkpoint before it is used", stacklevel=3)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # which is how a full disk shows
+        raise OSError(str(error)) from error
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,12 @@ from spice_dist.task import Task
 
 STOP_FILE = ".stop"  # in the run folder: asks every worker to save and stop
 Train = Callable[[Task, Any, Any], None]
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a finished stage is noticed at once
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them
+}
 
 
 class RayWorker(LocalWorker):
@@ -54,7 +60,8 @@ class RayWorker(LocalWorker):
 def session(address: str | None, num_cpus: int) -> Iterator[None]:
     """A Ray session: the cluster at `address`, or one of our own on this machine, with a token that only we know."""
     with tempfile.TemporaryDirectory(prefix="spice-") as private:
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a finished stage is noticed at once
+        for name, value in RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address is None:
             token = Path(private) / "token"

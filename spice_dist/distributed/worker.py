@@ -1,16 +1,19 @@
 """How a method meets the world: who it is among its peers, where it reports and saves, from where it resumes."""
 
+import contextlib
 import json
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from spice_dist.data.files import publish
 from spice_dist.distributed import checkpoint, collectives
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
 from spice_dist.errors import Interrupted, UserError
@@ -59,7 +62,7 @@ class LocalWorker:
         """`progress` gets (step, total, loss) at most twice a second, on the first worker only."""
         self.run, self.stage, self.device = run, stage, device
         self.stop_requested, self.progress = stop_requested, progress
-        self.folder = run / stage
+        self.folder, self.store = run / stage, run / stage / "checkpoints"
         self.log: MetricLog | None = None
         self.saved_at = self.shown_at = time.monotonic()
         self.sums: dict[str, Tensor] = {}
@@ -69,10 +72,13 @@ class LocalWorker:
         return module
 
     def resume(self) -> Checkpoint | None:
-        found = checkpoint.newest(self.folder / "checkpoints") if self.rank == 0 else None
+        found = None
+        if self.rank == 0:
+            checkpoint.sweep(self.store)
+            found = checkpoint.newest(self.store)
         step = collectives.broadcast_int(-1 if found is None else found.step, self.device)
         if step >= 0 and found is None:
-            found = checkpoint.load(self.folder / "checkpoints" / f"{step:09d}")
+            found = checkpoint.load(self.store / f"{step:09d}")
         if self.rank == 0:
             self.log = MetricLog(self.folder, max(step, 0))
         return found
@@ -105,20 +111,23 @@ class LocalWorker:
         decision = collectives.largest_int(wish, self.device)  # all workers save and stop at the same step
         if decision == NOTHING and step < total:
             return
-        if self.rank == 0:
-            self._save(step, total, save)
+        error = self._save(step, total, save) if self.rank == 0 else None
         self.saved_at = time.monotonic()
-        collectives.barrier()
+        failed = collectives.largest_int(int(error is not None), self.device)  # no worker goes on before all know
+        if failed and (step == total or decision == STOP):
+            why = error or "the first worker says why"
+            raise UserError(f"cannot save {self.store}: {why}; make room, then run the same command again")
+        if error:
+            warnings.warn(f"no checkpoint at step {step} ({error}); training goes on", stacklevel=2)
         if decision == STOP and step < total:
             raise Interrupted
 
-    def _save(self, step: int, total: int, save: Callable[[], Tensors]) -> None:
+    def _save(self, step: int, total: int, save: Callable[[], Tensors]) -> OSError | None:
         try:
-            checkpoint.save(self.folder / "checkpoints", step, save(), {"total": total})
+            checkpoint.save(self.store, step, save(), {"total": total})
         except OSError as error:
-            if step == total:
-                raise UserError(f"cannot save {self.folder / 'checkpoints'}: {error.strerror or error}") from error
-            warnings.warn(f"no checkpoint at step {step} ({error}); training goes on", stacklevel=2)
+            return error
+        return None
 
 
 class MetricLog:
@@ -126,28 +135,50 @@ class MetricLog:
 
     def __init__(self, folder: Path, step: int):
         """Keeps the lines up to `step`, where training resumes, so that steps strictly increase."""
-        from tensorboardX import SummaryWriter
+        # not SummaryWriter: once its thread has died of a full disk, it blocks whoever writes
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        self.events = SummaryWriter(str(folder), purge_step=step + 1, write_to_disk=True)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        kept = b"".join(_lines_up_to(step, text))
+        if kept != text:
+            with publish(self.path) as file:
+                file.write(kept)
+        self.event: Any = Event
+        self.events = EventsWriter(str(folder / "events"), f".{step}")
+        self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.path, "a") as handle:
-            handle.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.events.add_scalar(name, value, step)
-        self.events.flush()
+        """A full disk costs the line, not the training."""
+        from tensorboardX.summary import scalar
+
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as handle:
+                handle.write(json.dumps({"step": step, **metrics}) + "\n")
+            size = self.path.stat().st_size
+            for name, value in metrics.items():
+                self.events.write_event(self.event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            self.events.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # or the next line would be glued to half of this one
+            warnings.warn(f"no metrics at step {step} ({error}); training goes on", stacklevel=2)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a killed writer
+def _lines_up_to(step: int, text: bytes) -> Iterator[bytes]:
+    """The whole lines of rising steps up to `step`: none of a later step, none that a killed writer tore."""
+    before = 0
+    for line in text.splitlines(keepends=True):
+        try:
+            number = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(number, int) and before < number <= step:
+            before = number
+            yield line
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager:

@@ -1,0 +1,244 @@
+"""The command as a user types it: a run from images to report, and every mistake in one line."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spice_dist import cli
+from spice_dist.data.ingest import read_paths
+
+TINY = [
+    *("--workers", "0", "--threads", "1"),
+    *("--set", "moco.epochs=1", "--set", "moco.queue=256", "--set", "spice_self.epochs=1"),
+    *("--set", "spice_self.heads=2", "--set", "spice_semi.steps=2", "--set", "data.loader=torch"),
+]
+PHOTO = [*TINY, "--set", "data.size=16", "--set", "moco.batch=16", "--set", "backbone.widths=(8,8,8,8)"]
+
+
+def run(*arguments: str | Path) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def photos(folder: Path, count: int = 24, side: int = 20) -> Path:
+    """A nested folder of real pixels: crops of a photograph, half of them turned upside down in a second folder."""
+    from sklearn.datasets import load_sample_image
+
+    photograph = load_sample_image("china.jpg")
+    for i in range(count):
+        crop = photograph[10 * i : 10 * i + side, 20 * i : 20 * i + side]
+        place = folder / ("upright" if i % 2 else "turned")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(crop if i % 2 else crop[::-1]).save(place / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert run("fit", "digits", "--out", out, *TINY) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def photo_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    photos(folder / "in")
+    (folder / "in/upright/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    assert run("fit", folder / "in", "--clusters", "3", "--out", folder / "run", *PHOTO) == 0
+    return folder / "run"
+
+
+def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
+    metrics = json.loads((digits_run / "metrics.json").read_text())
+    assert set(metrics) == {"n", "k", "nonempty", "seconds", "select", "eval", "baselines", "heads", "reliable"}
+    scores = {"acc", "nmi", "nmi_geometric", "ami", "ari"}
+    assert (metrics["n"], metrics["k"]) == (1797, 10)
+    assert set(metrics["eval"]) == scores
+    assert set(metrics["baselines"]) == {"kmeans_pixels", "kmeans_features"}
+    assert all(set(baseline) == scores for baseline in metrics["baselines"].values())
+    assert all(set(head) == {"select_loss", "acc"} for head in metrics["heads"])
+    assert set(metrics["reliable"]) == {"count", "fraction", "acc"}
+    assert set(metrics["seconds"]) == {"data", "moco", "features", "spice_self", "reliable", "spice_semi"}
+
+
+def test_kmeans_on_pixels_scores_what_is_known_of_it(digits_run):
+    metrics = json.loads((digits_run / "metrics.json").read_text())
+    assert metrics["baselines"]["kmeans_pixels"]["acc"] == pytest.approx(0.792, abs=0.02)
+
+
+def test_assignments_have_one_row_per_image_in_image_order(digits_run):
+    with open(digits_run / "assignments.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "path", "cluster", "confidence", "reliable"]
+    assert [int(row["index"]) for row in rows] == list(range(1797))
+    assert [row["path"] for row in rows] == read_paths(digits_run / "data")
+    assert all(0 <= int(row["cluster"]) < 10 and 0 < float(row["confidence"]) <= 1 for row in rows)
+    reliable = np.load(digits_run / "reliable/labels.npy") >= 0
+    assert [row["reliable"] == "1" for row in rows] == reliable.tolist()
+
+
+def test_nothing_in_the_run_folder_is_a_pickle(digits_run):
+    suffixes = {path.suffix for path in digits_run.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    assert suffixes <= {".json", ".jsonl", ".csv", ".npy", ".safetensors", ".html", ".beton"}
+
+
+def test_the_model_folder_alone_predicts_what_the_run_assigned(digits_run, tmp_path):
+    (digits_run / "model").rename(tmp_path / "model")
+    try:
+        assert run("predict", tmp_path / "model", "digits", "--out", tmp_path / "new.csv") == 0
+    finally:
+        (tmp_path / "model").rename(digits_run / "model")
+    with open(tmp_path / "new.csv", newline="") as new, open(digits_run / "assignments.csv", newline="") as old:
+        predicted, assigned = list(csv.DictReader(new)), list(csv.DictReader(old))
+    assert [row["cluster"] for row in predicted] == [row["cluster"] for row in assigned]
+
+
+def test_the_same_command_again_trains_nothing_and_changes_nothing(digits_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in digits_run.rglob("*.safetensors")}
+    assignments = (digits_run / "assignments.csv").read_bytes()
+    assert run("fit", "digits", "--out", digits_run, *TINY) == 0
+    assert {path: path.stat().st_mtime_ns for path in digits_run.rglob("*.safetensors")} == before
+    assert (digits_run / "assignments.csv").read_bytes() == assignments
+    assert "moco        finished before" in capsys.readouterr().err
+
+
+def test_the_table_names_the_four_methods_and_the_report(digits_run, capsys):
+    assert run("evaluate", digits_run) == 0
+    printed = capsys.readouterr().out
+    for part in ("Pixels + k-means", "Features + k-means", "SPICE-Self", "SPICE ", "ACC", "NMI", "ARI", "report.html"):
+        assert part in printed
+
+
+def test_a_folder_with_a_corrupt_image_is_clustered_without_it(photo_run):
+    with open(photo_run / "data/quarantine.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["upright/broken.jpg"]
+    metrics = json.loads((photo_run / "metrics.json").read_text())
+    assert metrics["n"] == 24
+    assert metrics["eval"] is None
+    assert metrics["baselines"] == {"kmeans_pixels": None, "kmeans_features": None}
+    report = (photo_run / "report.html").read_text()
+    assert "<script" not in report
+
+
+def test_folder_names_are_labels_only_when_asked(photo_run, tmp_path, capsys):
+    folder = photo_run.parent / "in"
+    assert run("fit", folder, "--clusters", "2", "--labels", "folder", "--out", tmp_path / "run", *PHOTO) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["eval"]["acc"] >= 0.5
+    capsys.readouterr()
+
+
+def mistake(capsys, *arguments: str | Path) -> str:
+    """The one line that a mistake prints."""
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("spice-dist: ")
+    assert "Traceback" not in printed.err + printed.out
+    return lines[0]
+
+
+def test_wrong_data_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("no image")
+    for data, word in [("nowhere", "nowhere"), ("empty", "empty"), ("texts", "txt")]:
+        line = mistake(capsys, "fit", tmp_path / data, "--clusters", "2", "--out", tmp_path / "run")
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
+    folder = photos(tmp_path / "in", count=6)
+    for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2"), ("0", "at least 2")]:
+        assert word in mistake(capsys, "fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
+    assert "--clusters" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
+
+
+def test_too_many_bad_images_are_refused_with_the_option_that_allows_them(tmp_path, capsys):
+    folder = photos(tmp_path / "in", count=6)
+    (folder / "bad.jpg").write_bytes(b"nothing")
+    assert run("fit", folder, "--clusters", "2", "--out", tmp_path / "run", *PHOTO) == 1
+    assert "--max-bad" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "give another --out" in mistake(capsys, "fit", "digits", "--out", tmp_path / "file/run", *TINY)
+
+
+def test_another_configuration_is_refused_with_the_difference(digits_run, capsys):
+    line = mistake(capsys, "fit", "digits", "--out", digits_run, *TINY, "--set", "moco.lr=0.5")
+    assert "moco.lr was 0.06, now 0.5" in line
+
+
+def test_wrong_settings_are_refused_in_one_line(tmp_path, capsys):
+    out = ("--out", tmp_path / "run")
+    assert 'did you mean "moco.temperature"' in mistake(capsys, "fit", "digits", *out, "--set", "moco.temprature=1")
+    assert "NAME=VALUE" in mistake(capsys, "fit", "digits", *out, "--set", "moco.lr")
+    assert "digits, photos" in mistake(capsys, "fit", "digits", *out, "--recipe", "digit")
+    assert "divisor of 2" in mistake(capsys, "fit", "digits", *out, "--workers", "3")
+    assert "holds no model" in mistake(capsys, "predict", tmp_path, "digits", *out)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "spice_dist.cli", *map(str, arguments)]
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_a_run_folder_in_use_is_refused_and_ctrl_c_saves_what_the_same_command_finishes(tmp_path, capsys):
+    arguments = ["fit", "digits", "--out", tmp_path / "run", *TINY, "--set", "moco.epochs=20"]
+    child = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(tmp_path / "run/moco/metrics.jsonl")
+        assert f"in use by process {child.pid}" in mistake(capsys, *arguments)
+        child.send_signal(signal.SIGINT)
+        _, printed = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert "the same command goes on from there" in printed
+    assert "Traceback" not in printed
+    saved = [path.name for path in (tmp_path / "run/moco/checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert 0 < int(saved[0]) < 20 * 7
+    assert run(*arguments) == 0
+
+    straight = tmp_path / "straight"
+    assert run("fit", "digits", "--out", straight, *TINY, "--set", "moco.epochs=20") == 0
+    assert (straight / "assignments.csv").read_bytes() == (tmp_path / "run/assignments.csv").read_bytes()
+
+
+def test_sigterm_asks_to_be_run_again(tmp_path):
+    arguments = ["fit", "digits", "--out", tmp_path / "run", *TINY, "--set", "moco.epochs=100"]
+    child = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL)
+    try:
+        wait_for(tmp_path / "run/moco/metrics.jsonl")
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 75
+    finally:
+        child.kill()
+    assert not (tmp_path / "run/.owner.json").exists()
+
+
+def test_help_names_the_commands():
+    environment = {**os.environ, "COLUMNS": "120"}
+    shown = subprocess.run(command("--help"), capture_output=True, text=True, env=environment, check=True).stdout
+    for name in ("fit", "predict", "report", "evaluate"):
+        assert f"    {name} " in shown
