@@ -24,7 +24,7 @@ from spice_dist.recipes import recipe
 from spice_dist.report import write_report
 from spice_dist.report.run_folder import read_assignments
 
-Data = str | Path | Sequence[str] | np.ndarray
+Data = str | Path | Sequence[str | Path] | np.ndarray
 
 
 class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):

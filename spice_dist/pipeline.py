@@ -272,8 +272,8 @@ def _listing(source: Source) -> str:
     root = Path(source.name)
     total = hashlib.sha256()
     for name in source.paths:
-        file = root / name
-        size = file.stat().st_size if root.is_dir() and file.exists() else 0
+        file = root / name if root.is_dir() else Path(name)
+        size = file.stat().st_size if file.is_file() else 0
         total.update(os.fsencode(name) + b"\0" + str(size).encode() + b"\0")
     if root.is_file():
         total.update(str(root.stat().st_size).encode())

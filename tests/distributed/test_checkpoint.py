@@ -121,17 +121,17 @@ def damages(file: Path, other: Path) -> Iterator[tuple[str, Callable[[], object]
 
 def not_recovered(folder: Path, file: str) -> list[str]:
     """The faults of the newest checkpoint's `file` after which the store does not fall back to the one before."""
-    kept, failed = folder.with_name("kept"), []
-    shutil.copytree(folder, kept)
-    for name, damage in damages(folder / "000000020" / file, folder / "000000010" / file):
+    newest, kept, failed = folder / "000000020", folder.with_name("kept"), []
+    shutil.copytree(newest, kept)
+    for name, damage in damages(newest / file, folder / "000000010" / file):
         damage()
         with warnings.catch_warnings(record=True) as told:
             found = checkpoint.newest(folder)
         set_aside = names(folder) == ["000000010", "000000020.bad"] and "000000020.bad" in "".join(map(str, told))
         if found is None or found.step != 10 or not set_aside:
             failed.append(name)
-        shutil.rmtree(folder)
-        shutil.copytree(kept, folder)
+        shutil.rmtree(newest if newest.exists() else folder / "000000020.bad")
+        shutil.copytree(kept, newest)
     return failed
 
 
@@ -273,6 +273,7 @@ from spice_dist.distributed import checkpoint
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
+os.fsync = lambda _: None  # a killed process loses nothing that it has written; only a power failure does
 root = Path(sys.argv[1])
 SOUND = {"load": checkpoint.load, "aside": checkpoint._set_aside, "replace": os.replace}
 
@@ -319,7 +320,7 @@ def killed_at_random(folder, times):
         out, pipe = os.pipe()
         pid = start(lambda: save_on(last + 1, pipe))
         os.close(pipe)
-        time.sleep(random.uniform(0.01, 0.15))
+        time.sleep(random.uniform(0.01, 0.08))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         with os.fdopen(out) as lines:
@@ -420,7 +421,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_a_kill_at_a_random_moment_loses_no_acknowledged_checkpoint(killed):
     assert killed["random"]["wrong"] == []
-    assert killed["random"]["acknowledged"] >= 12
+    assert killed["random"]["acknowledged"] >= 10
 
 
 def test_a_kill_before_any_file_operation_of_a_save_loses_nothing(killed):

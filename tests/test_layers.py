@@ -1,0 +1,168 @@
+"""Who may import whom, who may see the true labels, and what the package never does: read from its source."""
+
+import ast
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spice_dist
+
+PACKAGE = Path(spice_dist.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def where(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Full dotted names of everything imported anywhere in a module, also inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full, so that these tests can read them"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def uses(tree: ast.AST, package: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for name in imports(tree))
+
+
+def may_import(path: str, package: str) -> bool:
+    folder, _, file = path.rpartition("/")
+    return {"ray": folder == "distributed" and file.startswith("ray_"), "ffcv": path.startswith("data/ffcv_")}[package]
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in MODULES:
+        yield where(path), ast.parse(path.read_text(), str(path))
+
+
+@pytest.mark.parametrize("package", ["ray", "ffcv"])
+def test_only_the_named_files_import_ray_and_ffcv(package):
+    using = [path for path, tree in trees() if uses(tree, package)]
+    assert [path for path in using if not may_import(path, package)] == []
+    assert using, "the rule would hold of an empty package too"
+
+
+BLIND = ("methods/", "models/", "data/", "losses.py", "pseudo_labels.py", "neighbors.py")
+SEEING = ("spice_dist.evaluate", "spice_dist.metrics", "spice_dist.report")
+
+
+def test_nothing_that_learns_imports_what_sees_true_labels():
+    blind = [(path, tree) for path, tree in trees() if path.startswith(BLIND)]
+    assert {path.split("/")[0] for path, _ in blind} == {name.rstrip("/") for name in BLIND}
+    assert [(path, name) for path, tree in blind for name in SEEING if uses(tree, name)] == []
+
+
+def test_pure_math_knows_no_worker_configuration_or_file():
+    outside = (
+        "spice_dist.distributed",
+        "spice_dist.config",
+        "spice_dist.task",
+        "spice_dist.data",
+        "spice_dist.methods",
+    )
+    pure = ("losses.py", "pseudo_labels.py", "neighbors.py", "metrics.py")
+    assert [(path, name) for path, tree in trees() if path in pure for name in outside if uses(tree, name)] == []
+
+
+def names_of_true_labels(tree: ast.AST) -> list[str]:
+    """Texts that name the file of the true labels; the reliable stage's own file of that name is another one."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    paths = [text for text in texts if "labels.npy" in text and " " not in text]
+    return [text for text in paths if text != "reliable/labels.npy"]
+
+
+def test_only_evaluate_reads_the_true_labels_and_only_ingest_writes_them():
+    assert [path for path, tree in trees() if names_of_true_labels(tree)] == ["data/ingest.py", "evaluate.py"]
+    reads = [
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "data/ingest.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "open", "numpy.load")
+    ]
+    assert [ast.unparse(node) for node in reads if names_of_true_labels(node)] == []
+
+
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save"),
+    *("extractall", "numpy.fromstring", "read_pickle"),
+}
+FORBIDDEN_OPTIONS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """What could run code that is hidden in a file or an argument."""
+    found = sorted(imports(tree) & FORBIDDEN_IMPORTS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            found += [
+                called
+                for name in FORBIDDEN_CALLS
+                if called == name or called.endswith(f".{name}") and name != "eval" and name != "compile"
+            ]
+            for option in node.keywords:
+                value = option.value.value if isinstance(option.value, ast.Constant) else None
+                known = {name for name, _ in FORBIDDEN_OPTIONS}
+                if (option.arg, value) in FORBIDDEN_OPTIONS or (option.arg in known and not isinstance(value, bool)):
+                    found.append(ast.unparse(option))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=where)
+def test_no_module_can_be_made_to_run_code_from_data(path):
+    assert dangers(ast.parse(path.read_text())) == []
+
+
+PLANTED = [
+    *("import pickle", "from pickle import loads", "import joblib", "import yaml", "torch.load(path)"),
+    *("torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=trust)"),
+    *("eval(text)", "exec(text)", "os.system(text)", "subprocess.run(text, shell=True)", "def f():\n  import pickle"),
+    *("archive.extractall(folder)", "pd.read_pickle(path)", "compile(text, '', 'exec')"),
+]
+HARMLESS = ["model.eval()", "np.load(path, allow_pickle=False)", "re.compile(text)", "subprocess.run([a])"]
+
+
+def test_every_planted_danger_is_found_and_nothing_harmless_is():
+    assert [text for text in PLANTED if not dangers(ast.parse(text))] == []
+    assert [text for text in HARMLESS if dangers(ast.parse(text))] == []
+    assert uses(ast.parse("def f():\n  from spice_dist import metrics"), "spice_dist.metrics")
+    assert not uses(ast.parse("from sklearn import metrics\nimport rayon"), "ray")
+    assert names_of_true_labels(ast.parse("np.load(run / 'data/labels.npy')"))
+
+
+def test_help_comes_at_once_and_loads_nothing_heavy():
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        command = [sys.executable, "-X", "importtime", "-m", "spice_dist.cli", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        seconds.append(time.monotonic() - started)
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in loaded
+    assert loaded & {"torch", "ray", "numpy", "timm", "scipy", "sklearn", "PIL", "ffcv", "jinja2"} == set()
+    assert "fit" in done.stdout
+    assert statistics.median(seconds) < 0.5
+
+
+def test_training_code_loads_neither_ray_nor_ffcv():
+    code = "; ".join(
+        [
+            "import sys",
+            *(f"import spice_dist.methods.{name}" for name in ("moco", "spice_self", "reliable", "spice_semi")),
+            "import spice_dist.config, spice_dist.recipes, spice_dist.distributed.worker",
+            "print(sorted({name.split('.')[0] for name in sys.modules} & {'ray', 'ffcv', 'torch'}))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "['torch']\n"
