@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +39,18 @@ class Launch:
     labels: str | None = None  # where true labels come from, for scores only
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """One call of `fit` on one folder."""
 
     config: Config
     source: Source
     folder: Path
-    launch: Launch
+    device: torch.device
+    workers: int
+    threads: int
+    address: str | None
     stop: "StopSignal"
-    device: torch.device = field(init=False)
-    workers: int = field(init=False)
-    threads: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        gpus = torch.cuda.device_count()
-        self.device = torch.device("cuda" if gpus else "cpu")
-        groups = self.config.bn_groups
-        wanted = self.launch.workers
-        if wanted is None:
-            wanted = max(count for count in range(1, max(gpus, 1 if gpus else 2) + 1) if groups % count == 0)
-        if wanted < 0 or (wanted and groups % wanted):
-            raise UserError(
-                f"--workers is {wanted}, which does not divide the {groups} BatchNorm groups of a batch; "
-                f"give a divisor of {groups}, 0, or --set bn_groups=..."
-            )
-        self.workers = wanted
-        self.threads = self.launch.threads or max(1, (os.cpu_count() or 1) // groups)
 
 
 def fit(
@@ -80,9 +65,12 @@ def fit(
     source = data if isinstance(data, Source) else open_source(data, launch.labels)
     _check_clusters(config, len(source.paths), source.name)
     folder = out.resolve()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = _num_workers(config.bn_groups, launch.workers)
+    threads = launch.threads or max(1, (os.cpu_count() or 1) // config.bn_groups)
     with owned(folder), StopSignal() as stop:
-        run = Run(config, source, folder, launch, stop)
-        settings = _settings(config, source, launch)
+        run = Run(config, source, folder, device, workers, threads, launch.address, stop)
+        settings = _settings(config, source, launch.labels)
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
         _write_config(run, command)
@@ -91,6 +79,18 @@ def fit(
         except Interrupted:
             stop.check()  # says which signal it was
             raise
+
+
+def _num_workers(bn_groups: int, wanted: int | None) -> int:
+    if wanted is None:
+        available = torch.cuda.device_count() or 2
+        return max(count for count in range(1, available + 1) if bn_groups % count == 0)
+    if wanted < 0 or (wanted and bn_groups % wanted):
+        raise UserError(
+            f"--workers is {wanted}, which does not divide the {bn_groups} BatchNorm groups of a batch; "
+            f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
+        )
+    return wanted
 
 
 def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _ray_session(run: Run, needed: set[str]) -> contextlib.AbstractContextManage
     from spice_dist.distributed import ray_train
 
     print(f"starting Ray for {run.workers} workers", file=sys.stderr)
-    return ray_train.session(run.launch.address, num_cpus=run.workers)
+    return ray_train.session(run.address, num_cpus=run.workers)
 
 
 def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["Bar"], None]) -> None:
@@ -239,7 +239,9 @@ class Bar:
         self.tqdm.close()
 
     def show(self, done: int, total: int, loss: float | None = None) -> None:
-        """Between two steps of a stage that keeps no state of its own this is where it stops."""
+        """A stage without a loss keeps no state of its own: here is where it stops when asked to."""
+        if loss is None:
+            self.stop.check()
         if self.tqdm.total != total:
             self.tqdm.reset(total)
             self.tqdm.initial = self.tqdm.n = done if loss is not None and done > 1 else 0
@@ -248,7 +250,7 @@ class Bar:
         self.tqdm.update(done - self.tqdm.n)
 
 
-def _settings(config: Config, source: Source, launch: Launch) -> dict[str, dict[str, Any]]:
+def _settings(config: Config, source: Source, labels: str | None) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
@@ -259,7 +261,7 @@ def _settings(config: Config, source: Source, launch: Launch) -> dict[str, dict[
         "spice_semi": ("spice_semi",),
     }
     flat = flatten(config)
-    depends: dict[str, Any] = {"images": _listing(source), "labels": launch.labels}
+    depends: dict[str, Any] = {"images": _listing(source), "labels": labels}
     settings = {}
     for stage, own in names.items():
         depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own}

@@ -1,7 +1,9 @@
 """A setting is named by dots, read as its field's type from text or JSON, and never silently something else."""
 
+import contextlib
 import dataclasses
 import json
+import re
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +84,8 @@ REFUSED = [
 def test_a_value_of_another_type_is_refused_by_name_with_what_it_should_be(name, value):
     message = refusal(name, value)
     assert message.startswith(f'"{name}" is ')
-    assert any(
-        kind in message for kind in ("a whole number", "a number", "True or False", "text", "a list such as (32,")
-    )
+    kinds = ("a whole number", "a number", "True or False", "text", r"a list such as \((32, 32|0.5, 0.5)\)")
+    assert re.search(f" is ({'|'.join(kinds)}), not ", message)
 
 
 def test_the_example_of_a_list_is_itself_accepted():
@@ -126,7 +127,7 @@ def test_a_group_is_refused_and_its_settings_are_named(name):
 
 
 def test_the_original_and_all_other_settings_are_unchanged():
-    config = recipe("digits")
+    config = recipe("digits", 500)
     before = flatten(config)
     changed = override(config, {"moco.lr": 0.5, "moco.view.crop_scale": "(0.5, 1)", "seed": 7})
     assert flatten(config) == before
@@ -153,13 +154,13 @@ def test_flatten_names_every_leaf_once_and_override_reaches_each():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_json(name):
-    config = RECIPES[name]()
+    config = RECIPES[name](500)
     assert override(Config(), json.loads(json.dumps(flatten(config)))) == config
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_being_typed_on_the_command_line(name):
-    config = RECIPES[name]()
+    config = RECIPES[name](500)
     assert override(Config(), {leaf: str(value) for leaf, value in flatten(config).items()}) == config
 
 
@@ -185,7 +186,5 @@ def test_any_value_of_a_fields_type_survives_text_and_json(data):
 @given(st.text(max_size=20))
 def test_any_text_is_either_a_value_of_the_type_or_one_clear_refusal(text):
     for name, kind in (("moco.epochs", int), ("moco.lr", float), ("backbone.widths", tuple)):
-        try:
+        with contextlib.suppress(UserError):  # any other error fails
             assert isinstance(get(override(Config(), {name: text}), name), kind)
-        except UserError as refused:
-            assert str(refused).startswith(f'"{name}" is a')

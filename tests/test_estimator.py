@@ -24,7 +24,8 @@ TINY = {
 
 
 def pixels(count: int = 80) -> np.ndarray:
-    return (load_digits().images[:count] * 15).astype(np.uint8)
+    rows, _ = load_digits(return_X_y=True)
+    return (np.asarray(rows)[:count].reshape(-1, 8, 8) * 15).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,9 @@ def fitted() -> SpiceClusterer:
 
 def test_parameters_survive_cloning_and_fitting_changes_none():
     model = SpiceClusterer(n_clusters=7, settings=TINY, seed=5)
-    assert clone(model).get_params() == model.get_params()
+    copied = clone(model)
+    assert isinstance(copied, SpiceClusterer)
+    assert copied.get_params() == model.get_params()
     assert not hasattr(model, "labels_")
 
 

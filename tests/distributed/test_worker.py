@@ -1,0 +1,290 @@
+"""What a worker saves, when it stops, what it writes down, and that a full disk costs as little as possible."""
+
+import json
+import resource
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from spice_dist.distributed import checkpoint
+from spice_dist.distributed.checkpoint import Tensors
+from spice_dist.distributed.worker import LocalWorker, MetricLog, Worker
+from spice_dist.errors import Interrupted, UserError
+
+CPU = torch.device("cpu")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in lines(folder)]
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "moco/checkpoints").glob("*"))
+
+
+def weights(value: float, count: int = 4) -> Callable[[], Tensors]:
+    return lambda: {"net": {"w": torch.full((count,), value)}}
+
+
+def loss(value: float) -> dict[str, Tensor]:
+    return {"loss": torch.tensor(value)}
+
+
+def started(run: Path, **options: Callable) -> LocalWorker:
+    worker = LocalWorker(run, "moco", CPU, **options)
+    worker.resume()
+    return worker
+
+
+@contextmanager
+def no_room_for_more_than(size: int) -> Iterator[None]:
+    """A file that would grow beyond `size` bytes fails as on a full disk (with EFBIG: needs no small disk, no root)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_resumed_log_keeps_the_lines_up_to_its_step(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step in (10, 20, 30, 40):
+        log.write(step, {"loss": step / 10})
+    log = MetricLog(tmp_path, 25)
+    assert lines(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}]
+    log.write(30, {"loss": 9.0})
+    assert steps(tmp_path) == [10, 20, 30]
+    MetricLog(tmp_path, 0)
+    assert steps(tmp_path) == []
+
+
+TAILS = [
+    *(b'{"step": 20, "lo', b'{"step": 20}', b"\0" * 30, b"\0" * 30 + b"\n", b"\xff\xfe\n"),
+    *(b"[3]\n", b"7\n", b'{"step": null}\n'),
+]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_a_killed_writer_tore_is_dropped_and_the_next_line_stands_alone(tmp_path, tail):
+    MetricLog(tmp_path, 0).write(10, {"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    MetricLog(tmp_path, 20).write(30, {"loss": 3.0})
+    assert lines(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 30, "loss": 3.0}]
+
+
+def test_a_damaged_line_in_the_middle_costs_only_itself_and_steps_strictly_rise(tmp_path):
+    rows = ['{"step": 10}', '{"step": 2', '{"step": 20}', '{"step": 20}', '{"step": 15}', '{"step": 30}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    MetricLog(tmp_path, 30)
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_appending_without_truncation_would_repeat_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("spice_dist.distributed.worker._lines_up_to", lambda step, text: iter([text]))
+    for _ in range(2):
+        MetricLog(tmp_path, 0).write(10, {"loss": 1.0})
+    assert steps(tmp_path) == [10, 10]
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    log = MetricLog(tmp_path, 7)
+    log.write(8, {"loss": 1.5, "select_loss": 0.25})
+    log.write(9, {"loss": 2.5})
+    (path,) = tmp_path.glob("*tfevents*")
+    raw, events = path.read_bytes(), []
+    while raw:  # a record is its length, a checksum of that, the event, a checksum
+        length = int.from_bytes(raw[:8], "little")
+        events.append(Event.FromString(raw[12 : 12 + length]))
+        raw = raw[16 + length :]
+    assert [event.session_log.status for event in events if event.HasField("session_log")] == [1]  # start: drops from
+    assert [event.step for event in events if event.HasField("session_log")] == [8]
+    found = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert found == [(8, "loss", 1.5), (8, "select_loss", 0.25), (9, "loss", 2.5)]
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_tears_none(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    for step in range(2, 40):  # far more than any queue of events holds
+        with no_room_for_more_than(size + 9), pytest.warns(UserWarning, match=f"no metrics at step {step} "):
+            log.write(step, {"loss": 2.0})
+    assert steps(tmp_path) == [1]
+    log.write(40, {"loss": 3.0})
+    assert steps(tmp_path) == [1, 40]
+
+
+def test_without_cutting_back_a_full_disk_would_tear_a_line(tmp_path, monkeypatch):
+    log = MetricLog(tmp_path, 0)
+    monkeypatch.setattr("spice_dist.distributed.worker.os.truncate", lambda *_: None)
+    with no_room_for_more_than(9), pytest.warns(UserWarning, match="no metrics"):
+        log.write(1, {"loss": 2.0})
+    log.write(2, {"loss": 3.0})
+    with pytest.raises(ValueError, match="JSON|delimiter|Extra"):
+        lines(tmp_path)
+
+
+def test_the_last_step_is_saved_and_resume_returns_the_newest(tmp_path):
+    worker = LocalWorker(tmp_path, "moco", CPU)
+    assert isinstance(worker, Worker)
+    assert worker.resume() is None
+    for step in (1, 2, 3):
+        worker.report(step, 3, loss(1.0), weights(step))
+    assert saved(tmp_path) == ["000000003"]
+    found = LocalWorker(tmp_path, "moco", CPU).resume()
+    assert found is not None
+    assert (found.step, found.state["total"]) == (3, 3)
+    assert found.tensors("net")["w"].tolist() == [3.0] * 4
+
+
+def test_asked_to_stop_it_saves_this_step_and_raises_interrupted(tmp_path):
+    wish = [False]
+    worker = started(tmp_path, stop_requested=lambda: wish[0])
+    worker.report(1, 9, loss(1.0), weights(1))
+    wish[0] = True
+    with pytest.raises(Interrupted):
+        worker.report(2, 9, loss(1.0), weights(2))
+    assert saved(tmp_path) == ["000000002"]
+
+
+def test_asked_to_stop_at_the_last_step_it_is_simply_done(tmp_path):
+    worker = started(tmp_path, stop_requested=lambda: True)
+    worker.report(9, 9, loss(1.0), weights(9))
+    assert saved(tmp_path) == ["000000009"]
+
+
+def test_it_saves_when_the_clock_says_so_and_only_then(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("spice_dist.distributed.worker.time.monotonic", lambda: now[0])
+    worker = started(tmp_path)
+    at = []
+    for step in range(1, 20):
+        now[0] += 25.0
+        monkeypatch.setattr("spice_dist.distributed.worker.time.time", lambda step=step: 1e9 * (-1) ** step)  # unused
+        worker.report(step, 100, loss(1.0), lambda step=step: at.append(step) or weights(step)())
+    assert at == [3, 6, 9, 12, 15, 18]  # more than 60 s after the one before
+    assert saved(tmp_path) == ["000000015", "000000018"]
+
+
+def test_resume_sweeps_up_what_a_killed_save_left(tmp_path):
+    started(tmp_path).report(1, 1, loss(1.0), weights(1))
+    (tmp_path / "moco/checkpoints/.000000002.12ab").mkdir()
+    worker = LocalWorker(tmp_path, "moco", CPU)
+    worker.rank = 1  # only the first worker may: it is the one that saves
+    worker.resume()
+    assert ".000000002.12ab" in saved(tmp_path)
+    started(tmp_path)
+    assert saved(tmp_path) == ["000000001"]
+
+
+def test_a_damaged_newest_checkpoint_takes_the_metrics_back_with_it(tmp_path):
+    wish = [True]
+    for step in (1, 2):
+        worker = started(tmp_path, stop_requested=lambda: wish[0])
+        with pytest.raises(Interrupted):
+            worker.report(step, 50, loss(step), weights(step))
+    (tmp_path / "moco/checkpoints/000000002/net.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="set aside"):
+        found = LocalWorker(tmp_path, "moco", CPU).resume()
+    assert found is not None
+    assert found.step == 1
+    assert steps(tmp_path / "moco") == [1]
+
+
+def test_a_full_disk_in_the_middle_warns_and_training_goes_on(tmp_path):
+    worker = started(tmp_path)
+    worker.checkpoint_seconds = -1.0
+    worker.report(1, 200, loss(1.0), weights(1))
+    for step in (2, 3):
+        with no_room_for_more_than(2000), pytest.warns(UserWarning, match=f"no checkpoint at step {step} .*goes on"):
+            worker.report(step, 200, loss(1.0), weights(step, 10_000))
+    assert saved(tmp_path) == ["000000001"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        worker.report(4, 200, loss(1.0), weights(4, 10_000))
+    assert saved(tmp_path) == ["000000001", "000000004"]
+
+
+def test_a_full_disk_at_the_end_is_a_mistake_told_in_one_line(tmp_path):
+    worker = started(tmp_path)
+    message = rf"^cannot save {tmp_path}/moco/checkpoints: [^\n]+; make room, then run the same command again$"
+    with no_room_for_more_than(2000), pytest.raises(UserError, match=message):
+        worker.report(5, 5, loss(1.0), weights(5, 10_000))
+
+
+def test_every_worker_learns_that_the_first_could_not_save(tmp_path, monkeypatch):
+    """Nobody is left waiting for a worker that has given up."""
+    monkeypatch.setattr("spice_dist.distributed.collectives.largest_int", lambda value, device: 1)
+    worker = LocalWorker(tmp_path, "moco", CPU)
+    worker.rank = 1
+    with pytest.raises(UserError, match="the first worker says why"):
+        worker.report(5, 5, loss(1.0), weights(5))
+
+
+def test_a_full_disk_when_asked_to_stop_does_not_claim_that_the_state_is_saved(tmp_path):
+    worker = started(tmp_path, stop_requested=lambda: True)
+    with no_room_for_more_than(2000), pytest.raises(UserError, match="make room"):
+        worker.report(2, 5, loss(1.0), weights(2, 10_000))
+
+
+def test_an_error_that_the_store_did_not_translate_would_end_training(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", lambda path, tensors: save_file(tensors, path))
+    worker = started(tmp_path)
+    worker.checkpoint_seconds = -1.0
+    with no_room_for_more_than(2000), pytest.raises(SafetensorError):
+        worker.report(1, 5, loss(1.0), weights(1, 10_000))
+
+
+def test_a_line_holds_the_means_since_the_line_before(tmp_path):
+    worker = started(tmp_path)
+    for step in range(1, 301):  # a line every third step
+        worker.report(step, 300, {"loss": torch.tensor(float(step)), "extra": torch.tensor(step % 3)}, weights(0))
+    expected = [{"step": s, "extra": 1.0, "loss": s - 1.0} for s in range(3, 301, 3)]
+    assert lines(tmp_path / "moco") == expected
+
+
+def test_a_short_stage_has_a_line_for_every_step(tmp_path):
+    worker = started(tmp_path)
+    for step in (1, 2, 3):
+        worker.report(step, 3, loss(step), weights(0))
+    assert lines(tmp_path / "moco") == [{"step": s, "loss": float(s)} for s in (1, 2, 3)]
+
+
+def test_reported_metrics_are_neither_changed_nor_kept_in_the_graph(tmp_path):
+    worker = started(tmp_path)
+    first = torch.tensor(1.0, requires_grad=True)
+    value = first * 2
+    for step in (1, 2):
+        worker.report(step, 1000, {"loss": value}, weights(0))
+    assert value.item() == 2.0
+    assert not worker.sums["loss"].requires_grad
+
+
+def test_progress_is_shown_at_most_twice_a_second_and_at_the_end(tmp_path, monkeypatch):
+    now, shown = [0.0], []
+    monkeypatch.setattr("spice_dist.distributed.worker.time.monotonic", lambda: now[0])
+    worker = started(tmp_path, progress=lambda step, total, value: shown.append((step, total, value)))
+    for step in range(1, 31):
+        now[0] += 0.125
+        worker.report(step, 30, loss(step), weights(0))
+    assert [step for step, _, _ in shown] == [5, 10, 15, 20, 25, 30]
+    assert shown[-1] == (30, 30, 30.0)
