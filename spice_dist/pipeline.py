@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from spice_dist import inference
-from spice_dist.config import Config, flatten
+from spice_dist.config import Config, flatten, override
 from spice_dist.data.files import publish_json
 from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed.worker import LocalWorker
@@ -25,8 +25,9 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import moco, reliable, spice_self, spice_semi
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
+from spice_dist.task import Task
 
-EMBED_HERE = 50_000  # images below which features are computed in this process
+SMALL = 50_000  # images that this process reads once and embeds in less time than FFCV compiles or workers start
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,12 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
     from spice_dist.report import write_report
 
     config, folder, device = run.config, run.folder, run.device
+    brief = _brief(run)
     stages: dict[str, Callable[[Bar], None]] = {
         "data": lambda bar: pack(run, bar),
         "moco": lambda bar: _train(run, moco.train, config.moco, "moco", bar),
         "features": lambda bar: _embed(run, bar),
-        "spice_self": lambda bar: _train_here(run, spice_self.train, config.spice_self, "spice_self", bar),
+        "spice_self": lambda bar: _train_here(run, brief, spice_self.train, config.spice_self, "spice_self", bar),
         "reliable": lambda bar: reliable.select(config, config.reliable, folder, device, bar.show),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
     }
@@ -115,7 +117,7 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
     if finished != set(stages) or not (folder / "metrics.json").exists():
         with Bar("evaluate", run.stop) as bar:
-            evaluate(config, config.spice_semi, folder, device, seconds, bar.show)
+            evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
     write_report(folder)
     return metrics
@@ -163,10 +165,16 @@ def pack(run: Run, bar: "Bar") -> None:
         (folder / "images.npy").unlink()
 
 
+def _brief(run: Run) -> Config:
+    """The configuration for stages that only pass over the images: a small set is not worth compiling FFCV's reader."""
+    if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
+        return run.config
+    return override(run.config, {"data.loader": "torch"})
+
+
 def _embed(run: Run, bar: "Bar") -> None:
-    """A small set is embedded in less time than workers take to start."""
-    if len(run.source.paths) < EMBED_HERE:
-        _train_here(run, inference.embed, None, "features", bar)
+    if len(run.source.paths) < SMALL:
+        _train_here(run, _brief(run), inference.embed, None, "features", bar)
     else:
         _train(run, inference.embed, None, "features", bar)
 
@@ -174,7 +182,7 @@ def _embed(run: Run, bar: "Bar") -> None:
 def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
     """On the workers of the Ray session, or in this process if there are none."""
     if run.workers == 0:
-        _train_here(run, train, config, stage, bar, run.threads)
+        _train_here(run, run.config, train, config, stage, bar, run.threads)
         return
     from spice_dist.distributed import ray_train
 
@@ -183,11 +191,13 @@ def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
     )
 
 
-def _train_here(run: Run, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None) -> None:
+def _train_here(
+    run: Run, task: Task, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
-        train(run.config, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
+        train(task, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
     finally:
         torch.set_num_threads(before)
 

@@ -30,7 +30,7 @@ def digits(num_images: int = 1797) -> Config:
         backbone=BackboneConfig(name="resnet18", stem="small", widths=(32, 32, 64, 128), depths=(1, 1, 1, 1)),
         moco=MoCoConfig(epochs=200, batch=256, lr=0.06, momentum=0.99, queue=1024, view=view),
         spice_self=SpiceSelfConfig(epochs=30, weak=weak, strong=view),
-        reliable=ReliableConfig(neighbors=20),  # a ninth of a cluster: most labels survive, one in a thousand is wrong
+        reliable=ReliableConfig(neighbors=20, ratio=0.75),  # a ninth of a cluster: its rarer shapes count too
         spice_semi=SpiceSemiConfig(steps=400, ema=0.99, init="scratch", weak=weak, strong=view),
     )
 

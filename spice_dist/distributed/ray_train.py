@@ -1,11 +1,13 @@
 """Ray Train runs a stage on many workers; the training code never knows. Ray only schedules: state is in our store."""
 
+import atexit
 import contextlib
 import json
 import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -59,27 +61,53 @@ class RayWorker(LocalWorker):
 @contextmanager
 def session(address: str | None, num_cpus: int) -> Iterator[None]:
     """A Ray session: the cluster at `address`, or one of our own on this machine, with a token that only we know."""
-    with tempfile.TemporaryDirectory(prefix="spice-") as private:
-        for name, value in RAY_SETTINGS.items():
-            os.environ.setdefault(name, value)
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if address is None:
-            token = Path(private) / "token"
-            token.touch(mode=0o600)
-            token.write_text(secrets.token_hex(32))
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-            options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
-        import ray  # reads its environment when it is imported
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        _require_token()
+        options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
+    else:
+        _require_answer(address)
+    import ray  # reads its environment when it is imported
 
-        try:
-            ray.init(address, **options)
-        except (ConnectionError, RuntimeError) as error:
-            place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
-            raise UserError(f"{place}: {_last_line(str(error))}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
+        raise UserError(f"{place}: {_last_line(str(error))}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str, seconds: float = 10.0) -> None:
+    """UserError at once if nobody listens at host:port; Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and other names that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"no Ray cluster answers at {address} ({reason}); start one or leave --address out") from error
+
+
+def _require_token() -> None:
+    """Token authentication for the cluster that we start: the user's token, or a secret of this process.
+
+    Ray reads the token once in the life of a process, so all sessions of a process share it.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    private = tempfile.TemporaryDirectory(prefix="spice-")
+    atexit.register(private.cleanup)
+    token = Path(private.name) / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
 def train_on_workers(

@@ -52,8 +52,8 @@ def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, sa
 
 
 def finished(stage: Path) -> Checkpoint:
-    """The last checkpoint of an earlier stage."""
+    """The last checkpoint of an earlier stage; never one from before its end, if the last is damaged."""
     saved = checkpoint.newest(stage / "checkpoints")
-    if saved is None:
-        raise UserError(f"{stage} holds no valid checkpoint; remove {stage} and run the same command again")
+    if saved is None or saved.step != saved.state["total"]:
+        raise UserError(f"{stage} has lost its last checkpoint; remove {stage} and run the same command again")
     return saved

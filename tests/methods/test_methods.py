@@ -14,6 +14,7 @@ from torch import nn
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.data.images import open_images
+from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
@@ -76,7 +77,11 @@ def test_an_interrupted_stage_resumes_bit_for_bit(small_run, without_stage, stag
     calls = iter(range(1, 1000))
     with pytest.raises(Interrupted):
         TRAIN[stage](SMALL, LocalWorker(run, stage, CPU, stop_requested=lambda: next(calls) >= cut))
-    assert finished(run / stage).step == cut
+    saved = checkpoint.newest(run / stage / "checkpoints")
+    assert saved is not None
+    assert saved.step == cut
+    with pytest.raises(UserError, match="has lost its last checkpoint"):
+        finished(run / stage)
     TRAIN[stage](SMALL, LocalWorker(run, stage, CPU))
     assert_same_bits(weights(run, stage), weights(small_run, stage))
 
