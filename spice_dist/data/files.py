@@ -51,9 +51,9 @@ def temporary_path(path: Path) -> Path:
 
 def commit(temporary: Path, path: Path) -> None:
     """Make the bytes of `temporary` durable, then give them the name `path`."""
-    _fsync(temporary)
+    fsync(temporary)
     os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def csv_cell(text: str) -> str:
@@ -65,7 +65,8 @@ def csv_cell(text: str) -> str:
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file, or the names inside a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spice_dist.data.files import fsync
 from spice_dist.errors import DamagedFile
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -58,9 +59,9 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict, keep: int = 2) 
         files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"version": 1, "step": step, "sha256": files}, indent=1))
         for file in (*temporary.iterdir(), temporary):
-            _fsync(file)
+            fsync(file)
         os.replace(temporary, final)
-        _fsync(folder)
+        fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -132,12 +133,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Bring a file, or the names inside a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
