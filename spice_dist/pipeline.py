@@ -147,8 +147,7 @@ def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["
 
 
 def pack(run: Run, bar: "Bar") -> None:
-    """The images as one verified file: FFCV's format, or an array where FFCV is not installed."""
-    from spice_dist.data.ffcv_loader import why_no_ffcv
+    """The images as one verified file: FFCV's format, or an array where FFCV cannot write it."""
     from spice_dist.data.ffcv_writer import write_beton
     from spice_dist.data.ingest import ingest
 
@@ -160,8 +159,15 @@ def pack(run: Run, bar: "Bar") -> None:
         tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
     if manifest.duplicates:
         tqdm.write(f"{manifest.duplicates} of {manifest.n} images are exact copies of others", sys.stderr)
-    if data.loader != "torch" and why_no_ffcv() is None:
+    if data.loader == "torch":
+        return
+    try:
         write_beton(folder / "images.npy", folder / "dataset.beton", bar.show)
+    except UserError as error:
+        if data.loader == "ffcv":
+            raise
+        tqdm.write(f"{error}; going on without FFCV: the slower torch loader reads the images", sys.stderr)
+    else:
         (folder / "images.npy").unlink()
 
 

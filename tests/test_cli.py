@@ -137,6 +137,20 @@ def test_folder_names_are_labels_only_when_asked(photo_run, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_without_ffcv_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv/__init__.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = [*TINY, "--set", "data.loader=auto"]
+    assert run("fit", "digits", "--out", tmp_path / "run", *settings) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "FFCV" in line]
+    assert len(told) == 1
+    assert "libturbojpeg.so.0" in told[0]
+    assert (tmp_path / "run/data/images.npy").exists()
+    assert run("fit", "digits", "--out", tmp_path / "forced", *TINY, "--set", "data.loader=ffcv") == 1
+    assert "libturbojpeg.so.0" in capsys.readouterr().err.splitlines()[-1]
+
+
 def mistake(capsys, *arguments: str | Path) -> str:
     """The one line that a mistake prints."""
     assert run(*arguments) == 1
