@@ -8,7 +8,8 @@ debian_packages=(g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev pyth
 stamp=.venv/.spice-dist-setup
 wanted=$(cat pyproject.toml constraints.txt launch/setup.sh | sha256sum)
 
-ffcv_libraries() { command -v g++ pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
+ffcv_libraries() { command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
+python_headers() { "$python" -c 'import ensurepip, venv, sysconfig, os; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null; }
 
 install_debian_packages() {
   local root=()
@@ -27,7 +28,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
   exit 0
 fi
 python=${PYTHON:-python3}
-if ! ffcv_libraries || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then install_debian_packages; fi
+if ! ffcv_libraries || ! python_headers; then install_debian_packages; fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "setup: $("$python" --version) is too old; Python 3.11 or newer is needed (PYTHON=... names one)" >&2
   exit 1
@@ -36,8 +37,8 @@ if ! ffcv_libraries || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
 echo "setup: installing Python packages into .venv (a few GB with CUDA; minutes on a slow line)"
 .venv/bin/python -m pip install -q --upgrade pip
 .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
-if ffcv_libraries; then
-  .venv/bin/python -m pip install -q -c constraints.txt -e '.[ffcv]' ||
-    echo "setup: FFCV did not build; images are read by the slower torch loader" >&2
+if ffcv_libraries && .venv/bin/python -m pip install -q -c constraints.txt -e '.[ffcv]'; then
+  echo "$wanted" >"$stamp"
+else # no stamp: once the libraries are there, the next call installs FFCV
+  echo "setup: FFCV is not installed; images are read by the slower torch loader" >&2
 fi
-echo "$wanted" >"$stamp"

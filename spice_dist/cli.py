@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, help="the run folder; the same command resumes a run in it")
     fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
     fit.add_argument("--recipe", help="digits or photos; the default is what fits the data")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--seed", type=int, help="another seed, another run (default 0)")
     fit.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
     )
@@ -51,9 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=("folder", "array"),
         help="where true labels are, for scores only: sub-folder names, or .npz",
     )
-    fit.add_argument("--workers", type=int, help="training processes; 0: no Ray (default: one per GPU, or 2 on a CPU)")
+    fit.add_argument(
+        "--workers",
+        type=int,
+        help="training processes, a divisor of bn_groups; 0: no Ray (default: as many as GPUs, or 2 on a CPU)",
+    )
     fit.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
-    fit.add_argument("--address", help="a running Ray cluster to join, host:port or 'auto'")
+    fit.add_argument(
+        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
+    )
 
     predict = commands.add_parser("predict", help="assign new images with the model of a finished run")
     predict.set_defaults(call=_predict)
@@ -78,8 +84,6 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
 
     digits = options.data == "digits"
     source = open_source(options.data, options.labels)
-    if options.clusters is None and not digits:
-        raise UserError("how many clusters? give --clusters, a whole number from 2 up")
     changes: dict[str, Any] = {}
     for item in options.set:
         name, equals, value = item.partition("=")
@@ -88,6 +92,11 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
         changes[name] = value
     given_as_options = {"clusters": options.clusters, "data.max_bad": options.max_bad, "seed": options.seed}
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
+
+    if "clusters" not in changes and not digits:
+        raise UserError("how many clusters? give --clusters, a whole number from 2 up")
+    if "backbone.name" in changes:  # another network has its own widths and depths
+        changes = {"backbone.widths": (), "backbone.depths": (), **changes}
 
     from spice_dist.config import override
     from spice_dist.pipeline import Launch, fit

@@ -100,15 +100,15 @@ def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
 
 def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
     """The network in eval mode and what it was made for; UserError if the folder holds none."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         about = json.loads((folder / "model.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no model ({Path(error.filename).name} is missing); finish `fit` first"
-        ) from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
     widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths")}
     task = Task(
         clusters=about["clusters"],
@@ -144,6 +144,6 @@ def packed(source: Source, config: DataConfig, device: torch.device) -> Iterator
     """(images, their names, the quarantine list if any image was bad), ingested into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="spice-") as temporary:
         folder = Path(temporary)
-        manifest = ingest(source, config.size, folder, config.max_bad)
+        manifest = ingest(source, config.size, folder, max_bad=1.0)  # what can be read is wanted, however little
         with closing(open_images(folder, device=device, channels=config.channels, loader="torch")) as images:
             yield images, read_paths(folder), folder / "quarantine.csv" if manifest.bad else None

@@ -13,20 +13,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from spice_dist import inference
 from spice_dist.config import Config, flatten, override
-from spice_dist.data.files import publish_json
-from spice_dist.data.sources import Source, open_source
+from spice_dist.data.files import publish, publish_json
+from spice_dist.data.ingest import read_paths
+from spice_dist.data.sources import BadImage, Source, open_source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import moco, reliable, spice_self, spice_semi
+from spice_dist.models.backbone import Backbone
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import Task
+from spice_dist.task import Task, require_positive
 
+HARMLESS = ("data.loader", "data.max_bad")  # settings that change no pixel
 SMALL = 50_000  # images that this process reads once and embeds in less time than FFCV compiles or workers start
 
 
@@ -64,22 +68,37 @@ def fit(
         Interrupted: asked to stop; the same call goes on from there.
     """
     source = data if isinstance(data, Source) else open_source(data, launch.labels)
-    _check_clusters(config, len(source.paths), source.name)
+    _check_settings(config, len(source.paths), source.name)
+    backbone = Backbone(config.backbone, config.data.channels, config.data.size)  # what cannot be built is told at once
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = _num_workers(config.bn_groups, launch.workers)
-    threads = launch.threads or max(1, (os.cpu_count() or 1) // config.bn_groups)
+    if launch.threads is not None:
+        require_positive("", threads=launch.threads)
+    threads = launch.threads or max(1, usable_cores() // config.bn_groups)
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, workers, threads, launch.address, stop)
-        settings = _settings(config, source, launch.labels)
+        images = _listing(source)
+        settings = _settings(config, images)
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
-        _write_config(run, command)
+        _write_config(run, images, command)
+        size = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
+        print(
+            f"{len(source.paths)} images into {config.clusters} clusters: {config.backbone.name} of {size:.2f} M "
+            f"parameters, {workers or 'no'} Ray workers, {threads} threads each, {device.type}",
+            file=sys.stderr,
+        )
         try:
             return _run_stages(run, settings)
         except Interrupted:
             stop.check()  # says which signal it was
             raise
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: a SLURM share or a container has fewer than its machine."""
+    return len(os.sched_getaffinity(0))
 
 
 def _num_workers(bn_groups: int, wanted: int | None) -> int:
@@ -115,7 +134,8 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
             else:
                 _run_stage(run, stage, settings[stage], work)
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
-    if finished != set(stages) or not (folder / "metrics.json").exists():
+    relabelled = "data" in finished and _relabel(run)
+    if relabelled or finished != set(stages) or not (folder / "metrics.json").exists():
         with Bar("evaluate", run.stop) as bar:
             evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -154,7 +174,7 @@ def pack(run: Run, bar: "Bar") -> None:
     folder = run.folder / "data"
     data = run.config.data
     manifest = ingest(run.source, data.size, folder, data.max_bad, bar.show)
-    _check_clusters(run.config, manifest.n, manifest.source)
+    _check_settings(run.config, manifest.n, manifest.source)
     if manifest.bad:
         tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
     if manifest.duplicates:
@@ -176,6 +196,22 @@ def _brief(run: Run) -> Config:
     if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
         return run.config
     return override(run.config, {"data.loader": "torch"})
+
+
+def _relabel(run: Run) -> bool:
+    """Bring data/labels.npy in line with the labels that are given now, which only score; whether they changed."""
+    path = run.folder / "data/labels.npy"
+    before = np.load(path) if path.exists() else None
+    now = None
+    if run.source.labels is not None:
+        by_name = dict(zip(run.source.paths, run.source.labels, strict=True))
+        now = np.array([by_name[name] for name in read_paths(run.folder / "data")], np.int64)
+    if now is None:
+        path.unlink(missing_ok=True)
+        return before is not None
+    with publish(path) as file:
+        np.save(file, now)
+    return before is None or not np.array_equal(before, now)
 
 
 def _embed(run: Run, bar: "Bar") -> None:
@@ -201,7 +237,7 @@ def _train_here(
     run: Run, task: Task, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None
 ) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or usable_cores())
     try:
         train(task, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
     finally:
@@ -266,7 +302,7 @@ class Bar:
         self.tqdm.update(done - self.tqdm.n)
 
 
-def _settings(config: Config, source: Source, labels: str | None) -> dict[str, dict[str, Any]]:
+def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
@@ -277,35 +313,42 @@ def _settings(config: Config, source: Source, labels: str | None) -> dict[str, d
         "spice_semi": ("spice_semi",),
     }
     flat = flatten(config)
-    depends: dict[str, Any] = {"images": _listing(source), "labels": labels}
+    depends: dict[str, Any] = {"images": images}
     settings = {}
     for stage, own in names.items():
-        depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own}
+        depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
         settings[stage] = dict(depends)
     return settings
 
 
 def _listing(source: Source) -> str:
-    """The images by number, names and file sizes: cheap, and different when files come, go or are replaced."""
+    """The images by number, names and contents: pixels of arrays, but of files only the size, which is cheap."""
     root = Path(source.name)
     total = hashlib.sha256()
-    for name in source.paths:
+    for i, name in enumerate(source.paths):
         file = root / name if root.is_dir() else Path(name)
-        size = file.stat().st_size if file.is_file() else 0
-        total.update(os.fsencode(name) + b"\0" + str(size).encode() + b"\0")
-    if root.is_file():
-        total.update(str(root.stat().st_size).encode())
+        total.update(os.fsencode(name) + b"\0")
+        with contextlib.suppress(BadImage):  # a file of a list that is not there: ingest will say so
+            content = str(file.stat().st_size).encode() if file.is_file() else source.read(i)
+            total.update(content if isinstance(content, bytes) else content.tobytes())
     return f"{len(source.paths)} images, {total.hexdigest()[:16]}"
 
 
-def _check_clusters(config: Config, num_images: int, data: str) -> None:
+def _check_settings(config: Config, num_images: int, data: str) -> None:
+    """UserError for whatever would otherwise fail after hours of training."""
+    require_positive("", bn_groups=config.bn_groups)
+    if config.seed < 0:
+        raise UserError(f"--seed is {config.seed}; give 0 or more")
     if config.clusters < 2:
         raise UserError(f"--clusters is {config.clusters}; a clustering needs at least 2")
     if config.clusters > num_images:
         raise UserError(f"--clusters is {config.clusters}, more than the {num_images} images of {data}; ask for fewer")
+    moco.check(config, config.moco, num_images)
+    spice_self.check(config, config.spice_self, num_images)
+    spice_semi.check(config, config.spice_semi)
 
 
-def _write_config(run: Run, command: list[str] | None) -> None:
+def _write_config(run: Run, images: str, command: list[str] | None) -> None:
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "timm", "ray", "numpy", "scikit-learn")
@@ -313,7 +356,7 @@ def _write_config(run: Run, command: list[str] | None) -> None:
         "version": 1,
         "command": command,
         "config": asdict(run.config),
-        "data": {"source": Path(run.source.name).name, "images": _listing(run.source)},
+        "data": {"source": Path(run.source.name).name, "images": images},
         "launch": {"workers": run.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

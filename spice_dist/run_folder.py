@@ -185,14 +185,17 @@ def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bo
 
 
 def refuse_changes(run: Path, stage: str, settings: dict[str, Any]) -> None:
-    """UserError, with the difference, if the stage began with other settings than these."""
+    """UserError, with the difference, if the stage has left anything that was made with other settings than these."""
     record = stage_record(run, stage)
+    trained = any((run / stage).glob("checkpoints/*"))
     if record is None:
-        if any((run / stage).glob("checkpoints/*")):
+        if trained:
             raise UserError(
                 f"{run / stage} has checkpoints but no stage.json, which says what they were made with; "
                 f"remove {run / stage} to do this stage again"
             )
+        return
+    if not record["done"] and not trained:
         return
     then, now = record["settings"], json.loads(json.dumps(settings))
     changed = [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,8 +134,18 @@ def test_a_folder_with_a_corrupt_image_is_clustered_without_it(photo_run):
 def test_folder_names_are_labels_only_when_asked(photo_run, tmp_path, capsys):
     folder = photo_run.parent / "in"
     assert run("fit", folder, "--clusters", "2", "--labels", "folder", "--out", tmp_path / "run", *PHOTO) == 0
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["eval"]["acc"] >= 0.5
-    capsys.readouterr()
+    assert np.load(tmp_path / "run/data/labels.npy").tolist() == [0] * 12 + [1] * 12, "turned before upright"
+
+
+def test_labels_given_later_score_without_training_again(photo_run, tmp_path, capsys):
+    shutil.copytree(photo_run, tmp_path / "run")
+    fit = ("fit", photo_run.parent / "in", "--clusters", "3", "--out", tmp_path / "run", *PHOTO)
+    before = (tmp_path / "run/assignments.csv").read_bytes()
+    for labels, scored in [(["--labels", "folder"], True), ([], False)]:
+        assert run(*fit, *labels) == 0
+        assert (json.loads((tmp_path / "run/metrics.json").read_text())["eval"] is not None) == scored
+        assert "spice_semi  finished before" in capsys.readouterr().err
+    assert (tmp_path / "run/assignments.csv").read_bytes() == before
 
 
 def test_without_ffcv_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
@@ -180,10 +191,16 @@ def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
 
 
 def test_too_many_bad_images_are_refused_with_the_option_that_allows_them(tmp_path, capsys):
-    folder = photos(tmp_path / "in", count=6)
-    (folder / "bad.jpg").write_bytes(b"nothing")
-    assert run("fit", folder, "--clusters", "2", "--out", tmp_path / "run", *PHOTO) == 1
+    folder = photos(tmp_path / "in", count=20)
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(b"nothing")
+    fit = ("fit", folder, "--clusters", "2", "--out", tmp_path / "run", *PHOTO)
+    assert run(*fit) == 1
     assert "--max-bad" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert run(*fit, "--max-bad", "0.5") == 0, "what the line says must work in the same folder"
+    assert run("predict", tmp_path / "run", folder, "--out", tmp_path / "new.csv") == 0
+    assert len((tmp_path / "new.csv").read_text().splitlines()) == 1 + 20
+    assert "a.jpg" in (tmp_path / "new.csv.quarantine.csv").read_text()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, capsys):
@@ -194,6 +211,59 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, capsys
 def test_another_configuration_is_refused_with_the_difference(digits_run, capsys):
     line = mistake(capsys, "fit", "digits", "--out", digits_run, *TINY, "--set", "moco.lr=0.5")
     assert "moco.lr was 0.06, now 0.5" in line
+
+
+def test_other_pixels_under_the_same_names_are_refused(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), np.uint8)
+    fit = ("fit", tmp_path / "x.npy", "--clusters", "2", "--out", tmp_path / "run", *PHOTO)
+    np.save(tmp_path / "x.npy", images)
+    assert run(*fit) == 0
+    capsys.readouterr()
+    np.save(tmp_path / "x.npy", images[::-1])
+    assert "images was" in mistake(capsys, *fit)
+
+
+def test_a_setting_that_was_refused_can_be_mended_in_the_same_folder(tmp_path, capsys):
+    folder = photos(tmp_path / "in")
+    fit = ("fit", folder, "--clusters", "2", "--out", tmp_path / "run", *PHOTO)
+    assert "set it to 24 or less" in mistake(capsys, *fit, "--set", "moco.batch=64")
+    assert "ask for 12 clusters or fewer" in mistake(capsys, *fit, "--clusters", "13")
+    assert run(*fit) == 0
+
+
+def test_set_reaches_what_has_an_option_of_its_own(tmp_path):
+    folder = photos(tmp_path / "in")
+    settings = ("--set", "clusters=2", "--set", "seed=7", "--out", tmp_path / "run")
+    assert run("fit", folder, *settings, *PHOTO) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert (config["clusters"], config["seed"]) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--seed", "-1"], "give 0 or more"),
+        (["--set", "moco.batch=0"], "moco.batch is 0; it must be above 0"),
+        (["--set", "moco.epochs=0"], "moco.epochs is 0"),
+        (["--set", "bn_groups=0"], "bn_groups is 0"),
+        (["--set", "spice_semi.init=warm"], 'can be "scratch" or "stage2"'),
+        (["--threads", "-1"], "threads is -1"),
+        (["--set", "backbone.name=convnext_atto", "--set", "backbone.stem=native"], "raise data.size"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(tmp_path, capsys, arguments, word):
+    assert word in mistake(capsys, "fit", "digits", "--out", tmp_path / "run", *TINY, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("{")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.json").write_text("{")
+    for folder in ("file", "model", "nowhere"):
+        assert "holds no model" in mistake(
+            capsys, "predict", tmp_path / folder, "digits", "--out", tmp_path / "new.csv"
+        )
 
 
 def test_wrong_settings_are_refused_in_one_line(tmp_path, capsys):

@@ -3,8 +3,6 @@
 import numpy as np
 from jaxtyping import Int64
 
-from spice_dist.errors import UserError
-
 ORDER_STREAM = 0x6F72646572  # "order": keeps this stream apart from others drawn from the same seed and epoch
 
 
@@ -19,22 +17,6 @@ def global_batches(order: Int64[np.ndarray, " n"], batch_size: int, drop_last: b
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     end = len(order) - len(order) % batch_size if drop_last else len(order)
     return [order[start : start + batch_size] for start in range(0, end, batch_size)]
-
-
-def shard(batch: Int64[np.ndarray, " b"], rank: int, world: int) -> Int64[np.ndarray, " s"]:
-    """The contiguous part of a global batch that belongs to `rank`: parts in rank order concatenate to the batch.
-
-    Sizes differ by at most one; nothing is padded, so a part is empty when the batch is smaller than `world`.
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is not in 0 .. {world - 1}")
-    return batch[len(batch) * rank // world : len(batch) * (rank + 1) // world]
-
-
-def require_full_batch(n: int, batch_size: int) -> None:
-    """UserError if `n` images cannot fill one batch: an epoch would silently train on nothing."""
-    if n < batch_size:
-        raise UserError(f"{n} images cannot fill one batch of {batch_size}: lower the batch size or give more images")
 
 
 def check_order(order: np.ndarray, batch_size: int, n: int) -> Int64[np.ndarray, " m"]:

@@ -32,15 +32,10 @@ class Source:
     name: str  # "digits", or the absolute path
     paths: list[str]  # N names; bytes that are no UTF-8 are kept by surrogateescape
     read: Callable[[int], np.ndarray | bytes]  # (H, W), (H, W, 1) or (H, W, 3) uint8, or an encoded file; or BadImage
-    labels: np.ndarray | None = None  # (N,) int64 in [0, num_classes)
-    label_names: list[str] = field(default_factory=list)  # num_classes names, in the order of their number
+    labels: np.ndarray | None = None  # (N,) int64, an index into label_names
+    label_names: list[str] = field(default_factory=list)  # in the order of their number
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no candidates: suffix -> count
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of distinct labels, None without labels."""
-        return None if self.labels is None else len(self.label_names)
 
 
 def open_source(data: str, labels: str | None = None) -> Source:

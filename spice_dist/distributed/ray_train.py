@@ -10,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.task import Task
 
+STOP_SECONDS = 120.0  # how long workers may take to save and stop
 STOP_FILE = ".stop"  # in the run folder: asks every worker to save and stop
 Train = Callable[[Task, Any, Any], None]
 RAY_SETTINGS = {
@@ -72,8 +74,8 @@ def session(address: str | None, num_cpus: int) -> Iterator[None]:
     import ray  # reads its environment when it is imported
 
     try:
-        ray.init(address, **options)
-    except (ConnectionError, RuntimeError) as error:
+        ray.init(address or "local", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
         raise UserError(f"{place}: {_last_line(str(error))}") from error
     try:
@@ -131,6 +133,10 @@ def train_on_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = torch.cuda.is_available()
+    kind = "GPU" if use_gpu else "CPU"
+    available = int(ray.cluster_resources().get(kind, 0))
+    if available < workers:
+        raise UserError(f"--workers is {workers}, but Ray has {available} {kind}s for them; ask for fewer workers")
     (run / STOP_FILE).unlink(missing_ok=True)
     storage = run / stage / ".ray"
     trainer = TorchTrainer(
@@ -145,7 +151,7 @@ def train_on_workers(
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
             storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )  # fmt: skip
     outcome: list[Any] = []
@@ -161,10 +167,14 @@ def train_on_workers(
     thread.start()
     shown = run / stage / ".progress.json"
     shown.unlink(missing_ok=True)
+    asked_at = None
     while thread.is_alive():
         thread.join(0.25)
         if stop_requested():
             (run / STOP_FILE).touch()
+            asked_at = asked_at or time.monotonic()
+            if time.monotonic() - asked_at > STOP_SECONDS:
+                raise Interrupted  # workers that never started or hang; what was saved before is intact
         _show(shown, progress)
     (run / STOP_FILE).unlink(missing_ok=True)
     shown.unlink(missing_ok=True)

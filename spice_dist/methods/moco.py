@@ -26,7 +26,7 @@ from spice_dist.models.heads import Projection
 from spice_dist.models.momentum import Queue, follow, slow_copy
 from spice_dist.models.split_batch_norm import update_statistics
 from spice_dist.optim import cosine, set_lr
-from spice_dist.task import Task
+from spice_dist.task import Task, require_positive
 
 QUERY, KEY, SHUFFLE = 0, 1, 2  # streams of random numbers
 
@@ -54,7 +54,8 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     images = open_images(
         worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
     )
-    steps_per_epoch = _steps_per_epoch(config, task.bn_groups, images.n)
+    check(task, config, images.n)
+    steps_per_epoch = images.n // config.batch
     total = config.epochs * steps_per_epoch
     groups = task.bn_groups // worker.world  # on this worker
 
@@ -127,14 +128,17 @@ def _batches(
         yield from images.batches(own[done:].ravel(), own.shape[1])
 
 
-def _steps_per_epoch(config: MoCoConfig, bn_groups: int, num_images: int) -> int:
-    if config.batch % bn_groups:
-        raise UserError(f"moco.batch is {config.batch}, which is not a multiple of bn_groups, {bn_groups}")
+def check(task: Task, config: MoCoConfig, num_images: int) -> None:
+    """UserError if these settings cannot train on so many images."""
+    require_positive(
+        "moco", epochs=config.epochs, batch=config.batch, queue=config.queue, temperature=config.temperature
+    )
     if config.batch > num_images:
         raise UserError(
             f"moco.batch is {config.batch}, more than the {num_images} images; "
-            f"set it to {num_images} or less (--set moco.batch=...)"
+            f"set it to {num_images // task.bn_groups * task.bn_groups} or less (--set moco.batch=...)"
         )
+    if config.batch % task.bn_groups:
+        raise UserError(f"moco.batch is {config.batch}, which is not a multiple of bn_groups, {task.bn_groups}")
     if config.queue % config.batch:
         raise UserError(f"moco.queue is {config.queue}, which is not a multiple of moco.batch, {config.batch}")
-    return num_images // config.batch

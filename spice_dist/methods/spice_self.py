@@ -24,7 +24,7 @@ from spice_dist.methods.plumbing import autocast, finished, load_state, place, s
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import prototype_labels, selection_loss
-from spice_dist.task import Task
+from spice_dist.task import Task, require_positive
 
 WEAK, STRONG, ORDER, SHUFFLE = 10, 11, 12, 13  # streams of random numbers
 
@@ -48,7 +48,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
     )
     features = torch.from_numpy(np.load(worker.run / "features/features.npy")).float().to(worker.device)
-    _check(task, images.n)
+    check(task, config, images.n)
     batch = min(images.n, config.samples_per_cluster * task.clusters)  # M
     steps_per_epoch = images.n // batch
     total = config.epochs * steps_per_epoch
@@ -156,7 +156,10 @@ def _shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int]
     return torch.from_numpy(np.concatenate(rounds).reshape(-1, size))
 
 
-def _check(task: Task, num_images: int) -> None:
+def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
+    """UserError if these settings cannot train on so many images."""
+    sizes = {"heads": config.heads, "repeats": config.repeats, "minibatch": config.minibatch}
+    require_positive("spice_self", epochs=config.epochs, samples_per_cluster=config.samples_per_cluster, **sizes)
     if num_images < 2 * task.clusters:
         raise UserError(
             f"{num_images} images are too few for {task.clusters} clusters: prototypes need at least two images each; "

@@ -2,7 +2,8 @@
 
 Weak views of reliably labelled images teach their labels; any other image whose weak view is predicted with high
 confidence teaches that class to its strong view. What is evaluated is the exponential moving average of the network.
-Settings are those of Sohn et al. 2020: 64 labelled and 448 other images, SGD with Nesterov momentum, cosine 7/16.
+Optimisation is that of Sohn et al. 2020: 64 labelled and 448 other images, SGD with Nesterov momentum, cosine 7/16.
+The strong view draws from the 14 operations of stage 2, at their strength there.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from spice_dist.models.momentum import copy_buffers, follow, slow_copy
 from spice_dist.models.split_batch_norm import update_statistics
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import Task
+from spice_dist.task import Task, require_positive
 
 DRAW, WEAK, STRONG = 20, 21, 22  # streams of random numbers
 
@@ -54,8 +55,10 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     )
     labels = np.load(worker.run / "reliable/labels.npy")
     reliable = np.flatnonzero(labels != UNRELIABLE)
+    if not len(reliable):
+        raise UserError("no image has a reliable label; lower reliable.ratio or raise reliable.floor_fraction")
     groups = task.bn_groups // worker.world  # on this worker
-    _check(config, task.bn_groups)
+    check(task, config)
 
     torch.manual_seed(task.seed)
     net = place(new_network(task, config, worker.run), worker.device)
@@ -82,17 +85,13 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
 
         optimizer.zero_grad()
         sums = torch.zeros(3, device=worker.device)
-        views = zip(
-            weak[:labelled].chunk(passes),
-            targets[index[:labelled]].chunk(passes),
-            weak[labelled:].chunk(passes),
-            strong.chunk(passes),
-            strict=True,
-        )
-        for number, (taught, label, other, other_strong) in enumerate(views, 1):
+        views = by_group([weak[:labelled], weak[labelled:], strong], groups)  # G V C H W
+        sizes = [labelled // groups, *[len(strong) // groups] * 2]
+        labels_of_pass = targets[index[:labelled]].chunk(passes)
+        for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
             with accumulating(model, last=number == passes), autocast(worker.device):
-                logits = model(torch.cat([taught, other, other_strong]))
-                taught_logits, weak_logits, strong_logits = logits.split([len(taught), len(other), len(other)])
+                logits = model(view.flatten(0, 1)).unflatten(0, view.shape[:2])
+                taught_logits, weak_logits, strong_logits = (part.flatten(0, 1) for part in logits.split(sizes, dim=1))
                 supervised = F.cross_entropy(taught_logits.float(), label)
                 consistent, passed = losses.consistency(weak_logits, strong_logits, config.threshold)
                 loss = (supervised + consistent) / passes
@@ -114,12 +113,15 @@ def own_positions(config: SpiceSemiConfig, worker: Worker) -> Tensor:
     return torch.cat([part.chunk(worker.world)[worker.rank] for part in (labelled, others)])
 
 
+def by_group(parts: list[Tensor], groups: int) -> Tensor:
+    """(G, V, ...): what each BatchNorm group sees, its share of every part (labelled, weak, strong) in turn."""
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+
+
 def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
     """A network to train: with random weights, or with the backbone and the selected head of stages 1 and 2."""
     if config.init == "stage2":
         return stage2_network(task, run)
-    if config.init != "scratch":
-        raise UserError(f'spice_semi.init is "{config.init}"; it can be "scratch" or "stage2"')
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
 
@@ -147,9 +149,13 @@ def images_of_steps(
         yield from images.batches(np.concatenate(order), config.labelled * (1 + config.ratio) // worker.world)
 
 
-def _check(config: SpiceSemiConfig, bn_groups: int) -> None:
-    if config.labelled % bn_groups:
+def check(task: Task, config: SpiceSemiConfig) -> None:
+    """UserError if these settings cannot train."""
+    require_positive("spice_semi", steps=config.steps, labelled=config.labelled, ratio=config.ratio)
+    if config.init not in ("scratch", "stage2"):
+        raise UserError(f'spice_semi.init is "{config.init}"; it can be "scratch" or "stage2"')
+    if config.labelled % task.bn_groups:
         raise UserError(
-            f"spice_semi.labelled is {config.labelled}, which {bn_groups} BatchNorm groups cannot share evenly; "
+            f"spice_semi.labelled is {config.labelled}, which {task.bn_groups} BatchNorm groups cannot share evenly; "
             f"make it a multiple of bn_groups"
         )

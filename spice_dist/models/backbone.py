@@ -83,6 +83,10 @@ def _shrink_stem(body: nn.Module) -> None:
 @torch.no_grad()
 def _feature_width(body: nn.Module, channels: int, size: int) -> int:
     training = body.training
-    width = body.eval()(torch.zeros(1, channels, size, size)).shape[1]
-    body.train(training)
-    return width
+    try:
+        return body.eval()(torch.zeros(1, channels, size, size)).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"this backbone cannot take images of {size} pixels ({reason}); raise data.size") from error
+    finally:
+        body.train(training)

@@ -41,7 +41,7 @@ def test_digits_are_the_1797_images_of_scikit_learn_scaled_to_bytes():
     assert source.paths[:2] == ["digits/0000", "digits/0001"]
     assert source.labels is not None
     assert (source.labels == target).all()
-    assert source.num_classes == 10
+    assert len(source.label_names) == 10
     image = source.read(5)
     assert isinstance(image, np.ndarray)
     assert image.dtype == np.uint8
