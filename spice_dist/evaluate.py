@@ -14,6 +14,7 @@ from spice_dist import inference, metrics
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images, open_images
 from spice_dist.data.ingest import read_paths
+from spice_dist.data.sources import Source
 from spice_dist.methods.plumbing import finished, place
 from spice_dist.methods.spice_self import load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
@@ -104,6 +105,19 @@ def write_assignments(
         writer.writerow(row + ([int(reliable[index])] if reliable is not None else []))
     with publish(path) as file:
         file.write(table.getvalue().encode())
+
+
+def relabel(run: Path, source: Source) -> bool:
+    """Bring data/labels.npy in line with the labels that `source` has now; whether the scores must be made again."""
+    path, before = run / "data/labels.npy", _true_labels(run)
+    if source.labels is None:
+        path.unlink(missing_ok=True)
+        return before is not None
+    by_name = dict(zip(source.paths, source.labels, strict=True))
+    now = np.array([by_name[name] for name in read_paths(run / "data")], np.int64)
+    with publish(path) as file:
+        np.save(file, now)
+    return before is None or not np.array_equal(before, now)
 
 
 def _true_labels(run: Path) -> np.ndarray | None:

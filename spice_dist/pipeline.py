@@ -13,18 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from spice_dist import inference
 from spice_dist.config import Config, flatten, override
-from spice_dist.data.files import publish, publish_json
-from spice_dist.data.ingest import read_paths
+from spice_dist.data.files import publish_json
 from spice_dist.data.sources import BadImage, Source, open_source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.evaluate import evaluate
+from spice_dist.evaluate import evaluate, relabel
 from spice_dist.methods import moco, reliable, spice_self, spice_semi
 from spice_dist.models.backbone import Backbone
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
@@ -134,7 +132,7 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
             else:
                 _run_stage(run, stage, settings[stage], work)
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
-    relabelled = "data" in finished and _relabel(run)
+    relabelled = "data" in finished and relabel(folder, run.source)
     if relabelled or finished != set(stages) or not (folder / "metrics.json").exists():
         with Bar("evaluate", run.stop) as bar:
             evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
@@ -196,22 +194,6 @@ def _brief(run: Run) -> Config:
     if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
         return run.config
     return override(run.config, {"data.loader": "torch"})
-
-
-def _relabel(run: Run) -> bool:
-    """Bring data/labels.npy in line with the labels that are given now, which only score; whether they changed."""
-    path = run.folder / "data/labels.npy"
-    before = np.load(path) if path.exists() else None
-    now = None
-    if run.source.labels is not None:
-        by_name = dict(zip(run.source.paths, run.source.labels, strict=True))
-        now = np.array([by_name[name] for name in read_paths(run.folder / "data")], np.int64)
-    if now is None:
-        path.unlink(missing_ok=True)
-        return before is not None
-    with publish(path) as file:
-        np.save(file, now)
-    return before is None or not np.array_equal(before, now)
 
 
 def _embed(run: Run, bar: "Bar") -> None:
