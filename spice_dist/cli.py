@@ -4,7 +4,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spice_dist.data.sources import Source
 
 OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
 
@@ -37,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
     fit.set_defaults(call=_fit)
-    fit.add_argument("data", help="'digits' (built in), a folder of images, or an .npy or .npz array")
+    fit.add_argument("data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton")
     fit.add_argument("--out", type=Path, required=True, help="the run folder; the same command resumes a run in it")
     fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
     fit.add_argument("--recipe", help="digits or photos; the default is what fits the data")
@@ -45,12 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
     )
-    fit.add_argument("--max-bad", type=float, help="largest share of unreadable images to go on with (0.05)")
-    fit.add_argument(
-        "--labels",
-        choices=("folder", "array"),
-        help="where true labels are, for scores only: sub-folder names, or .npz",
-    )
+    _add_ingest_options(fit)
     fit.add_argument(
         "--workers",
         type=int,
@@ -60,6 +58,18 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
     )
+
+    pack = commands.add_parser("pack", help="check images and pack them into one .beton file, resumable")
+    pack.set_defaults(call=_pack)
+    pack.add_argument("data", help="as for fit")
+    pack.add_argument("out", type=Path, help="a new .beton file; OUT.json and lists are written beside it")
+    pack.add_argument("--size", type=int, default=256, help="shorter side in pixels (256)")
+    pack.add_argument(
+        "--format", choices=("auto", "jpg", "raw"), default="auto", help="raw squares or whole JPEG images"
+    )
+    pack.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 (90)")
+    pack.add_argument("--processes", type=int, help="decoding processes (default: as many as cores)")
+    _add_ingest_options(pack)
 
     predict = commands.add_parser("predict", help="assign new images with the model of a finished run")
     predict.set_defaults(call=_predict)
@@ -78,19 +88,76 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_ingest_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-bad", type=float, help="largest share of unreadable images to go on with (0.05)")
+    command.add_argument(
+        "--drop-duplicates", action="store_true", help="leave out exact copies of earlier images, and list them"
+    )
+    command.add_argument(
+        "--labels",
+        choices=("folder", "array", "list"),
+        help="where true labels are, for scores only: sub-folder names, an array of the .npz, a column of the list",
+    )
+    command.add_argument(
+        "--split",
+        choices=("whole", "split"),
+        default="whole",
+        help="named data sets: cluster all images, or train on the train part and score the test part",
+    )
+    command.add_argument(
+        "--trust-foreign-beton",
+        action="store_true",
+        help="read a .beton that another program wrote, after checking and decoding all of it",
+    )
+
+
+def _open(options: argparse.Namespace) -> "Source":
+    from spice_dist.data.dataset import open_data
+
+    return open_data(options.data, options.labels, options.split, options.trust_foreign_beton)
+
+
+def _pack(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.data.ingest import pack
+    from spice_dist.pipeline import Bar, StopSignal
+
+    source = _open(options)
+    with StopSignal() as stop, Bar("pack", stop) as bar:
+        manifest = pack(
+            source,
+            options.out,
+            size=options.size,
+            jpeg_side=options.size,
+            format=options.format,
+            quality=options.quality,
+            max_bad=0.05 if options.max_bad is None else options.max_bad,
+            drop_duplicates=options.drop_duplicates,
+            workers=options.processes,
+            progress=bar.show,
+        )
+    print(
+        f"wrote {manifest.n} images to {options.out}; {manifest.bad} could not be used, "
+        f"{manifest.duplicates} are copies of others"
+    )
+
+
 def _fit(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist.data.sources import open_source
     from spice_dist.errors import UserError
 
     digits = options.data == "digits"
-    source = open_source(options.data, options.labels)
+    source = _open(options)
     changes: dict[str, Any] = {}
     for item in options.set:
         name, equals, value = item.partition("=")
         if not equals:
             raise UserError(f'--set takes NAME=VALUE, such as moco.epochs=50, not "{item}"')
         changes[name] = value
-    given_as_options = {"clusters": options.clusters, "data.max_bad": options.max_bad, "seed": options.seed}
+    given_as_options = {
+        "clusters": options.clusters,
+        "data.max_bad": options.max_bad,
+        "data.drop_duplicates": options.drop_duplicates or None,
+        "seed": options.seed,
+    }
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
 
     if "clusters" not in changes and not digits:

@@ -14,9 +14,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from spice_dist import inference
 from spice_dist.config import override
+from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
-from spice_dist.data.sources import Source, from_array, from_files, open_source
+from spice_dist.data.sources import Source, from_array, from_files
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterNet
 from spice_dist.pipeline import Launch, fit
@@ -110,4 +111,4 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
 def _source(X: Data) -> Source:
     if isinstance(X, np.ndarray):
         return from_array(X)
-    return open_source(str(X)) if isinstance(X, str | Path) else from_files(X)
+    return open_data(str(X)) if isinstance(X, str | Path) else from_files(X)

@@ -12,10 +12,10 @@ import torch
 
 from spice_dist import inference, metrics
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
-from spice_dist.data.images import Images, open_images
-from spice_dist.data.ingest import read_paths
+from spice_dist.data.images import Images
+from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
-from spice_dist.methods.plumbing import finished, place
+from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -36,13 +36,13 @@ def evaluate(
     net = place(new_network(task, semi, run), device)
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
     inference.save_model(net, task, run / "model")
-    images = open_images(run / "data", device=device, channels=task.data.channels, loader=task.data.loader)
+    images, manifest = open_dataset(task, run, device)
     probs = inference.probabilities(net, images, progress)
-    pixel_clusters = kmeans(images.n, task, lambda index: _pixels(images, index))
+    pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
     images.close()
 
     features = np.load(run / "features/features.npy", mmap_mode="r")
-    feature_clusters = kmeans(len(features), task, lambda index: features[index].astype(np.float32))
+    feature_clusters = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
     reliable = np.load(run / "reliable/labels.npy")
     assigned, confidence = probs.argmax(1), probs.max(1)
     write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable != UNRELIABLE)
@@ -54,9 +54,12 @@ def evaluate(
     selected = by_head[int(loss.argmin())]
 
     y_true = _true_labels(run)
+    scored = (
+        np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
+    )
 
     def score(y_pred: np.ndarray) -> Scores:
-        return None if y_true is None else metrics.scores(y_true, y_pred)
+        return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
     summary = json.loads((run / "reliable/summary.json").read_text())
     sizes = metrics.cluster_sizes(assigned, task.clusters)
@@ -78,13 +81,16 @@ def evaluate(
             "kmeans_features": score(feature_clusters),
         },
         "heads": [
-            {"select_loss": float(value), "acc": None if y_true is None else metrics.accuracy(y_true, labels)}
+            {
+                "select_loss": float(value),
+                "acc": None if y_true is None else metrics.accuracy(y_true[scored], labels[scored]),
+            }
             for value, labels in zip(loss, by_head, strict=True)
         ],
         "reliable": {
             "count": summary["count"],
-            "fraction": summary["count"] / len(assigned),
-            "acc": _reliable_accuracy(y_true, selected, reliable),
+            "fraction": summary["count"] / manifest.clustered,
+            "acc": _reliable_accuracy(y_true, selected, reliable, manifest.clustered),
         },
     }
     publish_json(run / "spice_self/eval.json", score(selected))
@@ -125,26 +131,29 @@ def _true_labels(run: Path) -> np.ndarray | None:
     return np.load(path) if path.exists() else None
 
 
-def _reliable_accuracy(y_true: np.ndarray | None, selected: np.ndarray, reliable: np.ndarray) -> float | None:
-    """Share of the reliable labels that are right, clusters matched to classes over the whole set."""
+def _reliable_accuracy(
+    y_true: np.ndarray | None, selected: np.ndarray, reliable: np.ndarray, clustered: int
+) -> float | None:
+    """Share of the reliable labels that are right, clusters matched to classes over all images that are clustered."""
     kept = reliable != UNRELIABLE
     if y_true is None or not kept.any():
         return None
-    to_class = metrics.match(y_true, selected)
+    to_class = metrics.match(y_true[:clustered], selected[:clustered])
     return float(
         np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[kept], y_true[kept], strict=True)])
     )
 
 
-def kmeans(num_rows: int, task: Task, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """k-means labels (N,) of the float32 rows that `read(index)` gives; fitted on at most KMEANS_BYTES of them."""
+def kmeans(manifest: Ingested, task: Task, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """k-means labels (N,) of the float32 rows that `read(index)` gives; fitted on the clustered images."""
     from sklearn.cluster import KMeans
 
     width = read(np.arange(1)).nbytes
-    chosen = np.random.default_rng(task.seed).permutation(num_rows)[: max(KMEANS_BYTES // width, 10 * task.clusters)]
+    order = np.random.default_rng(task.seed).permutation(manifest.clustered)
+    chosen = order[: max(KMEANS_BYTES // width, 10 * task.clusters)]
     model = KMeans(task.clusters, n_init=10, random_state=task.seed)  # pyright: ignore[reportArgumentType]
     model.fit(read(np.sort(chosen)))
-    parts = np.array_split(np.arange(num_rows), -(-num_rows // inference.CHUNK))
+    parts = np.array_split(np.arange(manifest.n), -(-manifest.n // inference.CHUNK))
     return np.concatenate([model.predict(read(part)) for part in parts])
 
 

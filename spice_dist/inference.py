@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,19 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from spice_dist.data import augment
+from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.files import Progress, publish_json, temporary_path
 from spice_dist.data.images import Images, open_images
-from spice_dist.data.ingest import ingest, read_paths
-from spice_dist.data.sources import Source, open_source
+from spice_dist.data.ingest import read_paths
+from spice_dist.data.sources import Source
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, place
+from spice_dist.methods.plumbing import autocast, open_dataset, place
 from spice_dist.methods.spice_self import load_backbone
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
-from spice_dist.task import DataConfig, Task
+from spice_dist.task import Task
 
 CHUNK = 512  # images per forward pass
 
@@ -48,9 +49,7 @@ def embed(task: Task, config: None, worker: Worker) -> None:
 
     Every worker writes the rows of a consecutive share of the images; the file appears when all are there.
     """
-    images = open_images(
-        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
-    )
+    images, _ = open_dataset(task, worker.run, worker.device)
     backbone = place(load_backbone(task, worker.run), worker.device)
     final, partial = worker.run / "features/features.npy", worker.run / "features/features.partial.npy"
     if worker.rank == 0:
@@ -132,7 +131,7 @@ def predict(model: Path, data: str, out: Path) -> None:
     folder = model / "model" if (model / "model").is_dir() else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, task = load_model(folder, device)
-    with packed(open_source(data), task.data, device) as (images, names, quarantine):
+    with packed(open_data(data), task.data, device) as (images, names, quarantine):
         probs = probabilities(net, images)
         write_assignments(out, names, probs.argmax(1), probs.max(1), None)
         if quarantine:
@@ -144,6 +143,7 @@ def packed(source: Source, config: DataConfig, device: torch.device) -> Iterator
     """(images, their names, the quarantine list if any image was bad), ingested into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="spice-") as temporary:
         folder = Path(temporary)
-        manifest = ingest(source, config.size, folder, max_bad=1.0)  # what can be read is wanted, however little
-        with closing(open_images(folder, device=device, channels=config.channels, loader="torch")) as images:
+        manifest = prepare(source, replace(config, max_bad=1.0, drop_duplicates=False), folder)  # all that can be read
+        loader = open_images(folder, device=device, size=config.size, channels=config.channels, loader="torch")
+        with closing(loader) as images:
             yield images, read_paths(folder), folder / "quarantine.csv" if manifest.bad else None

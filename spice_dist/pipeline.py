@@ -1,7 +1,6 @@
 """A run: the stages in order, each skipped when finished, resumed when interrupted, refused when it no longer fits."""
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -18,8 +17,10 @@ from tqdm import tqdm
 
 from spice_dist import inference
 from spice_dist.config import Config, flatten, override
+from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
-from spice_dist.data.sources import BadImage, Source, open_source
+from spice_dist.data.ingest import Ingested
+from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, relabel
@@ -65,8 +66,8 @@ def fit(
         UserError: the data, the settings or the folder cannot be used; one line says why.
         Interrupted: asked to stop; the same call goes on from there.
     """
-    source = data if isinstance(data, Source) else open_source(data, launch.labels)
-    _check_settings(config, len(source.paths), source.name)
+    source = data if isinstance(data, Source) else open_data(data, launch.labels)
+    _check_settings(config, source, source.name)
     backbone = Backbone(config.backbone, config.data.channels, config.data.size)  # what cannot be built is told at once
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +77,7 @@ def fit(
     threads = launch.threads or max(1, usable_cores() // config.bn_groups)
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, workers, threads, launch.address, stop)
-        images = _listing(source)
+        images = f"{len(source.paths)} images, {listing(source)[:16]}"
         settings = _settings(config, images)
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
@@ -165,28 +166,15 @@ def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["
 
 
 def pack(run: Run, bar: "Bar") -> None:
-    """The images as one verified file: FFCV's format, or an array where FFCV cannot write it."""
-    from spice_dist.data.ffcv_writer import write_beton
-    from spice_dist.data.ingest import ingest
-
+    """The images as one verified file in FFCV's format."""
     folder = run.folder / "data"
-    data = run.config.data
-    manifest = ingest(run.source, data.size, folder, data.max_bad, bar.show)
-    _check_settings(run.config, manifest.n, manifest.source)
+    manifest = prepare(run.source, run.config.data, folder, bar.show)
+    _check_settings(run.config, manifest, manifest.source)
     if manifest.bad:
         tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
     if manifest.duplicates:
-        tqdm.write(f"{manifest.duplicates} of {manifest.n} images are exact copies of others", sys.stderr)
-    if data.loader == "torch":
-        return
-    try:
-        write_beton(folder / "images.npy", folder / "dataset.beton", bar.show)
-    except UserError as error:
-        if data.loader == "ffcv":
-            raise
-        tqdm.write(f"{error}; going on without FFCV: the slower torch loader reads the images", sys.stderr)
-    else:
-        (folder / "images.npy").unlink()
+        dropped = ", left out" * bool(manifest.dropped)
+        tqdm.write(f"{manifest.duplicates} images are exact copies of others{dropped}", sys.stderr)
 
 
 def _brief(run: Run) -> Config:
@@ -303,21 +291,9 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _listing(source: Source) -> str:
-    """The images by number, names and contents: pixels of arrays, but of files only the size, which is cheap."""
-    root = Path(source.name)
-    total = hashlib.sha256()
-    for i, name in enumerate(source.paths):
-        file = root / name if root.is_dir() else Path(name)
-        total.update(os.fsencode(name) + b"\0")
-        with contextlib.suppress(BadImage):  # a file of a list that is not there: ingest will say so
-            content = str(file.stat().st_size).encode() if file.is_file() else source.read(i)
-            total.update(content if isinstance(content, bytes) else content.tobytes())
-    return f"{len(source.paths)} images, {total.hexdigest()[:16]}"
-
-
-def _check_settings(config: Config, num_images: int, data: str) -> None:
+def _check_settings(config: Config, images: Source | Ingested, data: str) -> None:
     """UserError for whatever would otherwise fail after hours of training."""
+    num_images = images.clustered
     require_positive("", bn_groups=config.bn_groups)
     if config.seed < 0:
         raise UserError(f"--seed is {config.seed}; give 0 or more")
@@ -325,7 +301,7 @@ def _check_settings(config: Config, num_images: int, data: str) -> None:
         raise UserError(f"--clusters is {config.clusters}; a clustering needs at least 2")
     if config.clusters > num_images:
         raise UserError(f"--clusters is {config.clusters}, more than the {num_images} images of {data}; ask for fewer")
-    moco.check(config, config.moco, num_images)
+    moco.check(config, config.moco, images.training)
     spice_self.check(config, config.spice_self, num_images)
     spice_semi.check(config, config.spice_semi)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from spice_dist.config import Config
 from spice_dist.data.augment import View
+from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.models.backbone import BackboneConfig
-from spice_dist.task import DataConfig
 
 
 def digits(num_images: int = 1797) -> Config:

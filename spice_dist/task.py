@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    size: int = 32  # pixels; images are scaled on the shorter side and cut square
-    channels: int = 3  # 3 colours, or 1 for grey
-    loader: str = "auto"  # "ffcv", "torch", or "auto": FFCV where it is installed
-    max_bad: float = 0.05  # share of unreadable images above which the run is refused
 
 
 @dataclass(frozen=True)

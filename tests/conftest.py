@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with the first 200 digits ingested, not packed: read only."""
+    """A run folder with the first 200 digits packed: read only."""
     from dataclasses import replace
 
     from spice_dist.data.ingest import ingest
@@ -22,5 +22,5 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_source("digits")
     assert source.labels is not None
     few = replace(source, paths=source.paths[:200], labels=source.labels[:200])
-    ingest(few, 8, run / "data")
+    ingest(few, run / "data", size=8)
     return run

@@ -166,6 +166,7 @@ def test_every_recipe_survives_being_typed_on_the_command_line(name):
 
 STRATEGIES = {
     int: st.integers(),
+    bool: st.booleans(),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(),
     tuple[int, ...]: st.lists(st.integers()).map(tuple),

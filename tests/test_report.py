@@ -469,7 +469,7 @@ def test_images_are_read_from_the_packed_data(tmp_path):
     sources = pytest.importorskip("spice_dist.data.sources")
     stack = np.stack([pixels(i) for i in range(20)])
     np.save(tmp_path / "stack.npy", stack)
-    ingest.ingest(sources.open_source(str(tmp_path / "stack.npy")), SIZE, tmp_path / "run" / "data")
+    ingest.ingest(sources.open_source(str(tmp_path / "stack.npy")), tmp_path / "run" / "data", size=SIZE)
     found = read_images(tmp_path / "run", np.array([7, 3, 19]))
     assert [image[0, 0].tolist() for image in found] == [[7, 0, 200], [3, 0, 200], [19, 0, 200]]
 

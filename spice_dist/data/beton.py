@@ -5,12 +5,12 @@ is handed to it before `verify` has found every number consistent. Layout, littl
 
     header        version u2, num_fields u2, page_size u4, num_samples u8, alloc_table_ptr u8
     descriptors   per field: type u1, name 16 bytes, arguments 1024 bytes; here `image` (type 2) and `index` (type 1)
-    metadata      per sample: mode u1 (1 = raw), width u2, height u2, data_ptr u8, 3 bytes of padding, index i8
-    pages         from the next multiple of page_size: whole pages; a sample never crosses one
+    metadata      per sample: mode u1 (0 JPEG, 1 raw), width u2, height u2, data_ptr u8, 3 bytes of padding, index i8
+    pages         from a multiple of page_size behind the metadata: whole pages; a sample never crosses one
     allocations   per sample: sample_id u8, ptr u8, size u8; the end of the file
 
 Beside it lies PATH.json, the sidecar: sizes, SHA-256 of the file and of its structure (all but the pages), CRC-32 of
-each sample's pixels, and a seal over the sidecar itself.
+each sample's bytes, and a seal over the sidecar itself. A file is of one format: "raw", squares of one size, or "jpg".
 """
 
 import base64
@@ -18,14 +18,13 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt32
+from jaxtyping import Int64, UInt8, UInt16, UInt32
 
 from spice_dist.data.files import publish_json
 from spice_dist.errors import DamagedFile
@@ -50,25 +49,28 @@ METADATA = np.dtype(
 )
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"index")]
-VERSION, RAW = 2, 1
+VERSION = 2
+MODES = {"jpg": 0, "raw": 1}
 MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 32
-SIDECAR_VERSION = 1
-READ_BYTES = 16 << 20  # pixels held at once while checking
+SIDECAR_VERSION = 2
+SEALED = ("n", "format", "page_size", "file_size")
 
 
 @dataclass(frozen=True)
 class BetonInfo:
-    """What a verified file holds: n raw RGB images of height x width."""
+    """What a verified file holds. 20 bytes of memory for each image, 24 with the checksums."""
 
     path: Path
     n: int
-    height: int
-    width: int
+    format: str  # "raw" or "jpg"
+    heights: UInt16[np.ndarray, " n"]
+    widths: UInt16[np.ndarray, " n"]
+    offsets: Int64[np.ndarray, " n"]  # byte where each sample starts
+    sizes: Int64[np.ndarray, " n"]  # bytes of each sample
     page_size: int
     file_size: int
-    offsets: Int64[np.ndarray, " n"]  # byte where the pixels of each sample start
     identity: tuple[int, int, int, int]  # device, inode, size, mtime: what was verified
-    crc32: UInt32[np.ndarray, " n"] | None = None  # of each sample's pixels; None without the sidecar
+    crc32: UInt32[np.ndarray, " n"] | None = None  # of each sample's bytes; None without the sidecar
     sha256: str | None = None  # of the whole file; None without the sidecar
     fingerprint: str | None = None  # of the images it was written from
 
@@ -147,26 +149,30 @@ def _read_structure(path: Path, file: BinaryIO, identity: tuple[int, int, int, i
     metadata = np.frombuffer(metadata_bytes, METADATA, n)
     table = np.frombuffer(table_bytes, ALLOCATION, n)
 
-    height, width = int(metadata["height"][0]), int(metadata["width"][0])
-    num_bytes = height * width * 3
-    require(height > 0 and width > 0, f"images of {width}x{height} pixels")
-    require(num_bytes <= page, f"images of {width}x{height} pixels do not fit a page")
-    require((metadata["mode"] == RAW).all(), "images that are not raw")
-    require((metadata["height"] == height).all() and (metadata["width"] == width).all(), "images of several sizes")
+    mode = int(metadata["mode"][0])
+    require(mode in MODES.values() and (metadata["mode"] == mode).all(), "images of an unknown or of several modes")
+    heights, widths = metadata["height"].astype(np.uint16), metadata["width"].astype(np.uint16)
+    require((heights > 0).all() and (widths > 0).all(), "images without a pixel")
     require((metadata["index"] == np.arange(n)).all(), "the index field is not 0 .. n-1")
 
-    pointers = metadata["data_ptr"]
-    require((pointers >= data_start).all() and (pointers <= table_start - num_bytes).all(), "a pointer out of the file")
-    offsets = pointers.astype(np.int64)
-    require((offsets % page + num_bytes <= page).all(), "an image crosses a page")
-    require((np.diff(np.sort(offsets)) >= num_bytes).all(), "images overlap")
-    require((table["size"] == num_bytes).all(), "an allocation of another size than its image")
     by_sample = np.argsort(table["sample_id"], kind="stable")
     require((table["sample_id"][by_sample] == np.arange(n)).all(), "allocations do not match the samples")
+    pointers, allocated = metadata["data_ptr"], table["size"][by_sample]
     require((table["ptr"][by_sample] == pointers).all(), "allocations and pointers disagree")
+    require((pointers >= data_start).all() and (pointers < table_start).all(), "a pointer out of the file")
+    require((allocated > 0).all() and (allocated <= page).all(), "an image does not fit a page")
+    offsets, sizes = pointers.astype(np.int64), allocated.astype(np.int64)
+    require((offsets % page + sizes <= page).all(), "an image crosses a page")
+    in_file = np.argsort(offsets, kind="stable")
+    require((offsets[in_file][1:] >= (offsets + sizes)[in_file][:-1]).all(), "images overlap")
+    if mode == MODES["raw"]:
+        num_bytes = int(heights[0]) * int(widths[0]) * 3
+        require((heights == heights[0]).all() and (widths == widths[0]).all(), "raw images of several sizes")
+        require((sizes == num_bytes).all(), "an allocation of another size than its image")
 
     structure = hashlib.sha256(header_bytes + metadata_bytes + table_bytes).digest()
-    return BetonInfo(path, n, height, width, page, size, offsets, identity), structure
+    format = next(name for name, value in MODES.items() if value == mode)
+    return BetonInfo(path, n, format, heights, widths, offsets, sizes, page, size, identity), structure
 
 
 # ---------------------------------------------------------------- sidecar
@@ -180,7 +186,7 @@ def write_sidecar(info: BetonInfo, crc32: UInt32[np.ndarray, " n"], fingerprint:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     content = {
         "version": SIDECAR_VERSION,
-        **{key: getattr(info, key) for key in ("n", "height", "width", "page_size", "file_size")},
+        **{key: getattr(info, key) for key in SEALED},
         "fingerprint": fingerprint,
         "sha256": sha256,
         "structure_sha256": structure.hex(),
@@ -200,7 +206,7 @@ def _compare_with_sidecar(info: BetonInfo, structure: bytes) -> BetonInfo:
         raise _damage(path, f"not a sidecar of version {SIDECAR_VERSION}")
     if content.pop("seal", None) != _seal(content):
         raise _damage(path, "its seal does not match")
-    for key in ("n", "height", "width", "page_size", "file_size"):
+    for key in SEALED:
         if content[key] != getattr(info, key):
             raise _damage(info.path, f"{key} is {getattr(info, key)}, the sidecar says {content[key]}")
     if content["structure_sha256"] != structure.hex():
@@ -215,71 +221,89 @@ def _compare_with_sidecar(info: BetonInfo, structure: bytes) -> BetonInfo:
 # ---------------------------------------------------------------- pixels
 
 
-class RawImages:
-    """n images of height x width x 3 bytes at known offsets of a file: `images[index]` reads them.
+class Samples:
+    """The stored bytes of each sample of a verified file.
 
     Reads with pread rather than a memory map: a file that is cut while in use is an error, not a SIGBUS.
     """
 
-    def __init__(self, path: Path, offsets: Int64[np.ndarray, " n"], height: int, width: int):
-        self.path, self.n, self.height, self.width = path, len(offsets), height, width
-        self._offsets = offsets
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close()
-        self.identity = identity_of(self._file.fileno())
+    def __init__(self, info: BetonInfo):
+        """DamagedFile if the file was replaced or changed since it was verified."""
+        self.info = info
+        try:
+            self._file = open(info.path, "rb", buffering=0)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise DamagedFile(f"cannot read {info.path}: {error.strerror}") from error
+        if identity_of(self._file.fileno()) != info.identity:
+            self.close()
+            raise DamagedFile(f"{info.path} was replaced or changed while it was opened: start again")
 
-    def __getitem__(self, index: np.ndarray | slice) -> UInt8[np.ndarray, "b h w 3"]:
-        """Pixels of the samples `index` (a slice or integers in [0, n)); DamagedFile if the file has become shorter."""
-        offsets = self._offsets[index].tolist()
-        pixels = np.empty((len(offsets), self.height, self.width, 3), np.uint8)
-        descriptor, num_bytes = self._file.fileno(), self.height * self.width * 3
-        for row, offset in zip(pixels.reshape(len(offsets), num_bytes), offsets, strict=True):
+    def read_into(self, i: int, out: memoryview) -> None:
+        """Sample i into `out`, of exactly its size; DamagedFile if the file has become shorter. Frees the GIL."""
+        if os.preadv(self._file.fileno(), [out], int(self.info.offsets[i])) != len(out):
+            raise _damage(self.info.path, "it was cut short while in use")
+
+    def encoded(self, i: int) -> bytearray:
+        """Sample i; DamagedFile too if its checksum is known and differs, so that no decoder meets damaged bytes."""
+        data = bytearray(int(self.info.sizes[i]))
+        self.read_into(i, memoryview(data))
+        if self.info.crc32 is not None and zlib.crc32(data) != self.info.crc32[i]:
+            raise _damage(self.info.path, f"image {i} has changed")
+        return data
+
+    def raw(self, index: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        """Pixels of the raw samples `index`."""
+        shape = (int(self.info.heights[0]), int(self.info.widths[0]), 3)
+        pixels = np.empty((len(index), *shape), np.uint8)
+        rows = pixels.reshape(len(index), -1)
+        descriptor, num_bytes = self._file.fileno(), rows.shape[1]
+        for row, offset in zip(rows, self.info.offsets[index].tolist(), strict=True):
             if os.preadv(descriptor, [row.data], offset) != num_bytes:
-                raise _damage(self.path, "it was cut short while in use")
+                raise _damage(self.info.path, "it was cut short while in use")
         return pixels
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_raw(source: Path | BetonInfo) -> RawImages:
-    """A reader of a verified file (verified here if a path is given).
-
-    Raises:
-        DamagedFile: as `verify`, or the file was replaced since.
-    """
-    info = verify(source) if isinstance(source, Path) else source
-    try:
-        images = RawImages(info.path, info.offsets, info.height, info.width)
-    except OSError as error:
-        raise DamagedFile(f"cannot read {info.path}: {error.strerror}") from error
-    if images.identity != info.identity:
-        images.close()
-        raise DamagedFile(f"{info.path} was replaced or changed while it was opened: start again")
-    return images
-
-
-def blocks(n: int, num_bytes: int) -> Iterator[slice]:
-    """Slices that cover range(n) in order, about READ_BYTES each when one item has `num_bytes`."""
-    step = max(1, READ_BYTES // num_bytes)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def checksums(pixels: UInt8[np.ndarray, "b h w 3"]) -> UInt32[np.ndarray, " b"]:
-    """CRC-32 of each image's bytes."""
-    return np.array([zlib.crc32(image.data) for image in pixels], np.uint32)
-
-
 def check_pixels(info: BetonInfo, spread: int | None = None) -> None:
-    """Compare the pixels with the sidecar's checksums: all, or `spread` images at even distances.
+    """Compare the samples with the sidecar's checksums: all, or `spread` of them at even distances.
 
     Raises:
-        DamagedFile: naming how many images differ and the first one.
+        DamagedFile: naming the first one that differs.
     """
     if info.crc32 is None:
         raise ValueError("no checksums: verify with the sidecar first")
     which = np.arange(info.n) if spread is None or spread >= info.n else np.linspace(0, info.n - 1, spread).astype(int)
-    with closing(read_raw(info)) as images:
-        for block in blocks(len(which), info.height * info.width * 3):
-            wrong = which[block][checksums(images[which[block]]) != info.crc32[which[block]]]
-            if wrong.size:
-                raise _damage(info.path, f"pixels of image {wrong[0]} and {wrong.size - 1} near it have changed")
+    with closing(Samples(info)) as samples:
+        for i in which.tolist():
+            samples.encoded(i)
+
+
+def check_headers(info: BetonInfo) -> None:
+    """DamagedFile unless every JPEG has one frame of the size that the metadata gives, baseline or progressive."""
+    with closing(Samples(info)) as samples:
+        for i in range(info.n):
+            found = jpeg_size(samples.encoded(i))
+            if found != (info.heights[i], info.widths[i]):
+                raise _damage(info.path, f"image {i} is not a JPEG of {info.widths[i]}x{info.heights[i]} pixels")
+
+
+def jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
+    """(height, width) of the only frame of a whole JPEG of 1 or 3 components with 8 bits; None for anything else."""
+    if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
+        return None
+    position, size = 2, None
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive frames
+            frame = data[position + 4 : position + 10]
+            if size is not None or len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3):
+                return None
+            size = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+        elif 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return None  # lossless, hierarchical and arithmetic frames
+        elif marker == 0xDA:
+            return size
+        position += 2 + length
+    return None

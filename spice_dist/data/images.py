@@ -1,6 +1,6 @@
-"""Batches of images, the same bit for bit whichever loader serves them.
+"""Batches of images, of raw ones the same bit for bit whichever loader serves them.
 
-with closing(open_images(data_dir, device=device)) as images:
+with closing(open_images(data_dir, device=device, size=32)) as images:
     for pixels, index in images.batches(order, batch_size):     # (B, C, H, W) uint8, (B,) int64
 """
 
@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,32 +22,35 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from spice_dist.data import beton
+from spice_dist.data.crops import Crop, Key
 from spice_dist.data.ingest import read_manifest
 from spice_dist.errors import DamagedFile, UserError
 
+if TYPE_CHECKING:
+    from spice_dist.data.packed import Decoder
+
 LOADERS = ("auto", "ffcv", "torch")
 RESIDENT_BYTES = 2 << 30
-FULL_CHECK_BYTES = 8 << 30  # larger files: the structure is checked whole, the pixels of SPREAD_CHECK images
+FULL_CHECK_BYTES = 8 << 30  # larger files: the structure is checked whole, the samples of SPREAD_CHECK images
 SPREAD_CHECK = 4_096
-STALL_S = 180.0  # longest wait for a batch; the first one includes FFCV's compilation, 30 s on a busy node
+STALL_S = 180.0  # longest wait for a batch
 
 log = logging.getLogger("spice_dist.data")
-_told: set[str] = set()
 
 
 @runtime_checkable
 class Images(Protocol):
-    """N images of one size."""
+    """N images, as squares of `size` pixels or as crops."""
 
     n: int
-    height: int
-    width: int
+    size: int
     channels: int
+    decodes: bool  # whether images are larger than `size`, so that a crop must be cut before they are reduced to it
 
     def batches(
         self, order: np.ndarray, batch_size: int
     ) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
-        """(images, index) on the device for order[0:b], order[b:2b], ...
+        """(images, index) on the device for order[0:b], order[b:2b], ...: the central square of each image.
 
         The last batch may be partial; nothing is dropped, padded or reordered; `order` may repeat indices and have any
         length. Arguments are judged at once, not at the first batch.
@@ -58,6 +62,12 @@ class Images(Protocol):
         """
         ...
 
+    def crops(
+        self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
+    ) -> Iterator[tuple[list[Tensor], Int64[Tensor, " b"]]]:
+        """([a batch (B, C, size, size) uint8 for each crop], index): every image is read and decoded once for all."""
+        ...
+
     def close(self) -> None:
         """Give back files and memory; `batches` must not be called any more."""
         ...
@@ -67,16 +77,21 @@ def open_images(
     data_dir: Path,
     *,
     device: torch.device,
+    size: int,
     channels: int = 3,
     loader: str = "auto",
     resident_bytes: int = RESIDENT_BYTES,
+    threads: int | None = None,
 ) -> Images:
-    """Open data_dir/dataset.beton, or data_dir/images.npy where there is none, after verifying it.
+    """Open data_dir/dataset.beton after verifying it.
 
     Args:
+        size: side in pixels of what `batches` gives.
         channels: 3, or 1 for luma (ITU-R 601).
-        loader: "auto" takes FFCV for a .beton where it is installed; "ffcv" and "torch" force one.
-        resident_bytes: a set of at most this size is read once and kept on the device.
+        loader: what decodes: "auto" takes FFCV where it is installed; "ffcv" forces it, "torch" does without. Raw
+            squares of `size` need no decoder.
+        resident_bytes: a set of raw squares of at most this size is read once and kept on the device.
+        threads: that decode; default: torch's, which are the share of this worker.
 
     Raises:
         UserError: unknown loader or channels, no data set, or FFCV asked for and not there.
@@ -86,8 +101,13 @@ def open_images(
         raise UserError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
     if channels not in (1, 3):
         raise UserError(f"channels is {channels}: choose 3 (colour) or 1 (grey)")
-    images = _open(data_dir, device, channels, loader)
-    if images.n * images.height * images.width * channels > resident_bytes:
+    from spice_dist.data.packed import PackedImages
+
+    info = _verified(data_dir)
+    as_they_are = info.format == "raw" and (info.heights[0], info.widths[0]) == (size, size)
+    decoder = _decoder("torch" if as_they_are and loader == "auto" else loader)  # importing FFCV takes seconds
+    images = PackedImages(info, decoder, device, size, channels, threads or torch.get_num_threads())
+    if images.decodes or images.n * size * size * channels > resident_bytes:
         return images
     from spice_dist.data.resident import load_resident
 
@@ -97,53 +117,43 @@ def open_images(
         images.close()
 
 
-def _open(data_dir: Path, device: torch.device, channels: int, loader: str) -> Images:
-    from spice_dist.data.torch_loader import TorchImages, open_npy_images
-
+def _verified(data_dir: Path) -> beton.BetonInfo:
     path = data_dir / "dataset.beton"
     if not path.exists():
-        if not (data_dir / "images.npy").exists():
-            raise UserError(f"no data set in {data_dir}: neither dataset.beton nor images.npy; pack the images first")
-        if loader == "ffcv":
-            raise UserError(f"the ffcv loader needs {path}: pack the images with FFCV, or choose the torch loader")
-        return open_npy_images(data_dir, device, channels)
-
+        raise UserError(f"no data set in {data_dir}: {path.name} is missing; pack the images first")
     info = beton.verify(path)
-    _compare_with_manifest(info, data_dir)
+    if (data_dir / "manifest.json").exists():
+        manifest = read_manifest(data_dir)
+        if info.n != manifest.n or info.fingerprint != manifest.fingerprint:
+            raise DamagedFile(f"{path} was written from other images than {data_dir} holds: delete it and pack again")
     beton.check_pixels(info, spread=None if info.file_size <= FULL_CHECK_BYTES else SPREAD_CHECK)
-    if loader != "torch":
-        from spice_dist.data.ffcv_loader import FFCVImages, why_no_ffcv
-
-        missing = why_no_ffcv()
-        if missing is None:
-            return FFCVImages(info, device, channels)
-        if loader == "ffcv":
-            raise UserError(missing)
-        _tell_once(f"{missing}; the slower torch loader takes its place")
-    return TorchImages(beton.read_raw(info), device, channels)
+    return info
 
 
-def _compare_with_manifest(info: beton.BetonInfo, data_dir: Path) -> None:
-    if not (data_dir / "manifest.json").exists():
-        return
-    manifest = read_manifest(data_dir)
-    if (info.n, info.height) != (manifest.n, manifest.size) or info.fingerprint not in (None, manifest.fingerprint):
-        raise DamagedFile(f"{info.path} was written from other images than {data_dir} holds: delete it and pack again")
+@cache
+def _decoder(loader: str) -> "Decoder":
+    from spice_dist.data.ffcv_decoder import FFCVDecoder, why_no_ffcv
+    from spice_dist.data.pillow_decoder import PillowDecoder
+
+    if loader == "torch":
+        return PillowDecoder()
+    missing = why_no_ffcv()
+    if missing is None:
+        return FFCVDecoder()
+    if loader == "ffcv":
+        raise UserError(missing)
+    log.warning("%s; the slower torch loader takes its place", missing)
+    return PillowDecoder()
 
 
-def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.warning(message)
-
-
-def to_device(
-    pixels: UInt8[np.ndarray, "b h w 3"], index: Int64[np.ndarray, " b"], device: torch.device, channels: int
-) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]:
-    """A copy of a batch on the device, channels first, so that the loader may use its buffers again."""
+def to_device(pixels: UInt8[np.ndarray, "b h w 3"], device: torch.device, channels: int) -> UInt8[Tensor, "b c h w"]:
+    """A batch on the device, channels first."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-    images = to_grey(images) if channels == 1 else images.clone(memory_format=torch.contiguous_format)
-    return images, torch.from_numpy(index.copy()).to(device)
+    return to_grey(images) if channels == 1 else images.contiguous()
+
+
+def to_index(index: Int64[np.ndarray, " b"], device: torch.device) -> Int64[Tensor, " b"]:
+    return torch.from_numpy(index.copy()).to(device)
 
 
 def to_grey(images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 1 h w"]:

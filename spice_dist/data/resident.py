@@ -1,12 +1,14 @@
 """Small data sets stay on the device: a batch is one indexing, no loader in the loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from spice_dist.data.augment import cut
+from spice_dist.data.crops import Crop, Key, boxes
 from spice_dist.data.images import Images
 from spice_dist.data.order import check_order, global_batches
 
@@ -17,7 +19,8 @@ class ResidentImages:
     """`Images` over one tensor on its device."""
 
     def __init__(self, images: UInt8[Tensor, "n c h w"]):
-        self.n, self.channels, self.height, self.width = images.shape
+        self.n, self.channels, self.size, _ = images.shape
+        self.decodes = False
         self._images = images
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -30,6 +33,16 @@ class ResidentImages:
             index = torch.from_numpy(batch.copy()).to(self._images.device)
             yield self._images[index], index
 
+    def crops(
+        self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """As `Images.crops`: cut on the device, antialiased."""
+        for images, index in self.batches(order, batch_size):
+            host = index.cpu().numpy()
+            sides = np.full(len(host), self.size)
+            cuts = [(boxes(crop, key, host, sides, sides), crop.size) for crop, key in crops]
+            yield [cut(images.float(), box, size, size).round().byte() for box, size in cuts], index
+
     def close(self) -> None:
         """As `Images.close`."""
         self._images = self._images[:0]
@@ -37,7 +50,7 @@ class ResidentImages:
 
 def load_resident(images: Images, device: torch.device) -> ResidentImages:
     """Read every image once, in order, into n * c * h * w bytes of the device."""
-    kept = torch.empty((images.n, images.channels, images.height, images.width), dtype=torch.uint8, device=device)
+    kept = torch.empty((images.n, images.channels, images.size, images.size), dtype=torch.uint8, device=device)
     for pixels, index in images.batches(np.arange(images.n), READ_BATCH):
         kept[index] = pixels
     return ResidentImages(kept)

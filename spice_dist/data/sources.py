@@ -1,14 +1,18 @@
 """What to cluster: a list of images, named and not yet decoded.
 
-Kinds: `digits` (scikit-learn's 1,797 real 8x8 images), a folder of images (flat or nested), an `.npy` or `.npz` array.
+Kinds here: `digits` (scikit-learn's 1,797 real 8x8 images), a folder of images (flat or nested), an `.npy` or `.npz`
+array. Lists are in lists.py, published data sets in named_sets.py, remote folders in remote.py; dataset.py tells them
+apart.
 """
 
+import contextlib
+import hashlib
 import os
 import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,9 @@ from spice_dist.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 MAX_FILE_BYTES = 64 << 20  # an encoded image of 50 million pixels fits; a video or an archive renamed to .jpg does not
-KINDS = "'digits', a folder of images, an .npy or an .npz file"
+KINDS = (
+    "'digits', a folder of images, a list (.txt, .csv, .parquet), an .npy or .npz array, NAME:DIR, a URL or a .beton"
+)
 SYMLINK = "symbolic link"
 
 
@@ -36,6 +42,21 @@ class Source:
     label_names: list[str] = field(default_factory=list)  # in the order of their number
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no candidates: suffix -> count
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
+    encoded: bool = False  # read(i) gives an untrusted encoded file, which child processes decode
+    file: Callable[[int], Path] | None = None  # of local files: where image i is, so that children read it themselves
+    stamps: Callable[[int], str] | None = None  # of other files: what changes when image i does
+    extra: int = 0  # images after the clustered ones that only train stages 1 and 3
+    held_out: int = 0  # images after those that train nothing and are scored
+
+    @property
+    def clustered(self) -> int:
+        """How many images, from the first on, the heads are trained on."""
+        return len(self.paths) - self.extra - self.held_out
+
+    @property
+    def training(self) -> int:
+        """How many images, from the first on, stages 1 and 3 see."""
+        return len(self.paths) - self.held_out
 
 
 def open_source(data: str, labels: str | None = None) -> Source:
@@ -50,7 +71,7 @@ def open_source(data: str, labels: str | None = None) -> Source:
         UserError: one line that says what to give instead.
     """
     if labels not in (None, "folder", "array"):
-        raise UserError(f"unknown labels {labels!r}: give 'folder' (sub-folder names) or 'array' (key 'labels' or 'y')")
+        raise UserError(f"labels {labels!r} do not belong to {data!r}: give 'folder' (sub-folder names) or 'array'")
     if data == "digits":
         return _digits()
     path = Path(data)
@@ -68,6 +89,29 @@ def open_source(data: str, labels: str | None = None) -> Source:
         return _array(path, with_labels=labels == "array")
     hint = "; for a single image give the folder it is in" if _suffix(path.name) in IMAGE_SUFFIXES else ""
     raise UserError(f"{data!r} is not a kind of data that can be read: give {KINDS}{hint}")
+
+
+def is_beton(data: str) -> bool:
+    return data.endswith(".beton") and Path(data).is_file()
+
+
+def listing(source: Source) -> str:
+    """SHA-256 of the images by name and content: of local files size and time of change, of arrays the pixels.
+
+    It does not depend on where the files lie.
+    """
+    total = hashlib.sha256(f"{source.extra} {source.held_out}".encode())
+    for i, name in enumerate(source.paths):
+        total.update(os.fsencode(name) + b"\0")
+        if source.file is not None:
+            with contextlib.suppress(OSError):  # a file of a list that is not there: ingest will say so
+                status = os.stat(source.file(i))
+                total.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        elif source.encoded:
+            total.update(source.stamps(i).encode() if source.stamps else b"")
+        else:
+            total.update(np.ascontiguousarray(source.read(i)).data)
+    return total.hexdigest()
 
 
 def _why_missing(data: str, error: Exception) -> str:
@@ -89,7 +133,7 @@ def from_files(files: Sequence[str | Path]) -> Source:
     """Images by their paths, in the order given."""
     if not len(files):
         raise UserError("the list of images is empty: give at least one path")
-    return Source("a list of files", [os.fspath(file) for file in files], lambda i: read_file(Path(files[i])))
+    return files_source("a list of files", [os.fspath(file) for file in files], lambda i: Path(files[i]))
 
 
 def from_array(images: np.ndarray) -> Source:
@@ -102,19 +146,27 @@ def from_array(images: np.ndarray) -> Source:
 
 
 def _folder(root: Path, *, with_labels: bool) -> Source:
-    paths, ignored, refused = _scan(root)
+    paths, ignored, refused = scan(root)
     if not paths:
         raise UserError(_why_no_image(root, ignored, refused))
-    labels, label_names = _folder_labels(root, paths) if with_labels else (None, [])
+    labels, label_names = folder_labels(root, paths) if with_labels else (None, [])
     name = os.fsencode(root.absolute()).decode("utf-8", "backslashreplace")
 
-    def read(i: int) -> bytes:
-        return read_file(root / paths[i])
+    return replace(
+        files_source(name, paths, lambda i: root / paths[i]),
+        labels=labels,
+        label_names=label_names,
+        ignored=ignored,
+        refused=refused,
+    )
 
-    return Source(name, paths, read, labels, label_names, ignored, refused)
+
+def files_source(name: str, paths: list[str], file: Callable[[int], Path]) -> Source:
+    """Images in local files: image i, called paths[i], is at file(i)."""
+    return Source(name, paths, lambda i: read_file(file(i)), encoded=True, file=file)
 
 
-def _scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
+def scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
     """(relative names of image files in byte order, other files by suffix, sub-folders that cannot be entered).
 
     Hidden names are skipped, links are not followed, and no folder is entered twice, however it is mounted.
@@ -171,7 +223,8 @@ def _kind(suffix: str) -> str:
     return suffix if suffix == SYMLINK else f".{suffix}" if suffix else "without suffix"
 
 
-def _folder_labels(root: Path, paths: list[str]) -> tuple[np.ndarray, list[str]]:
+def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[str]]:
+    """(the number of each image's top-level sub-folder, their names)."""
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise UserError(
@@ -214,7 +267,7 @@ def _array(path: Path, *, with_labels: bool) -> Source:
     except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {str(path)!r} as a NumPy array file without pickled objects: {error}") from error
     _check_images(path, images)
-    encoded, label_names = _encode(path, labels, len(images)) if labels is not None else (None, [])
+    encoded, label_names = encode_labels(path, labels, len(images)) if labels is not None else (None, [])
     names = [f"{path.name}/{i:07d}" for i in range(len(images))]
     return Source(str(path.absolute()), names, images.__getitem__, encoded, label_names)
 
@@ -222,7 +275,7 @@ def _array(path: Path, *, with_labels: bool) -> Source:
 def _read_npz(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """The image array, read whole into memory, and the raw labels if asked for."""
     with np.load(path, allow_pickle=False) as archive:
-        shapes = _npz_headers(path)
+        shapes = npz_headers(path)
         key = "images"
         if key not in shapes:
             candidates = [k for k, (shape, dtype) in shapes.items() if len(shape) in (3, 4) and dtype == np.uint8]
@@ -241,7 +294,7 @@ def _read_npz(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | N
         return archive[key], labels
 
 
-def _npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype). An array that claims more than its member holds is refused before it is allocated."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
@@ -274,7 +327,7 @@ def _check_images(path: Path, images: np.ndarray) -> None:
         raise UserError(f"{got}, no pixel at all: {wanted}")
 
 
-def _encode(path: Path, labels: np.ndarray, n: int) -> tuple[np.ndarray, list[str]]:
+def encode_labels(path: Path, labels: np.ndarray, n: int) -> tuple[np.ndarray, list[str]]:
     if labels.shape != (n,) or labels.dtype.kind not in "iubSU":
         raise UserError(
             f"the labels of {str(path)!r} are {labels.dtype} {labels.shape}: give integers or strings of shape ({n},)"

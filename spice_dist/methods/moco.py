@@ -6,7 +6,7 @@ The defaults are the 4-GPU recipe that SPICE uses: global batch 128, lr 0.015, t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from spice_dist import losses
 from spice_dist.data import augment
-from spice_dist.data.augment import View
-from spice_dist.data.images import Images, open_images
+from spice_dist.data.augment import MOCO_V2, View
+from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_state, passes_per_step, place, state_of
+from spice_dist.methods.plumbing import autocast, load_state, open_dataset, passes_per_step, place, state_of
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import Projection
 from spice_dist.models.momentum import Queue, follow, slow_copy
@@ -41,21 +41,14 @@ class MoCoConfig:
     temperature: float = 0.2  # tau
     queue: int = 12800  # N_q, a multiple of the batch
     dim: int = 128  # width of the projection
-    view: View = field(
-        default_factory=lambda: View(
-            crop_scale=(0.2, 1.0), jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2,
-            blur=0.5, flip=0.5,
-        )
-    )  # fmt: skip
+    view: View = MOCO_V2
 
 
 def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     """Leaves the query network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
-    images = open_images(
-        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
-    )
-    check(task, config, images.n)
-    steps_per_epoch = images.n // config.batch
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    check(task, config, manifest.training)
+    steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
     groups = task.bn_groups // worker.world  # on this worker
 
@@ -78,12 +71,9 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     key_net.train()
     passes = passes_per_step(query_net, groups, worker.device)
     passes_per_step(key_net, groups, worker.device)
-    stream = _batches(images, task.seed, config.batch, steps_per_epoch, start, total, worker)
-    for step, (image, index) in enumerate(stream, start):
-        epoch = step // steps_per_epoch
-        set_lr(optimizer, config.lr * cosine(epoch / config.epochs))
-        query_view = augment.apply(config.view, image, index, (task.seed, epoch, QUERY))
-        key_view = augment.apply(config.view, image, index, (task.seed, epoch, KEY))
+    stream = _views(images, manifest.training, task.seed, config, start, worker)
+    for step, (query_view, key_view) in enumerate(stream, start):
+        set_lr(optimizer, config.lr * cosine(step // steps_per_epoch / config.epochs))
 
         follow(key_net, query_net, config.momentum)
         keys = shuffled_keys(key_net, key_view, passes, (task.seed, step, SHUFFLE), worker)
@@ -117,15 +107,19 @@ def shuffled_keys(key_net: nn.Module, view: Tensor, passes: int, key: tuple[int,
     return torch.empty_like(keys).index_copy_(0, order, keys)
 
 
-def _batches(
-    images: Images, seed: int, batch: int, steps_per_epoch: int, start: int, total: int, worker: Worker
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's part of every global batch from step `start` on; an epoch's incomplete last batch is left out."""
-    for epoch in range(start // steps_per_epoch, total // steps_per_epoch):
-        order = epoch_order(seed, epoch, images.n)[: steps_per_epoch * batch]
-        own = order.reshape(steps_per_epoch, worker.world, -1)[:, worker.rank]
-        done = max(0, start - epoch * steps_per_epoch)
-        yield from images.batches(own[done:].ravel(), own.shape[1])
+def _views(
+    images: Images, num_images: int, seed: int, config: MoCoConfig, start: int, worker: Worker
+) -> Iterator[list[Tensor]]:
+    """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
+    steps = num_images // config.batch
+    for epoch in range(start // steps, config.epochs):
+        order = epoch_order(seed, epoch, num_images)[: steps * config.batch]
+        own = order.reshape(steps, worker.world, -1)[:, worker.rank]
+        done = max(0, start - epoch * steps)
+        pair = [(config.view, (seed, epoch, stream)) for stream in (QUERY, KEY)]
+        if done < steps:
+            for views, _ in augment.view_batches(images, own[done:].ravel(), own.shape[1], pair):
+                yield views
 
 
 def check(task: Task, config: MoCoConfig, num_images: int) -> None:

@@ -7,13 +7,23 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from spice_dist.data.images import Images, open_images
+from spice_dist.data.ingest import Ingested, read_manifest
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
 from spice_dist.errors import UserError
 from spice_dist.models.split_batch_norm import set_groups
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
+from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def open_dataset(task: Task, run: Path, device: torch.device) -> tuple[Images, Ingested]:
+    """The images of a run, and the manifest that says which of them are clustered, only train, or are held out."""
+    data = task.data
+    images = open_images(run / "data", device=device, size=data.size, channels=data.channels, loader=data.loader)
+    return images, read_manifest(run / "data")
 
 
 def place(module: M, device: torch.device) -> M:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from spice_dist.data.files import Progress, publish, publish_json
+from spice_dist.data.ingest import read_manifest
 from spice_dist.methods.spice_self import load_heads
 from spice_dist.neighbors import label_agreement, nearest
 from spice_dist.pseudo_labels import UNRELIABLE, reliable_images
@@ -27,7 +28,9 @@ class ReliableConfig:
 @torch.no_grad()
 def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, progress: Progress) -> None:
     """Leaves `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`."""
-    features = torch.from_numpy(np.load(run / "features/features.npy")).float().to(device)
+    manifest = read_manifest(run / "data")
+    features = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
+    features = torch.from_numpy(features.astype(np.float32)).to(device)
     heads, loss = load_heads(task, run, features.shape[1])
     probs = heads.select(int(loss.argmin())).to(device)(features)[0].softmax(1)
     confidence, labels = probs.max(1)
@@ -40,8 +43,10 @@ def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, 
     )
 
     (run / "reliable").mkdir(exist_ok=True)
+    everywhere = np.full(manifest.n, UNRELIABLE)  # images that are not clustered teach no label
+    everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).cpu().numpy()
     with publish(run / "reliable/labels.npy") as file:
-        np.save(file, torch.where(kept, labels, UNRELIABLE).cpu().numpy())
+        np.save(file, everywhere)
     sizes = torch.bincount(labels, minlength=task.clusters)
     publish_json(
         run / "reliable/summary.json",

@@ -7,7 +7,8 @@ kept, which needs no labels. The backbone stays in eval mode, as the paper says 
 drift), so the strong view's features are computed once per E-step.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.data.augment import View
-from spice_dist.data.images import Images, open_images
+from spice_dist.data.augment import SCAN_STRONG, SCAN_WEAK, Key, View
+from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods.plumbing import autocast, finished, load_state, place, state_of
+from spice_dist.methods.plumbing import autocast, finished, load_state, open_dataset, place, state_of
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import prototype_labels, selection_loss
@@ -38,25 +39,25 @@ class SpiceSelfConfig:
     repeats: int = 8  # R, passes over the labels of one E-step
     minibatch: int = 128  # labelled images per head and Adam step
     lr: float = 0.005
-    weak: View = field(default_factory=lambda: View(pad=4, flip=0.5))
-    strong: View = field(default_factory=lambda: View(flip=0.5, operations=4, cutout=0.5))
+    weak: View = SCAN_WEAK
+    strong: View = SCAN_STRONG
 
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     """Leaves, in the last checkpoint, `heads` (all, as trained last), `best` (the selected head) and `select`."""
-    images = open_images(
-        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
-    )
-    features = torch.from_numpy(np.load(worker.run / "features/features.npy")).float().to(worker.device)
-    check(task, config, images.n)
-    batch = min(images.n, config.samples_per_cluster * task.clusters)  # M
-    steps_per_epoch = images.n // batch
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    num_images = manifest.clustered
+    check(task, config, num_images)
+    features = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
+    features = torch.from_numpy(features.astype(np.float32)).to(worker.device)
+    batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
+    steps_per_epoch = num_images // batch
     total = config.epochs * steps_per_epoch
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
     heads = ClusterHeads(config.heads, backbone.dim, task.clusters).to(worker.device)
-    selection = Selection(heads, task.clusters, images.n)
+    selection = Selection(heads, task.clusters)
     # at K clusters the first gradients are K times smaller than plain cross-entropy's; Adam's eps must not hide them
     optimizer = torch.optim.Adam(heads.parameters(), lr=config.lr, eps=1e-8 / task.clusters)
 
@@ -67,9 +68,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         load_state(parts, optimizer, saved)
 
     for step in range(start, total):
-        chosen = np.random.default_rng([task.seed, step, ORDER]).permutation(images.n)[:batch]
-        weak = view_features(backbone, images, chosen, config.weak, (task.seed, step, WEAK))
-        strong = view_features(backbone, images, chosen, config.strong, (task.seed, step, STRONG))
+        chosen = np.random.default_rng([task.seed, step, ORDER]).permutation(num_images)[:batch]
+        views = [(config.weak, (task.seed, step, WEAK)), (config.strong, (task.seed, step, STRONG))]
+        weak, strong = view_features(backbone, images, chosen, views)
 
         with torch.no_grad():  # E-step
             probs = heads(weak).softmax(2)
@@ -95,7 +96,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 class Selection(nn.Module):
     """The lowest label-free loss that each head has had, with its weights and labels at that moment."""
 
-    def __init__(self, heads: ClusterHeads, clusters: int, num_images: int):
+    def __init__(self, heads: ClusterHeads, clusters: int):
         super().__init__()
         count = len(heads.out_weight)
         self.best = ClusterHeads(count, heads.hidden_weight.shape[1], clusters).requires_grad_(False)
@@ -115,14 +116,15 @@ class Selection(nn.Module):
 
 @torch.no_grad()
 def view_features(
-    backbone: Backbone, images: Images, index: np.ndarray, view: View, key: tuple[int, int, int], chunk: int = 512
-) -> Tensor:
-    """Unit-norm features (M, D) of one random view of each image, in the order of `index`."""
-    found = []
-    for image, number in images.batches(index, chunk):
-        with autocast(image.device):
-            found.append(unit(backbone(augment.apply(view, image, number, key)).float()))
-    return torch.cat(found)
+    backbone: Backbone, images: Images, index: np.ndarray, views: Sequence[tuple[View, Key]], chunk: int = 512
+) -> list[Tensor]:
+    """For each kind of random view the unit-norm features (M, D), in the order of `index`; every image is read once."""
+    found: list[list[Tensor]] = [[] for _ in views]
+    for batch, _ in augment.view_batches(images, index, chunk, views):
+        for features, view in zip(found, batch, strict=True):
+            with autocast(view.device):
+                features.append(unit(backbone(view).float()))
+    return [torch.cat(features) for features in found]
 
 
 def load_backbone(task: Task, run: Path) -> Backbone:

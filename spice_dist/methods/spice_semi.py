@@ -7,7 +7,7 @@ The strong view draws from the 14 operations of stage 2, at their strength there
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from spice_dist import losses
 from spice_dist.data import augment
-from spice_dist.data.augment import View
-from spice_dist.data.images import Images, open_images
+from spice_dist.data.augment import FIXMATCH_STRONG, FIXMATCH_WEAK, View
+from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_state, passes_per_step, place, state_of
+from spice_dist.methods.plumbing import autocast, load_state, open_dataset, passes_per_step, place, state_of
 from spice_dist.methods.spice_self import stage2_network
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads, ClusterNet
@@ -44,15 +44,13 @@ class SpiceSemiConfig:
     weight_decay: float = 5e-4  # on kernels only
     ema: float = 0.999  # momentum of the evaluated network
     init: str = "scratch"  # "scratch", as published, or "stage2": the network that stages 1 and 2 trained
-    weak: View = field(default_factory=lambda: View(pad=4, flip=0.5))
-    strong: View = field(default_factory=lambda: View(pad=4, flip=0.5, operations=3, cutout=0.5))
+    weak: View = FIXMATCH_WEAK
+    strong: View = FIXMATCH_STRONG
 
 
 def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`."""
-    images = open_images(
-        worker.run / "data", device=worker.device, channels=task.data.channels, loader=task.data.loader
-    )
+    images, manifest = open_dataset(task, worker.run, worker.device)
     labels = np.load(worker.run / "reliable/labels.npy")
     reliable = np.flatnonzero(labels != UNRELIABLE)
     if not len(reliable):
@@ -77,7 +75,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     targets = torch.from_numpy(labels).to(worker.device)
     labelled = config.labelled // worker.world
     position = own_positions(config, worker)
-    stream = images_of_steps(images, reliable, config, task.seed, start, worker)
+    stream = images_of_steps(images, reliable, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK))
@@ -129,6 +127,7 @@ def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
 def images_of_steps(
     images: Images,
     reliable: np.ndarray,
+    num_images: int,
     config: SpiceSemiConfig,
     seed: int,
     start: int,
@@ -144,7 +143,7 @@ def images_of_steps(
         for step in range(first, min(first + span, config.steps)):
             generator = np.random.default_rng([seed, step, DRAW])
             labelled = reliable[generator.integers(len(reliable), size=config.labelled)]
-            others = generator.integers(images.n, size=config.labelled * config.ratio)
+            others = generator.integers(num_images, size=config.labelled * config.ratio)
             order += [part.reshape(worker.world, -1)[worker.rank] for part in (labelled, others)]
         yield from images.batches(np.concatenate(order), config.labelled * (1 + config.ratio) // worker.world)
 

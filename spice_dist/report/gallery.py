@@ -45,9 +45,11 @@ def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
     import torch
 
     from spice_dist.data.images import open_images
+    from spice_dist.data.ingest import read_manifest
 
     order = np.asarray(indices, dtype=np.int64)
-    images = open_images(run / "data", device=torch.device("cpu"), channels=3, resident_bytes=0)
+    size = min(read_manifest(run / "data").size, 96)
+    images = open_images(run / "data", device=torch.device("cpu"), size=size, loader="torch", resident_bytes=0)
     try:
         batches = images.batches(order, 256)  # serves exactly this order
         return np.stack([_reduce(image, 96) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])

@@ -1,13 +1,11 @@
-"""One small data set, packed once by the real FFCV, shared by the tests of the file format and of the loaders."""
+"""Small data sets as ingest packs them, shared by the tests of the file format and of the loaders."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spice_dist.data.ffcv_writer import write_beton
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import Source
 
@@ -25,17 +23,31 @@ def small_pixels() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    """Crops of a real photo, of several sizes."""
+    from sklearn.datasets import load_sample_image
+
+    photo = load_sample_image("china.jpg")
+    rng = np.random.default_rng(3)
+    crops = []
+    for _ in range(24):
+        height, width = rng.integers(40, 140, 2)
+        top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
+        crops.append(np.ascontiguousarray(photo[top : top + height, left : left + width]))
+    return crops
+
+
+@pytest.fixture(scope="session")
 def packed_folders(
-    tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray, small_pixels: np.ndarray
+    tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray, small_pixels: np.ndarray, photos: list[np.ndarray]
 ) -> dict[str, Path]:
-    """Folders as ingest and write_beton leave them, read only: "main", "again" with the same images, and "small"."""
-    contents = {"main": pixels, "again": pixels, "small": small_pixels}
+    """Folders as ingest leaves them, read only: "main", "again" with the same images, "small", and "jpg" of photos."""
+    contents = {"main": pixels, "again": pixels, "small": small_pixels, "jpg": photos}
     folders = {name: tmp_path_factory.mktemp(name) for name in contents}
     for name, images in contents.items():
         source = Source("random", [f"{i}" for i in range(len(images))], images.__getitem__)
-        ingest(source, images.shape[1], folders[name])
-    with ThreadPoolExecutor() as pool:  # each writer spends seconds on importing FFCV
-        list(pool.map(lambda folder: write_beton(folder / "images.npy", folder / "dataset.beton"), folders.values()))
+        kind, size = ("jpg", 64) if name == "jpg" else ("raw", images[0].shape[0])
+        ingest(source, folders[name], size=size, format=kind)
     return folders
 
 

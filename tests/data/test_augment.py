@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from scipy import ndimage, stats
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 from spice_dist.data import augment
 from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, OPERATIONS, PLAIN, View, apply, operation
 from spice_dist.data.counter_rng import uniform
+from spice_dist.data.crops import Crop, boxes
 
 LEVEL = 1 / 255
 KEY = (11, 3, 1)
@@ -41,7 +42,7 @@ WEAK = View(pad=4, flip=0.5)
 SCAN = View(flip=0.5, operations=4, cutout=0.5)
 AFFINE = View(rotate=14, shift=0.14, zoom=0.175, shear=0.21, jitter=1.0, brightness=0.4, contrast=0.4, noise=0.1)
 VIEWS = {"plain": PLAIN, "moco": MOCO, "weak": WEAK, "scan": SCAN, "affine": AFFINE}
-BILINEAR = InterpolationMode.BILINEAR
+BILINEAR, NEAREST = InterpolationMode.BILINEAR, InterpolationMode.NEAREST
 
 
 @cache
@@ -124,10 +125,10 @@ def test_views_differ_between_seeds_epochs_streams_and_indices(name: str):
 
 
 @pytest.mark.parametrize("key", [(), KEY])
-def test_plain_is_exactly_the_normalised_image(key: tuple[int, ...]):
+def test_plain_is_the_normalised_image(key: tuple[int, ...]):
     index = torch.arange(8)
     expected = tv.normalize(photos(48, 64).float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
-    assert torch.equal(apply(PLAIN, photos(48, 64), index, key), expected)
+    close(apply(PLAIN, photos(48, 64), index, key), expected, 1e-6)
     mean, std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
     close(apply(PLAIN, digits(), index, key), (digits() / 255 - mean) / std, 1e-6)
 
@@ -157,26 +158,37 @@ def test_a_view_leaves_its_input_as_it_is():
     assert torch.equal(images, photos(32, 32))
 
 
+def test_threads_work_on_a_chunk_each_and_change_nothing():
+    images, index, before = many(photos(64, 64), 300), torch.arange(300), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = apply(MOCO, images, index, KEY)
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            together = apply(MOCO, images, index, KEY)
+        assert together.is_inference()
+        close(together, alone, 2e-5)
+        assert torch.get_num_threads() == 2
+        assert augment._threads(2).submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 # crop, flip, affine
 
 
-def boxes(scale: tuple[float, float], height: int, width: int, batch: int) -> Tensor:
+def drawn_boxes(scale: tuple[float, float], height: int, width: int, batch: int) -> Tensor:
     """(B, 4) top, left, height, width in pixels of the crops that a view draws."""
-    draws = augment._Draws(KEY, torch.arange(batch), torch.device("cpu"))
-    matrix = augment._resized_crop(scale, height, width, draws).double()
-    crop_height, crop_width = matrix[:, 1, 1] * height, matrix[:, 0, 0] * width
-    top = ((matrix[:, 1, 2] + 1) * height - crop_height) / 2
-    left = ((matrix[:, 0, 2] + 1) * width - crop_width) / 2
-    found = torch.stack([top, left, crop_height, crop_width], 1)
-    close(found, found.round(), 1e-4)
-    return found.round().long()
+    sides = np.full(batch, height), np.full(batch, width)
+    box = boxes(Crop(scale, 0), augment._crop_key(KEY), np.arange(batch), *sides)
+    return torch.from_numpy(box[:, [1, 0, 3, 2]])
 
 
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 0.4)])
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 60)])
 def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], size: tuple[int, int]):
     height, width = size
-    ours = boxes(scale, height, width, 20_000).double()
+    ours = drawn_boxes(scale, height, width, 20_000).double()
     top, left, crop_height, crop_width = ours.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -196,7 +208,7 @@ def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float], size:
 
 
 def test_positions_of_crops_are_uniform_over_all_that_fit():
-    top, left, crop_height, crop_width = boxes((0.2, 1.0), 32, 32, 50_000).T
+    top, left, crop_height, crop_width = drawn_boxes((0.2, 1.0), 32, 32, 50_000).T
     for start, side in ((top, crop_height), (left, crop_width)):
         for size in (16, 20, 27):
             counts = np.bincount(start[side == size], minlength=32 - size + 1)
@@ -204,14 +216,21 @@ def test_positions_of_crops_are_uniform_over_all_that_fit():
             assert stats.chisquare(counts).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 64)])
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (96, 96)])
+@pytest.mark.parametrize("side", [0, 18, 52, 76])
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.1)])
-def test_a_resized_crop_equals_torchvisions(size: tuple[int, int], scale: tuple[float, float]):
-    images = many(photos(*size), 40)
-    found = pixels(View(crop_scale=scale), images)
-    for image, (top, left, height, width), view in zip(images, boxes(scale, *size, 40).tolist(), found, strict=True):
+def test_a_resized_crop_equals_torchvisions_and_pillows(size: tuple[int, int], side: int, scale: tuple[float, float]):
+    images = many(photos(*size), 16)
+    found = pixels(View(crop_scale=scale, size=side), images)
+    side = side or size[0]
+    rounding = 1.01 * LEVEL if side >= augment.LARGE else 0.0  # both passes round to bytes, as Pillow does
+    for image, box, view in zip(images, drawn_boxes(scale, *size, 16).tolist(), found, strict=True):
+        top, left, height, width = box
         x = image.float() / 255
-        close(view, tv.resized_crop(x, top, left, height, width, list(size), BILINEAR, antialias=False), 2e-5)
+        theirs = tv.resized_crop(x, top, left, height, width, [side, side], BILINEAR, antialias=True)
+        close(view, theirs, rounding + 2e-5)
+        part = pil(image).crop((left, top, left + width, top + height))
+        close(view, tensor(part.resize((side, side), Image.Resampling.BILINEAR)), 1.6 * LEVEL)
 
 
 def test_a_crop_does_not_darken_the_border():
@@ -361,7 +380,7 @@ def test_a_geometric_operation_equals_pillows_inside_the_image(
         found = operated(name, photos(*size), v, sign)
         matrix = pillow_matrix(sign * v * reach, width, height)
         for image, ours in zip(photos(*size), found, strict=True):
-            sampled = pil(image).transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+            sampled = pil(image).transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
             x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
             x, y = (matrix[0] * x + matrix[1] * y + matrix[2], matrix[3] * x + matrix[4] * y + matrix[5])
             inside = torch.from_numpy((x > 0.51) & (x < width - 0.51) & (y > 0.51) & (y < height - 0.51))
@@ -377,10 +396,10 @@ def test_a_geometric_operation_equals_torchvisions(size: tuple[int, int], sign: 
     height, width = size
     x = photos(*size).float() / 255
     for v in MAGNITUDES:
-        close(operated("rotate", photos(*size), v, sign), tv.rotate(x, sign * 30 * v, BILINEAR), 1e-4)
+        close(operated("rotate", photos(*size), v, sign), tv.rotate(x, sign * 30 * v, NEAREST), 1e-4)
         slope = math.degrees(math.atan(sign * 0.1 * v))
         for name, shear in (("shear_x", [slope, 0.0]), ("shear_y", [0.0, slope])):
-            expected = tv.affine(x, 0.0, [0, 0], 1.0, shear, BILINEAR, center=[0, 0])
+            expected = tv.affine(x, 0.0, [0, 0], 1.0, shear, NEAREST, center=[0, 0])
             close(operated(name, photos(*size), v, sign), expected, 1e-4)
 
 
@@ -412,7 +431,7 @@ def test_an_operation_is_drawn_uniformly_with_its_own_magnitude_and_sign():
 def test_several_operations_are_applied_one_after_the_other_and_may_repeat():
     batch = 2000
     images = many(photos(8, 12), batch)
-    x = images.float() / 255
+    x = images * (1 / 255)
     choices = []
     for turn in range(4):
         choice = (drawn(1 + 3 * turn, batch)[0] * 14).long()
@@ -579,3 +598,43 @@ def test_cutout_clips_its_square_in_an_oblong_image_and_keeps_the_rest():
     assert torch.equal(torch.where(hole, plain, found), plain)
     assert (hole[:, 0, 47].any(1) | hole[:, 0, 0].any(1)).any()
     assert hole[:, 0, :, 50:].any()
+
+
+# FixMatch
+
+
+def test_erase_paints_the_square_that_fixmatchs_pillow_cutout_paints():
+    images = many(photos(32, 32), 200)
+    side, (x, y) = drawn(1, 200, 0, 0.5)[0] * 32, drawn(2, 200, count=2) * 32
+    found = pixels(View(erase=0.5), images)
+    for i, image in enumerate(images):
+        left, top = max(0.0, float(x[i] - side[i] / 2)), max(0.0, float(y[i] - side[i] / 2))
+        corner = min(32.0, int(left) + float(side[i])), min(32.0, int(top) + float(side[i]))
+        expected = pil(image)
+        ImageDraw.Draw(expected).rectangle((int(left), int(top), *corner), (125, 123, 114))
+        close(found[i], tensor(expected), 1e-5)
+
+
+def test_fixmatchs_strong_view_erases_before_it_flips_and_shifts():
+    view = replace(augment.FIXMATCH_STRONG, operations=0, flip=1.0)
+    images = many(photos(32, 32), 50)
+    erased = pixels(View(erase=0.5), images).flip(-1)
+    offset = drawn(4, 50, 0, 9, count=2).floor().long()
+    padded = torch.nn.functional.pad(erased, (4,) * 4)
+    for found, x, y, whole in zip(pixels(view, images), *offset.tolist(), padded, strict=True):
+        close(found, whole[:, y : y + 32, x : x + 32], 1e-5)
+
+
+def test_a_reflecting_crop_equals_numpys_reflection():
+    images = many(photos(32, 32), 20)
+    offset = drawn(1, 20, 0, 9, count=2).floor().long()
+    for image, found, x, y in zip(images, pixels(View(pad=4, reflect=True), images), *offset.tolist(), strict=True):
+        padded = np.pad(image.numpy() / 255, ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        close(found, torch.from_numpy(padded[:, y : y + 32, x : x + 32]).float(), 1e-5)
+
+
+def test_reach_scales_shears_and_translations():
+    x = photos(32, 32)
+    for name in ("shear_x", "shear_y", "translate_x", "translate_y"):
+        far = operation(name, x / 255, torch.full((8,), 0.25), torch.ones(8), 0.3)
+        close(far, operated(name, x, 0.75), 1e-6)

@@ -1,14 +1,19 @@
+import io
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from spice_dist.data import beton
-from spice_dist.data.beton import check_pixels, read_raw, sidecar_path, verify
+from spice_dist.data.beton import Samples, check_headers, check_pixels, jpeg_size, sidecar_path, verify
+from spice_dist.data.beton_writer import BetonWriter
 from spice_dist.errors import DamagedFile
 
 HEADER_FIELDS = [("version", 0, 2), ("num_fields", 2, 2), ("page_size", 4, 4), ("num_samples", 8, 8), ("table", 16, 8)]
@@ -32,14 +37,39 @@ def refused(path: Path, *, trusted_sidecar: bool = True) -> str:
     return str(caught.value)
 
 
-def test_a_file_of_the_real_writer_passes_and_gives_back_the_pixels(packed: Path, pixels: np.ndarray):
+def test_a_raw_file_passes_and_gives_back_the_pixels(packed: Path, pixels: np.ndarray):
     info = verify(packed / "dataset.beton")
-    assert (info.n, info.height, info.width) == pixels.shape[:3]
+    assert (info.n, info.format, info.heights[0], info.widths[0]) == (2600, "raw", 24, 24)
     check_pixels(info)
     order = np.random.default_rng(1).integers(0, info.n, 500)
-    with closing(read_raw(info)) as images:
-        assert np.array_equal(images[order], pixels[order])
-        assert np.array_equal(images[5:9], pixels[5:9])
+    with closing(Samples(info)) as samples:
+        assert np.array_equal(samples.raw(order), pixels[order])
+        assert bytes(samples.encoded(7)) == pixels[7].tobytes()
+
+
+def test_a_jpg_file_passes_and_gives_images_of_the_size_it_states(packed_folders: dict[str, Path]):
+    info = verify(packed_folders["jpg"] / "dataset.beton")
+    assert info.format == "jpg"
+    check_pixels(info)
+    check_headers(info)
+    with closing(Samples(info)) as samples:
+        for i in range(info.n):
+            image = Image.open(io.BytesIO(samples.encoded(i)))
+            assert (image.height, image.width) == (info.heights[i], info.widths[i])
+            assert min(image.size) <= 64
+
+
+def test_a_million_images_are_verified_in_less_than_two_seconds(tmp_path: Path):
+    n, page = 1_000_000, 1 << 21
+    writer = BetonWriter(tmp_path / "x.beton", n, page)
+    per_page = page // 3072
+    offsets = writer.position + np.arange(n) // per_page * page + np.arange(n) % per_page * 3072  # a sparse file
+    writer.position = int(offsets[-1]) + 3072
+    side = np.full(n, 32, np.uint16)
+    writer.finish("raw", side, side, offsets, np.full(n, 3072))
+    started = time.monotonic()
+    assert verify(tmp_path / "x.beton", trusted_sidecar=False).n == n
+    assert time.monotonic() - started < 2
 
 
 def test_every_truncation_is_found(beton_copy: Path):
@@ -182,18 +212,65 @@ def test_300_fuzzed_headers_and_tables_raise_damaged_file_or_are_unchanged(beton
     verify(beton_copy)
 
 
-def test_a_file_that_is_replaced_or_cut_after_verification_is_refused(beton_copy: Path):
+def test_a_file_that_is_replaced_or_cut_after_verification_is_refused(
+    beton_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
     info = verify(beton_copy)
-    images = read_raw(info)
+    samples = Samples(info)
     os.truncate(beton_copy, 3 << 20)
     with pytest.raises(DamagedFile, match="cut short"):
-        images[np.arange(2600)]
+        samples.raw(np.arange(2600))
+    with pytest.raises(DamagedFile, match="cut short"):
+        samples.encoded(2599)
     with pytest.raises(DamagedFile, match="replaced"):
-        read_raw(info)
-    images.close()
+        Samples(info)
+    samples.close()
+    monkeypatch.setattr(beton, "identity_of", lambda _: info.identity)
+    Samples(info).close()  # nothing else would have seen it
 
 
-def test_checksums_are_those_of_zlib(pixels: np.ndarray):
-    import zlib
+def test_one_sample_is_refused_once_its_bytes_change_and_only_by_its_checksum(beton_copy: Path):
+    info = verify(beton_copy)
+    with closing(Samples(info)) as samples:
+        patch(beton_copy, int(info.offsets[5]), bytes([samples.encoded(5)[0] ^ 1]))
+        with pytest.raises(DamagedFile, match="image 5 "):
+            samples.encoded(5)
+        samples.encoded(4)
+    unsealed = replace(info, crc32=None, identity=beton.identity_of(beton_copy))
+    with closing(Samples(unsealed)) as samples:
+        samples.encoded(5)
 
-    assert beton.checksums(pixels[:3]).tolist() == [zlib.crc32(image.tobytes()) for image in pixels[:3]]
+
+def jpeg(mode: str = "RGB", size: tuple[int, int] = (20, 10), **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def test_the_markers_of_a_jpeg_give_its_size_and_anything_odd_is_refused():
+    good = jpeg()
+    assert jpeg_size(good) == jpeg_size(jpeg("L")) == jpeg_size(jpeg(progressive=True)) == (10, 20)
+    frame = good.index(b"\xff\xc0")
+    length = int.from_bytes(good[frame + 2 : frame + 4], "big") + 2
+    odd = {
+        "four components": jpeg("CMYK"),
+        "no start": good[2:],
+        "cut": good[:-2],
+        "data behind the end": good + b"x",
+        "no frame": good[:frame] + good[frame + length :],
+        "two frames": good[:frame] + good[frame : frame + length] + good[frame:],
+        "lossless": good[: frame + 1] + b"\xc3" + good[frame + 2 :],
+        "12 bits": good[: frame + 4] + b"\x0c" + good[frame + 5 :],
+        "length past the end": good[:4] + b"\xff\xff" + good[6:],
+        "nothing": b"",
+        "text": b"text",
+    }
+    assert [name for name, data in odd.items() if jpeg_size(data) is not None] == []
+
+
+def test_a_jpeg_of_another_size_than_stated_is_found_by_its_header_only(packed_folders: dict[str, Path]):
+    info = verify(packed_folders["jpg"] / "dataset.beton")
+    other = replace(info, heights=info.heights + np.uint16(1))
+    with pytest.raises(DamagedFile, match="image 0 is not a JPEG"):
+        check_headers(other)
+    check_pixels(other)  # the checksums say nothing about it

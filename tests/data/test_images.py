@@ -1,26 +1,34 @@
 """The loaders: whatever serves them, batches are the source's pixels in the order asked for."""
 
+import io
 import logging
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from spice_dist.data import ffcv_loader, images
+from spice_dist.data import ffcv_decoder, images
+from spice_dist.data import packed as packed_module
+from spice_dist.data.augment import MOCO_V2, View, view_batches
 from spice_dist.data.beton import verify
-from spice_dist.data.ffcv_loader import FFCVImages
+from spice_dist.data.crops import Crop, boxes, central_squares
+from spice_dist.data.ffcv_decoder import FFCVDecoder
 from spice_dist.data.images import Handover, Images, open_images, to_grey
 from spice_dist.data.ingest import ingest
+from spice_dist.data.packed import PackedImages
+from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import ResidentImages
-from spice_dist.data.sources import Source
-from spice_dist.data.torch_loader import TorchImages
+from spice_dist.data.sources import Source, from_array
 from spice_dist.errors import DamagedFile, UserError
 
 CPU = torch.device("cpu")
@@ -33,19 +41,16 @@ ORDERS = {
 }
 
 
-@pytest.fixture(params=["ffcv", "torch", "npy", "resident"])
-def served(request: pytest.FixtureRequest, packed: Path, tmp_path: Path) -> Iterator[Images]:
+@pytest.fixture(params=["ffcv", "torch", "resident"])
+def served(request: pytest.FixtureRequest, packed: Path) -> Iterator[Images]:
     """The same images through each loader."""
-    if request.param == "npy":
-        for name in ("images.npy", "paths.jsonl", "manifest.json"):
-            shutil.copy(packed / name, tmp_path / name)
-        opened = open_images(tmp_path, device=CPU, resident_bytes=0)
-    elif request.param == "resident":
-        opened = open_images(packed, device=CPU, loader="torch")
+    if request.param == "resident":
+        opened = open_images(packed, device=CPU, size=24, loader="torch")
         assert isinstance(opened, ResidentImages)
     else:
-        opened = open_images(packed, device=CPU, loader=request.param, resident_bytes=0)
-        assert isinstance(opened, FFCVImages if request.param == "ffcv" else TorchImages)
+        opened = open_images(packed, device=CPU, size=24, loader=request.param, resident_bytes=0)
+        assert isinstance(opened, PackedImages)
+    assert not opened.decodes
     yield opened
     opened.close()
 
@@ -105,109 +110,237 @@ def test_two_passes_at_once_do_not_disturb_each_other(served: Images, pixels: np
     assert np.array_equal(torch.cat(first).numpy(), pixels[there].transpose(0, 3, 1, 2))
 
 
-def test_the_number_of_torch_threads_is_left_alone(packed: Path):
+def test_the_number_of_torch_threads_is_left_alone(jpg_folder: Path):
+    """Importing FFCV sets it to one."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        opened = open_images(packed, device=CPU, loader="ffcv", resident_bytes=0)
-        list(opened.batches(np.arange(100), 10))
+        ffcv_decoder._native.cache_clear()
+        images._decoder.cache_clear()
+        with closing(open_images(jpg_folder, device=CPU, size=24, loader="ffcv")) as opened:
+            list(opened.batches(np.arange(10), 5))
         assert torch.get_num_threads() == 2
-        opened.close()
-        with pytest.raises(ValueError, match="closed"):
-            opened.batches(np.arange(2), 1)
     finally:
         torch.set_num_threads(before)
 
 
-def test_one_compiled_loader_serves_files_of_other_sizes(
-    packed_folders: dict[str, Path], pixels: np.ndarray, small_pixels: np.ndarray
-):
-    small = open_images(packed_folders["small"], device=CPU, loader="ffcv", resident_bytes=0)
-    large = open_images(packed_folders["main"], device=CPU, loader="ffcv", resident_bytes=0)
-    list(large.batches(np.arange(10), 5))
-    compiled = ffcv_loader._shared["loader"]
-    started = time.monotonic()
-    for (a, i), (b, j) in zip(small.batches(np.arange(70), 7), large.batches(np.arange(70), 7), strict=True):
-        assert np.array_equal(a.numpy(), small_pixels[i.numpy()].transpose(0, 3, 1, 2))
-        assert np.array_equal(b.numpy(), pixels[j.numpy()].transpose(0, 3, 1, 2))
-    assert ffcv_loader._shared["loader"] is compiled
-    assert time.monotonic() - started < 2
+# ---------------------------------------------------------------- decoding and cropping
+
+
+def photographs(count: int = 24) -> np.ndarray:
+    """Parts of a photograph, (N, 120, 150, 3)."""
+    from sklearn.datasets import load_sample_image
+
+    photo = load_sample_image("china.jpg")
+    rng = np.random.default_rng(0)
+    starts = zip(rng.integers(0, 300, count), rng.integers(0, 480, count), strict=True)
+    return np.stack([photo[top : top + 120, left : left + 150] for top, left in starts])
+
+
+@pytest.fixture(scope="module")
+def jpg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    ingest(from_array(photographs()), folder, size=100, format="jpg")
+    return folder
+
+
+@pytest.fixture(params=["ffcv", "torch"])
+def jpg(request: pytest.FixtureRequest, jpg_folder: Path) -> Iterator[Images]:
+    with closing(open_images(jpg_folder, device=CPU, size=48, loader=request.param, threads=2)) as opened:
+        assert opened.decodes
+        yield opened
+
+
+def pillow(folder: Path, i: int) -> Any:
+    """The stored JPEG of image i, decoded by Pillow."""
+    from spice_dist.data.beton import Samples
+
+    with closing(Samples(verify(folder / "dataset.beton"))) as samples:
+        return Image.open(io.BytesIO(samples.encoded(i))).convert("RGB")
+
+
+def check_part(view: np.ndarray, whole: Any, box: tuple[int, int, int, int]) -> None:
+    """By a third filter: close to this part, and closer than to one that lies two pixels beside it."""
+
+    def distance(shift: int) -> float:
+        moved = tuple(min(max(side + shift, 0), limit) for side, limit in zip(box, whole.size * 2, strict=True))
+        part = whole.resize(view.shape[:2], Image.Resampling.BILINEAR, box=moved)
+        return float(np.abs(view.astype(int) - np.asarray(part)).mean())
+
+    assert distance(0) < 8
+    assert distance(0) < min(distance(-2), distance(2))
+
+
+def test_the_plain_image_is_the_central_square_resized(jpg: Images, jpg_folder: Path):
+    order = np.array([5, 0, 23, 5])
+    ((batch, index),) = jpg.batches(order, 10)
+    assert index.tolist() == order.tolist()
+    for view, i in zip(batch.permute(0, 2, 3, 1).numpy(), order, strict=True):
+        whole = pillow(jpg_folder, int(i))
+        assert min(whole.size) == 100
+        (left, top, side, _), *_ = central_squares(np.array([whole.height]), np.array([whole.width])).tolist()
+        check_part(view, whole, (left, top, left + side, top + side))
+
+
+def test_both_decoders_agree_within_the_stated_bound(jpg_folder: Path):
+    """FFCV takes short cuts in the inverse cosine transform; Pillow weighs the pixels of a box a little differently."""
+    crops = [(Crop((0.2, 1.0), 48), (0, 0, stream)) for stream in (0, 1)]
+    served = []
+    for loader in ("ffcv", "torch"):
+        with closing(open_images(jpg_folder, device=CPU, size=48, loader=loader)) as opened:
+            served.append([torch.stack(parts).int() for parts, _ in opened.crops(np.arange(24), 10, crops)])
+    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(*served, strict=True)]).float()
+    assert difference.mean() < 2
+    assert difference.max() <= 40
+
+
+def test_crops_are_the_drawn_boxes_whatever_the_batch_and_the_threads(jpg_folder: Path, jpg: Images):
+    key = (3, 1, 0)
+    crop = Crop((0.2, 0.6), 32)
+    order = np.random.default_rng(0).permutation(24)
+    (((whole,), _),) = jpg.crops(order, 24, [(crop, key)])
+    loader = "ffcv" if isinstance(jpg._decoder, FFCVDecoder) else "torch"  # type: ignore
+    with closing(open_images(jpg_folder, device=CPU, size=48, loader=loader, threads=1)) as other:
+        batches = list(other.crops(np.arange(24), 7, [(crop, key)]))
+    parts = torch.cat([part for (part,), _ in batches])
+    assert torch.equal(whole, parts[torch.from_numpy(order)])
+    box = boxes(crop, key, order, np.full(24, 100), np.full(24, 125))
+    for view, i, (left, top, width, height) in zip(whole, order, box.tolist(), strict=True):
+        place = (left, top, left + width, top + height)
+        check_part(view.permute(1, 2, 0).numpy(), pillow(jpg_folder, int(i)), place)
+
+
+def test_every_image_is_decoded_once_for_all_crops(jpg: Images, monkeypatch: pytest.MonkeyPatch):
+    count = [0]
+    good = PackedImages._pixels
+
+    def counted(self: PackedImages, i: int) -> np.ndarray:
+        count[0] += 1
+        return good(self, i)
+
+    monkeypatch.setattr(PackedImages, "_pixels", counted)
+    crops = [(Crop((0.2, 1.0), 28), (0, 0, stream)) for stream in range(2)]
+    crops += [(Crop((0.08, 0.4), 18), (0, 0, stream)) for stream in range(2, 6)]
+    shapes = [[tuple(part.shape) for part in parts] for parts, _ in jpg.crops(np.arange(24), 12, crops)]
+    assert shapes == [[(12, 3, 28, 28)] * 2 + [(12, 3, 18, 18)] * 4] * 2
+    assert count[0] == 24
+
+
+def test_views_of_whole_images_and_of_squares_draw_the_same_boxes(tmp_path: Path):
+    """Images that are square already: cut by the loader from the JPEG, or by the device from the raw pixels."""
+    squares = photographs()[:, :96, :96]
+    ingest(from_array(squares), tmp_path / "jpg", size=96, format="jpg", quality=100)
+    ingest(from_array(squares), tmp_path / "raw", size=96, format="raw")
+    view = View(crop_scale=(0.3, 0.9), size=48)
+    found = []
+    for kind in ("jpg", "raw"):
+        with closing(
+            open_images(tmp_path / kind, device=CPU, size=48 if kind == "jpg" else 96, loader="torch")
+        ) as opened:
+            found.append(
+                torch.cat([views[0] for views, _ in view_batches(opened, np.arange(24), 8, [(view, (0, 2, 1))])])
+            )
+    assert (found[0] - found[1]).abs().mean() < 0.15  # of values with deviation 1: other filters, the same places
+    shifted = torch.roll(found[1], 6, dims=3)
+    assert (found[0] - shifted).abs().mean() > 0.3
+
+
+def test_raw_squares_of_another_size_are_resized(packed: Path, pixels: np.ndarray):
+    for loader in ("ffcv", "torch"):
+        with closing(open_images(packed, device=CPU, size=12, loader=loader)) as opened:
+            assert opened.decodes
+            ((batch, _),) = opened.batches(np.arange(5), 5)
+            expected = pixels[:5].reshape(5, 12, 2, 12, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+            tolerance = 1 if loader == "ffcv" else 40  # of noise, which Pillow's filter weighs differently
+            assert np.abs(batch.numpy() - expected).max() <= tolerance
+
+
+def test_two_views_of_an_epoch_come_from_one_read_and_differ(jpg: Images):
+    views = [(MOCO_V2, (0, 0, stream)) for stream in (0, 1)]
+    (query, key), index = next(iter(view_batches(jpg, np.arange(24), 24, views)))
+    assert query.shape == key.shape == (24, 3, 48, 48)
+    assert index.tolist() == list(range(24))
+    assert ((query - key).abs().amax((1, 2, 3)) > 0.02).all()
 
 
 # ---------------------------------------------------------------- faults
 
 
-def stock_pass(opened: FFCVImages) -> Any:
-    """FFCV's own iterator over the same file."""
-    from ffcv.loader.epoch_iterator import EpochIterator
+def test_damaged_bytes_never_reach_the_decoder_where_stock_ffcv_shows_another_image(jpg_folder: Path, tmp_path: Path):
+    """Damage after the file was opened: FFCV's decoder reports nothing that stock FFCV would look at."""
+    shutil.copytree(jpg_folder, tmp_path / "set")
+    path = tmp_path / "set/dataset.beton"
+    for loader in ("ffcv", "torch"):
+        with closing(open_images(tmp_path / "set", device=CPU, size=48, loader=loader)) as opened:
+            info = verify(path)
+            with open(path, "r+b") as file:
+                file.seek(int(info.offsets[3]))
+                good = file.read(300)
+                file.seek(int(info.offsets[3]))
+                file.write(bytes(300))
+            with pytest.raises(RuntimeError, match="image 3 has changed"):
+                list(opened.batches(np.arange(24), 8))
+            opened._samples.info = replace(opened._samples.info, crc32=None)  # type: ignore
+            with pytest.raises(RuntimeError, match="cannot be decoded"):  # without the checksum: the return code
+                list(opened.batches(np.arange(24), 8))
+            with open(path, "r+b") as file:
+                file.seek(int(info.offsets[3]))
+                file.write(good)
+    from ffcv.libffcv import imdecode
 
-    list(opened.batches(np.arange(4), 2))
-    loader = ffcv_loader._shared["loader"]
-    loader.batch_size = 16
-    threads = torch.get_num_threads()
-    stock = EpochIterator(loader, np.arange(2600))  # type: ignore
-    torch.set_num_threads(threads)
-    return stock
+    stale = np.full((100, 125, 3), 77, np.uint8)
+    imdecode(np.zeros(300, np.uint8), stale, 100, 125, 100, 125)
+    assert (stale == 77).all()  # what stock FFCV, which looks at no return code, would serve
 
 
-def test_an_error_in_ffcvs_thread_reaches_the_consumer_where_stock_ffcv_hangs(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from ffcv.loader.epoch_iterator import EpochIterator
+class Stuck(PillowDecoder):
+    """Stands for a decoder that meets a file system which does not answer."""
 
-    opened = open_images(packed, device=CPU, loader="ffcv", resident_bytes=0)
-    assert isinstance(opened, FFCVImages)
-    stock = stock_pass(opened)
-    good = EpochIterator.run_pipeline
+    def decode(self, data: bytearray, out: np.ndarray) -> None:
+        time.sleep(3)
 
-    def fail_at_three(self: Any, number: int, *args: Any) -> Any:
-        if number >= 3:
-            raise OSError("the disk went away")
-        return good(self, number, *args)
 
-    stock.close()
-    monkeypatch.setattr(EpochIterator, "run_pipeline", fail_at_three)
+def test_a_decoder_that_stalls_is_an_error_in_bounded_time(jpg_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = PackedImages(verify(jpg_folder / "dataset.beton"), Stuck(), CPU, 48, 3, 2)
+
+    def consume() -> list[str]:
+        try:
+            list(opened.batches(np.arange(24), 24))
+        except RuntimeError as error:
+            return [str(error)]
+        return []
+
+    monkeypatch.setattr(packed_module, "Handover", lambda length: Handover(length, stall_s=0.5))
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="the disk went away"):
-        list(opened.batches(np.arange(2600), 100))
-    assert time.monotonic() - started < 5
+    assert "no batch for 0.5 s" in consume()[0]
+    assert time.monotonic() - started < 3
 
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    stock = stock_pass_only(ffcv_loader._shared["loader"])
-    consumer = threading.Thread(target=lambda: [None for _ in stock], daemon=True)
+    monkeypatch.setattr(packed_module, "Handover", lambda length: Handover(length, stall_s=1e9))
+    consumer = threading.Thread(target=consume, daemon=True)
     consumer.start()
     consumer.join(2)
-    assert consumer.is_alive()  # without the defence it waits for ever
-    stock.output_queue.put(None)
-    consumer.join(5)
+    assert consumer.is_alive()  # without the bound it waits as long as the decoder
 
 
-def stock_pass_only(loader: Any) -> Any:
-    from ffcv.loader.epoch_iterator import EpochIterator
+def test_memory_and_threads_stay_over_twenty_epochs_with_early_breaks(jpg: Images):
+    import psutil
 
-    threads = torch.get_num_threads()
-    try:
-        return EpochIterator(loader, np.arange(2600))  # type: ignore
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_stock_ffcv_leaks_the_thread_that_ours_joins(packed: Path):
-    opened = open_images(packed, device=CPU, loader="ffcv", resident_bytes=0)
-    assert isinstance(opened, FFCVImages)
-    before = threading.active_count()
-    stock = stock_pass(opened)
-    next(stock)
-    time.sleep(0.5)
-    assert threading.active_count() == before + 1
-    stock.terminate_event.set()
-    stock.join(5)
+    me = psutil.Process()
+    crops = [(Crop((0.2, 1.0), 48), (0, 0, 0))]
+    seen = []
+    for _ in range(21):
+        for _, _ in zip(range(2), jpg.crops(np.arange(24), 6, crops), strict=False):
+            pass
+        list(jpg.batches(np.arange(24), 5))
+        seen.append((me.memory_info().rss, threading.active_count()))
+    assert seen[-1][0] - seen[2][0] < 8 << 20
+    assert seen[-1][1] <= seen[2][1]
 
 
 def test_an_error_in_the_torch_loaders_thread_reaches_the_consumer(packed: Path, tmp_path: Path):
     for name in ("dataset.beton", "dataset.beton.json"):
         shutil.copy(packed / name, tmp_path / name)
-    opened = open_images(tmp_path, device=CPU, loader="torch", resident_bytes=0)
+    opened = open_images(tmp_path, device=CPU, size=24, loader="torch", resident_bytes=0)
     batches = opened.batches(np.arange(2600), 100)
     next(batches)
     with open(tmp_path / "dataset.beton", "r+b") as file:
@@ -230,20 +363,12 @@ def test_a_reader_that_stalls_or_dies_silently_is_an_error_in_bounded_time():
     assert time.monotonic() - started < 3
 
 
-def test_other_images_than_asked_for_are_an_error(packed: Path, monkeypatch: pytest.MonkeyPatch):
-    opened = open_images(packed, device=CPU, loader="ffcv", resident_bytes=0)
-    start = ffcv_loader._start_pass
-    monkeypatch.setattr(ffcv_loader, "_start_pass", lambda r, m, order, b: start(r, m, order[::-1].copy(), b))
-    with pytest.raises(RuntimeError, match="other images"):
-        list(opened.batches(np.arange(50), 10))
-
-
 def test_a_file_replaced_between_verification_and_opening_is_refused(beton_copy: Path):
     info = verify(beton_copy)
     shutil.copy(beton_copy, beton_copy.parent / "new")
     (beton_copy.parent / "new").replace(beton_copy)
     with pytest.raises(DamagedFile, match="replaced"):
-        FFCVImages(info, CPU, 3)
+        PackedImages(info, FFCVDecoder(), CPU, 24, 3, 1)
 
 
 # ---------------------------------------------------------------- opening
@@ -258,61 +383,52 @@ def test_damage_is_found_before_any_loader_opens_the_file(beton_copy: Path):
         file.write(bytes([byte[0] ^ 1]))
     for loader in ("ffcv", "torch"):
         with pytest.raises(DamagedFile, match="image 77 "):
-            open_images(beton_copy.parent, device=CPU, loader=loader)
+            open_images(beton_copy.parent, device=CPU, size=24, loader=loader)
 
 
 def test_a_file_written_from_other_images_than_the_manifests_is_refused(packed: Path, beton_copy: Path):
     other = np.zeros((2600, 24, 24, 3), np.uint8)
-    ingest(Source("zeros", [str(i) for i in range(2600)], other.__getitem__), 24, beton_copy.parent)
+    ingest(Source("zeros", [str(i) for i in range(2600)], other.__getitem__), beton_copy.parent / "other", size=24)
+    shutil.copy(beton_copy.parent / "other/manifest.json", beton_copy.parent)
     with pytest.raises(DamagedFile, match="other images"):
-        open_images(beton_copy.parent, device=CPU)
-
-
-def test_altered_npy_pixels_are_refused(packed: Path, tmp_path: Path):
-    for name in ("images.npy", "paths.jsonl", "manifest.json"):
-        shutil.copy(packed / name, tmp_path / name)
-    content = bytearray((tmp_path / "images.npy").read_bytes())
-    content[5000] ^= 1
-    (tmp_path / "images.npy").write_bytes(content)
-    with pytest.raises(DamagedFile, match="other pixels"):
-        open_images(tmp_path, device=CPU)
-    (tmp_path / "images.npy").write_bytes(content[:-1])
-    with pytest.raises(DamagedFile, match="cut short"):
-        open_images(tmp_path, device=CPU)
+        open_images(beton_copy.parent, device=CPU, size=24)
 
 
 def test_mistakes_in_opening_are_one_line_that_helps(packed: Path, tmp_path: Path):
-    shutil.copy(packed / "images.npy", tmp_path / "images.npy")
-    shutil.copy(packed / "manifest.json", tmp_path / "manifest.json")
-    for options, words in [({"loader": "dali"}, "ffcv"), ({"channels": 4}, "1"), ({"loader": "ffcv"}, "dataset.beton")]:
+    for options, words in [({"loader": "dali"}, "ffcv"), ({"channels": 4}, "1")]:
         with pytest.raises(UserError, match=words):
-            open_images(tmp_path, device=CPU, **options)
+            open_images(packed, device=CPU, size=24, **options)
     with pytest.raises(UserError, match="pack"):
-        open_images(tmp_path / "nowhere", device=CPU)
+        open_images(tmp_path / "nowhere", device=CPU, size=24)
 
 
-def test_without_ffcv_the_torch_loader_takes_over_and_says_so_once(
-    packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_ffcv_pillow_takes_over_and_says_so_once(
+    jpg_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    ffcv_decoder._native.cache_clear()
+    images._decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    monkeypatch.setattr(images, "_told", set())
-    with caplog.at_level(logging.WARNING, "spice_dist.data"):
-        for _ in range(2):
-            assert isinstance(open_images(packed, device=CPU, resident_bytes=0), TorchImages)
-    assert [("pip install" in record.message) for record in caplog.records] == [True]
-    with pytest.raises(UserError, match="pip install"):
-        open_images(packed, device=CPU, loader="ffcv")
+    monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
+    try:
+        with caplog.at_level(logging.WARNING, "spice_dist.data"):
+            for _ in range(2):
+                with closing(open_images(jpg_folder, device=CPU, size=48)) as opened:
+                    assert isinstance(opened._decoder, PillowDecoder)  # type: ignore
+        assert [("pip install" in record.message) for record in caplog.records] == [True]
+        with pytest.raises(UserError, match="pip install"):
+            open_images(jpg_folder, device=CPU, size=48, loader="ffcv")
+    finally:
+        ffcv_decoder._native.cache_clear()
+        images._decoder.cache_clear()
 
 
 def test_grey_is_itu_601_and_exact_where_the_channels_agree(packed: Path, pixels: np.ndarray):
-    from PIL import Image
-
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal(to_grey(every), every[:, :1])
     expected = np.stack([np.asarray(Image.fromarray(p).convert("L")) for p in pixels[:200]])[:, None]
     for resident_bytes in (0, 1 << 30):
         for loader in ("ffcv", "torch"):
-            opened = open_images(packed, device=CPU, channels=1, loader=loader, resident_bytes=resident_bytes)
+            opened = open_images(packed, device=CPU, size=24, channels=1, loader=loader, resident_bytes=resident_bytes)
             assert opened.channels == 1
             batch, _ = next(iter(opened.batches(np.arange(200), 200)))
             assert np.array_equal(batch.numpy(), expected)
@@ -321,7 +437,7 @@ def test_grey_is_itu_601_and_exact_where_the_channels_agree(packed: Path, pixels
 
 def test_a_set_is_kept_on_the_device_exactly_when_it_fits(packed: Path):
     size = 2600 * 24 * 24 * 3
-    for resident_bytes, kind in ((size, ResidentImages), (size - 1, TorchImages)):
-        opened = open_images(packed, device=CPU, loader="torch", resident_bytes=resident_bytes)
+    for resident_bytes, kind in ((size, ResidentImages), (size - 1, PackedImages)):
+        opened = open_images(packed, device=CPU, size=24, loader="torch", resident_bytes=resident_bytes)
         assert type(opened) is kind
         opened.close()

@@ -180,7 +180,7 @@ def test_features_are_the_unit_vectors_of_plain_images_in_order(small_run):
     assert features.shape == (200, 32)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=2e-3)
     net = spice_semi.stage2_network(SMALL, small_run).eval()
-    images = open_images(small_run / "data", device=CPU, channels=1)
+    images = open_images(small_run / "data", device=CPU, size=8, channels=1)
     (last,) = inference.outputs(net.backbone, images, np.array([199]), lambda done, total: None)
     np.testing.assert_allclose(unit(last)[0].detach().numpy(), features[199], atol=2e-3)
 
@@ -239,13 +239,18 @@ def test_scratch_shares_no_weight_with_stage_one(small_run):
 class Recorder:
     """Images that only note in which order they were asked for."""
 
-    n, height, width, channels = 200, 8, 8, 1
+    n, size, channels, decodes = 200, 8, 1, False
 
     def __init__(self) -> None:
         self.orders: list[np.ndarray] = []
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.orders.append(order.reshape(-1, batch_size))
+        return iter(())
+
+    def crops(
+        self, order: np.ndarray, batch_size: int, crops: object
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         return iter(())
 
     def close(self) -> None:
@@ -255,7 +260,7 @@ class Recorder:
 def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(small_run):
     def drawn(start: int) -> np.ndarray:
         images, worker = Recorder(), LocalWorker(small_run, "none", CPU)
-        list(spice_semi.images_of_steps(images, np.array([3, 5]), SMALL.spice_semi, 0, start, worker, span=3))
+        list(spice_semi.images_of_steps(images, np.array([3, 5]), 9, SMALL.spice_semi, 0, start, worker, span=3))
         return np.concatenate(images.orders)
 
     whole = drawn(0)

@@ -1,0 +1,60 @@
+"""Where to cut: boxes in pixels as a function of (key, image), the same whoever cuts, a loader or the device."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from spice_dist.data.counter_rng import uniform
+
+TRIES = 10  # torchvision draws as often before it falls back to the centre
+Key = tuple[int, ...]
+"""What random numbers depend on beside the image: (seed, epoch or step, stream)."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A RandomResizedCrop."""
+
+    scale: tuple[float, float]  # share of the area
+    size: int  # pixels, side of the result
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn uniformly in its logarithm
+
+
+def boxes(
+    crop: Crop,
+    key: Key,
+    index: Int64[np.ndarray, " B"],
+    heights: Int64[np.ndarray, " B"],
+    widths: Int64[np.ndarray, " B"],
+) -> Int64[np.ndarray, "B 4"]:
+    """(left, top, width, height) by torchvision's rule: the first of TRIES that fits, else the central fallback.
+
+    The fallback is the largest central part whose ratio is allowed.
+    """
+    draws = uniform(key, torch.from_numpy(index), 2 * TRIES + 2).double().numpy()
+    share = crop.scale[0] + draws[:, :TRIES] * (crop.scale[1] - crop.scale[0])
+    low, high = (math.log(ratio) for ratio in crop.ratio)
+    ratio = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))
+    area = share * (heights * widths)[:, None]
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (width >= 1) & (width <= widths[:, None]) & (height >= 1) & (height <= heights[:, None])
+    first = fits.argmax(1)[:, None]
+    some = fits.any(1)
+
+    shape = widths / heights
+    central_width = np.where(shape > crop.ratio[1], np.rint(heights * crop.ratio[1]), widths)
+    central_height = np.where(shape < crop.ratio[0], np.rint(widths / crop.ratio[0]), heights)
+    width = np.where(some, np.take_along_axis(width, first, 1)[:, 0], central_width)
+    height = np.where(some, np.take_along_axis(height, first, 1)[:, 0], central_height)
+    left = np.where(some, np.floor(draws[:, -2] * (widths - width + 1)), (widths - width) // 2)
+    top = np.where(some, np.floor(draws[:, -1] * (heights - height + 1)), (heights - height) // 2)
+    return np.stack([left, top, width, height], 1).astype(np.int64)
+
+
+def central_squares(heights: Int64[np.ndarray, " B"], widths: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B 4"]:
+    """(left, top, side, side) of the largest central square."""
+    side = np.minimum(heights, widths)
+    return np.stack([(widths - side) // 2, (heights - side) // 2, side, side], 1).astype(np.int64)

@@ -1,0 +1,92 @@
+"""A run's images as one packed data set: its settings, and how it comes about from whatever DATA is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spice_dist.data.files import Progress
+from spice_dist.data.foreign import foreign_source
+from spice_dist.data.ingest import Ingested, adopt, ingest, manifest_path, packed_source
+from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
+from spice_dist.data.named_sets import NAMES, named_source
+from spice_dist.data.remote import is_remote, remote_source
+from spice_dist.data.sources import Source, is_beton, open_source
+from spice_dist.errors import UserError
+
+JPEG_MARGIN = 8 / 7  # a JPEG keeps its shorter side this much larger than the network's input, as 256 is to 224
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    size: int = 32  # pixels, the side of the square that the network sees
+    channels: int = 3  # 3 colours, or 1 for grey
+    loader: str = "auto"  # "ffcv", "torch", or "auto": FFCV where it is installed
+    format: str = "auto"  # "raw" squares of `size`, "jpg" whole images, or "auto": raw up to 128 pixels and 8 GiB
+    quality: int = 90  # of "jpg"
+    max_bad: float = 0.05  # share of unreadable images above which the run is refused
+    drop_duplicates: bool = False  # leave out exact copies of earlier images
+
+
+def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progress | None = None) -> Ingested:
+    """Make `out_dir` the packed data set of `source`: a reference to a `.beton`, or its images ingested.
+
+    Raises:
+        UserError: too many unreadable images, or a folder that cannot be written.
+    """
+    if is_beton(source.name) and manifest_path(Path(source.name)).exists():
+        return adopt(Path(source.name), out_dir)
+    return ingest(
+        source,
+        out_dir,
+        size=config.size,
+        jpeg_side=round(config.size * JPEG_MARGIN),
+        format=config.format,
+        quality=config.quality,
+        max_bad=config.max_bad,
+        drop_duplicates=config.drop_duplicates,
+        progress=progress,
+    )
+
+
+def open_data(data: str, labels: str | None = None, split: str = "whole", trust_foreign_beton: bool = False) -> Source:
+    """The images of whatever DATA is, not yet decoded.
+
+    Args:
+        data: `digits`, a folder, a list file, an array, `NAME:DIR`, a URL, or a `.beton`.
+        labels: where true labels come from, for scores only: None, "folder", "array" or "list".
+        split: "whole", or "split": the test part of a named data set is held out.
+        trust_foreign_beton: read a `.beton` of another program, as a collection of untrusted images, never by FFCV.
+
+    Raises:
+        UserError: one line that says what to give instead.
+    """
+    path, (name, colon, folder) = Path(data.removeprefix("file://")), data.partition(":")
+    if colon and name in NAMES:
+        _check_labels(data, labels, None)
+        return named_source(name, Path(folder), split)
+    if split != "whole":
+        raise UserError(f"--split {split} is for named data sets, which have a test part; {data!r} has none")
+    if is_remote(data):
+        _check_labels(data, labels, "folder")
+        return remote_source(data, with_labels=labels is not None)
+    if is_beton(data):
+        _check_labels(data, labels, None)
+        return _of_beton(path, trust_foreign_beton)
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        _check_labels(data, labels, "list")
+        return list_source(path, with_labels=labels is not None)
+    if is_saved_dataset(path):
+        _check_labels(data, labels, "list")
+        return saved_dataset_source(path, with_labels=labels is not None)
+    return open_source(data.removeprefix("file://"), labels)
+
+
+def _check_labels(data: str, labels: str | None, possible: str | None) -> None:
+    if labels not in (None, possible):
+        hint = f"give {possible!r} or none" if possible else "give none, it brings its own if it has any"
+        raise UserError(f"labels {labels!r} do not belong to {data!r}: {hint}")
+
+
+def _of_beton(path: Path, trust_foreign_beton: bool) -> Source:
+    if not manifest_path(path).exists() and trust_foreign_beton:
+        return foreign_source(path)
+    return packed_source(path)

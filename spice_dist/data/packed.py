@@ -1,0 +1,131 @@
+"""Batches from a .beton: each image is read, checked and decoded once, whatever number of crops is cut from it.
+
+One thread prepares batches ahead; it hands the rows of a batch to `threads` others, which decode outside the GIL.
+Memory of a worker: BATCHES_AHEAD + 2 batches of crops, a decoded image and its JPEG for each thread, and 24 bytes for
+each image of the set.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from spice_dist.data.beton import BetonInfo, Samples
+from spice_dist.data.crops import Crop, Key, boxes, central_squares
+from spice_dist.data.images import Handover, to_device, to_index
+from spice_dist.data.order import check_order, global_batches
+
+BATCHES_AHEAD = 2
+Prepare = Callable[[np.ndarray, ThreadPoolExecutor], list[np.ndarray]]
+"""Indices of a batch -> for each crop its pixels, (B, size, size, 3) uint8."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Turns stored bytes into pixels and cuts parts out of them; both free the GIL for most of their time."""
+
+    def decode(self, data: bytearray, out: UInt8[np.ndarray, "h w 3"]) -> None: ...
+
+    def resize(self, pixels: UInt8[np.ndarray, "h w 3"], box: Int64[np.ndarray, "4"], out: np.ndarray) -> None: ...
+
+
+class PackedImages:
+    """`Images` over a verified file. Raw squares of `size` are read as they are, by one thread."""
+
+    def __init__(self, info: BetonInfo, decoder: Decoder, device: torch.device, size: int, channels: int, threads: int):
+        self.n, self.size, self.channels = info.n, size, channels
+        self.decodes = info.format != "raw" or (int(info.heights[0]), int(info.widths[0])) != (size, size)
+        self._samples, self._decoder, self._device, self._threads = Samples(info), decoder, device, threads
+
+    def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Images.batches`."""
+        prepare = self._cutter([(self.size, self._central)]) if self.decodes else self._read
+        return _single(self._serve(self._checked(order, batch_size), prepare))
+
+    def crops(
+        self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """As `Images.crops`."""
+
+        def boxes_of(crop: Crop, key: Key) -> Callable[[np.ndarray], np.ndarray]:
+            return lambda index: boxes(crop, key, index, *self._shapes(index))
+
+        prepare = self._cutter([(crop.size, boxes_of(crop, key)) for crop, key in crops])
+        return self._serve(self._checked(order, batch_size), prepare)
+
+    def close(self) -> None:
+        """As `Images.close`."""
+        self._samples.close()
+
+    def _serve(self, batches: list[np.ndarray], prepare: Prepare) -> Iterator[tuple[list[Tensor], Tensor]]:
+        handover = Handover(BATCHES_AHEAD)
+        reader = threading.Thread(
+            target=self._prepare_all, args=(batches, prepare, handover), daemon=True, name="spice_dist reader"
+        )
+        reader.start()
+        try:
+            for index in batches:
+                parts = handover.get(reader)
+                yield [to_device(part, self._device, self.channels) for part in parts], to_index(index, self._device)
+        finally:
+            handover.close(reader)
+
+    def _prepare_all(self, batches: list[np.ndarray], prepare: Prepare, handover: Handover) -> None:
+        with ThreadPoolExecutor(self._threads, "spice_dist decoder") as pool:
+            try:
+                for index in batches:
+                    if not handover.put(prepare(index, pool)):
+                        return
+            except BaseException as error:  # noqa: BLE001  the consumer raises it; this thread has nobody to tell
+                handover.put(error)
+
+    def _read(self, index: np.ndarray, pool: ThreadPoolExecutor) -> list[np.ndarray]:
+        return [self._samples.raw(index)]
+
+    def _checked(self, order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        return global_batches(check_order(order, batch_size, self.n), batch_size, drop_last=False)
+
+    def _shapes(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        info = self._samples.info
+        return info.heights[index].astype(np.int64), info.widths[index].astype(np.int64)
+
+    def _central(self, index: np.ndarray) -> np.ndarray:
+        return central_squares(*self._shapes(index))
+
+    def _cutter(self, cuts: list[tuple[int, Callable[[np.ndarray], np.ndarray]]]) -> Prepare:
+        """A function of a batch's indices that gives, for each (size, boxes), its parts of all images."""
+
+        def cut(index: np.ndarray, pool: ThreadPoolExecutor) -> list[np.ndarray]:
+            parts = [np.empty((len(index), size, size, 3), np.uint8) for size, _ in cuts]
+            where = [boxes_of(index) for _, boxes_of in cuts]
+
+            def decode_rows(rows: range) -> None:
+                for row in rows:
+                    pixels = self._pixels(int(index[row]))
+                    for part, box in zip(parts, where, strict=True):
+                        self._decoder.resize(pixels, box[row], part[row])
+
+            shares = [range(start, len(index), self._threads) for start in range(self._threads)]
+            for done in [pool.submit(decode_rows, share) for share in shares]:
+                done.result()
+            return parts
+
+        return cut
+
+    def _pixels(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
+        info = self._samples.info
+        if info.format == "raw":
+            return self._samples.raw(np.array([i]))[0]
+        pixels = np.empty((int(info.heights[i]), int(info.widths[i]), 3), np.uint8)
+        self._decoder.decode(self._samples.encoded(i), pixels)
+        return pixels
+
+
+def _single(stream: Iterator[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for (part,), index in stream:
+        yield part, index

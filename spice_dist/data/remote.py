@@ -1,0 +1,94 @@
+"""A folder elsewhere, `scheme://...`, through fsspec: listed at once, read file by file, in any number of threads."""
+
+import os
+from typing import Any
+
+from spice_dist.data.sources import IMAGE_SUFFIXES, MAX_FILE_BYTES, BadImage, Source, folder_labels
+from spice_dist.errors import UserError
+
+STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # what tells that a file has changed
+LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+
+
+def is_remote(data: str) -> bool:
+    """Whether it is an address; `file://` ones are folders of this machine, which are read without fsspec."""
+    return "://" in data and not data.startswith("file://")
+
+
+def remote_source(url: str, *, with_labels: bool) -> Source:
+    """The image files below `url`, by their names relative to it, in byte order; hidden ones are skipped.
+
+    Raises:
+        UserError: no such place, no permission, no image, or a library that is missing.
+    """
+    shown = _without_password(url)
+    system, root = _file_system(url, shown)
+    try:
+        found: dict[str, Any] = system.find(root, detail=True)
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"cannot list {shown}: {_first_line(error)}") from error
+    if not found:
+        raise UserError(f"there is nothing at {shown}: check the address")
+    prefix = root.rstrip("/") + "/"
+    stamps = {
+        name.removeprefix(prefix): {key: about[key] for key in STAMPS if key in about}
+        for name, about in found.items()
+        if about.get("type") != "directory" and _is_image(name.removeprefix(prefix))
+    }
+    names = sorted(stamps, key=os.fsencode)
+    if not names:
+        wanted = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"no image file at {shown}: found {len(found)} others, looked for {wanted}")
+
+    def read(i: int) -> bytes:
+        size = stamps[names[i]].get("size") or 0
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_FILE_BYTES >> 20} are read")
+        try:
+            data = system.cat_file(prefix + names[i], start=0, end=MAX_FILE_BYTES + 1)
+        except Exception as error:  # as above; the run goes on without this image
+            raise BadImage(f"cannot read: {_first_line(error)}") from error
+        if not 0 < len(data) <= MAX_FILE_BYTES:
+            raise BadImage("empty file" if not data else f"more than {MAX_FILE_BYTES >> 20} MiB")
+        return data
+
+    labels, label_names = folder_labels(shown, names) if with_labels else (None, [])
+    return Source(
+        shown,
+        names,
+        read,
+        labels,
+        label_names,
+        encoded=True,
+        stamps=lambda i: " ".join(str(value) for value in stamps[names[i]].values()),
+    )
+
+
+def _file_system(url: str, shown: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    if scheme == "memory":
+        raise UserError(f"{shown} is in the memory of another process: give a folder or a remote address")
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = LIBRARIES.get(scheme)
+        hint = f"pip install {package}" if package else _first_line(error)
+        raise UserError(f"reading {shown} needs another library: {hint}") from error
+    except Exception as error:  # an unknown scheme, an address that is none
+        raise UserError(f"cannot open {shown}: {_first_line(error)}") from error
+
+
+def _is_image(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
