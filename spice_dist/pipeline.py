@@ -250,20 +250,24 @@ class Bar:
     """A stage's progress: done of total, rate, time left, loss."""
 
     def __init__(self, stage: str, stop: StopSignal):
-        slow = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no redrawing
-        self.tqdm = tqdm(desc=f"{stage:<11}", unit="", mininterval=slow, dynamic_ncols=True, file=sys.stderr)
-        self.stop = stop
+        self.stage, self.stop = stage, stop
+        self.tqdm: Any = None  # until there is something to show: a mistake is one line
 
     def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.tqdm.close()
+        if self.tqdm is not None:
+            self.tqdm.close()
 
     def show(self, done: int, total: int, loss: float | None = None) -> None:
         """A stage without a loss keeps no state of its own: here is where it stops when asked to."""
         if loss is None:
             self.stop.check()
+        if self.tqdm is None:
+            slow = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no redrawing
+            options = {"unit": "", "mininterval": slow, "dynamic_ncols": True, "file": sys.stderr}
+            self.tqdm = tqdm(desc=f"{self.stage:<11}", **options)
         if self.tqdm.total != total:
             self.tqdm.reset(total)
             self.tqdm.initial = self.tqdm.n = done if loss is not None and done > 1 else 0

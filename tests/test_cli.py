@@ -148,15 +148,46 @@ def test_labels_given_later_score_without_training_again(photo_run, tmp_path, ca
     assert (tmp_path / "run/assignments.csv").read_bytes() == before
 
 
-def test_without_ffcv_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+def test_without_ffcv_the_run_goes_on_and_says_so_once(photo_run, tmp_path):
     (tmp_path / "ffcv").mkdir()
     (tmp_path / "ffcv/__init__.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    settings = [*TINY, "--set", "data.loader=auto"]
-    assert run("fit", "digits", "--out", tmp_path / "run", *settings) == 0
-    assert (tmp_path / "run/data/dataset.beton").exists()
-    assert run("fit", "digits", "--out", tmp_path / "forced", *TINY, "--set", "data.loader=ffcv") == 1
-    assert "libturbojpeg.so.0" in capsys.readouterr().err.splitlines()[-1]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    fit = ("fit", photo_run.parent / "in", "--clusters", "3", *PHOTO, "--set", "data.format=jpg")
+    for loader, code in (("auto", 0), ("ffcv", 1)):
+        settings = ("--out", tmp_path / loader, "--set", f"data.loader={loader}")
+        done = subprocess.run(command(*fit, *settings), capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == code
+        assert done.stderr.count("libturbojpeg.so.0") == 1
+    assert json.loads((tmp_path / "auto/data/manifest.json").read_text())["format"] == "jpg"
+
+
+def test_a_folder_is_packed_once_and_the_file_is_clustered_like_the_folder(photo_run, tmp_path, capsys):
+    folder, packed = photo_run.parent / "in", tmp_path / "photos.beton"
+    pack = ("pack", folder, packed, "--size", "16", "--labels", "folder")
+    assert run(*pack) == 0
+    assert "24 images" in capsys.readouterr().out
+    before = packed.stat().st_mtime_ns
+    assert run(*pack) == 0
+    assert packed.stat().st_mtime_ns == before, "packed again"
+    assert run("fit", packed, "--clusters", "3", "--out", tmp_path / "run", *PHOTO) == 0
+    for name in ("assignments.csv", "data/paths.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (photo_run / name).read_bytes(), name
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["eval"] is not None
+    assert run("predict", tmp_path / "run", packed, "--out", tmp_path / "new.csv") == 0
+    assert len((tmp_path / "new.csv").read_text().splitlines()) == 25
+
+
+def test_mistakes_in_packing_are_one_line(photo_run, tmp_path, capsys):
+    folder = photo_run.parent / "in"
+    assert "x.beton" in mistake(capsys, "pack", folder, tmp_path / "x")
+    assert "give 2 .. 4096" in mistake(capsys, "pack", folder, tmp_path / "x.beton", "--size", "1")
+    assert "1 .. 100" in mistake(capsys, "pack", folder, tmp_path / "x.beton", "--quality", "0")
+    assert "--split" in mistake(capsys, "pack", folder, tmp_path / "x.beton", "--split", "split")
+    (tmp_path / "foreign.beton").write_bytes(b"not ours")
+    said = mistake(capsys, "fit", tmp_path / "foreign.beton", "--clusters", "2", "--out", tmp_path / "run")
+    assert "--trust-foreign-beton" in said
+    said = mistake(capsys, "pack", tmp_path / "foreign.beton", tmp_path / "y.beton", "--trust-foreign-beton")
+    assert "8 bytes" in said
 
 
 def mistake(capsys, *arguments: str | Path) -> str:
@@ -321,5 +352,5 @@ def test_sigterm_asks_to_be_run_again(tmp_path):
 def test_help_names_the_commands():
     environment = {**os.environ, "COLUMNS": "120"}
     shown = subprocess.run(command("--help"), capture_output=True, text=True, env=environment, check=True).stdout
-    for name in ("fit", "predict", "report", "evaluate"):
+    for name in ("fit", "pack", "predict", "report", "evaluate"):
         assert f"    {name} " in shown

@@ -168,7 +168,7 @@ class Handover:
     def __init__(self, length: int, stall_s: float = STALL_S):
         self._queue: queue.Queue[Any] = queue.Queue(length)
         self._closed = threading.Event()
-        self._stall_s = stall_s
+        self._stall_s, self._stalled = stall_s, False
 
     def put(self, item: Any) -> bool:
         """Reader: wait for room. False means that nobody wants any more."""
@@ -192,6 +192,7 @@ class Handover:
                 if not alive:
                     raise RuntimeError("the loader's thread ended without a word") from None
                 if time.monotonic() > deadline:
+                    self._stalled = True
                     raise RuntimeError(f"no batch for {self._stall_s:g} s; {_where(reader)}") from None
         if isinstance(item, BaseException):
             raise RuntimeError(f"the loader failed: {item or type(item).__name__}") from item
@@ -202,7 +203,7 @@ class Handover:
         self._closed.set()
         with contextlib.suppress(queue.Empty):  # a reader that waits for room wakes at once
             self._queue.get_nowait()
-        reader.join(self._stall_s)
+        reader.join(1.0 if self._stalled else self._stall_s)  # it has had its time already
         if reader.is_alive():
             log.warning("a loader thread does not end; %s", _where(reader))
 

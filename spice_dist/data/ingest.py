@@ -110,7 +110,7 @@ def ingest(
         UserError: too many bad images or no good one (quarantine.csv says why), or the folder cannot be written.
     """
     packing = _packing(source, size, jpeg_side or size, format, quality)
-    called = hashlib.sha256(json.dumps([listing(source), asdict(packing), drop_duplicates]).encode()).hexdigest()
+    called = _call(source, packing, drop_duplicates)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if finished := _finished(out_dir, called):
@@ -133,6 +133,11 @@ def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: in
     if format == "auto":
         format = "raw" if size <= RAW_SIZE and len(source.paths) * size * size * 3 <= RAW_BYTES else "jpg"
     return Packing(format, size if format == "raw" else jpeg_side, quality)
+
+
+def _call(source: Source, packing: Packing, drop_duplicates: bool) -> str:
+    """The same for calls that give the same data set."""
+    return hashlib.sha256(json.dumps([listing(source), asdict(packing), drop_duplicates]).encode()).hexdigest()
 
 
 def _finished(out_dir: Path, called: str) -> Ingested | None:
@@ -315,10 +320,18 @@ def _copies(records: np.ndarray, part: np.ndarray) -> dict[int, int]:
 def pack(source: Source, out: Path, **options: Any) -> Ingested:
     """`ingest` with these options into one file, `out`, with what belongs to it as `out`.json, `out`.paths.jsonl, ...
 
-    Works in a hidden folder beside it, so that the same call goes on where it was stopped.
+    Works in a hidden folder beside it, so that the same call goes on where it was stopped, and does nothing once it has
+    finished.
     """
     if out.suffix != ".beton":
         raise UserError(f"{out} does not end with .beton: give a name such as {out.stem or 'images'}.beton")
+    size = options["size"]
+    kind = (options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90))
+    if out.exists() and manifest_path(out).exists():
+        finished, packing = manifest_beside(out), _packing(source, size, *kind)
+        if finished.listing == _call(source, packing, options.get("drop_duplicates", False)):
+            beton.verify(out)
+            return finished
     folder = out.parent / f".{out.name}.packing"
     manifest = ingest(source, folder, **options)
     try:

@@ -19,6 +19,24 @@ def global_batches(order: Int64[np.ndarray, " n"], batch_size: int, drop_last: b
     return [order[start : start + batch_size] for start in range(0, end, batch_size)]
 
 
+def worker_batches(
+    order: Int64[np.ndarray, " n"], batch_size: int, world: int, rank: int
+) -> Int64[np.ndarray, "steps own"]:
+    """The part of worker `rank` of `world` in each whole global batch; an incomplete last batch is left out.
+
+    Joined in the order of the ranks, the parts are the global batches, whatever the number of workers.
+
+    Raises:
+        ValueError: fewer images than a batch holds, or a batch that the workers cannot share evenly.
+    """
+    if not 1 <= batch_size <= len(order):
+        raise ValueError(f"{len(order)} images do not fill a batch of {batch_size}")
+    if batch_size % world:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world} workers")
+    whole = order[: len(order) - len(order) % batch_size]
+    return whole.reshape(-1, world, batch_size // world)[:, rank]
+
+
 def check_order(order: np.ndarray, batch_size: int, n: int) -> Int64[np.ndarray, " m"]:
     """`order` as int64, every entry in [0, n).
 

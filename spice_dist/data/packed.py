@@ -1,13 +1,15 @@
 """Batches from a .beton: each image is read, checked and decoded once, whatever number of crops is cut from it.
 
-One thread prepares batches ahead; it hands the rows of a batch to `threads` others, which decode outside the GIL.
+One thread prepares batches ahead; it hands the rows of a batch to `threads` others, which decode outside the GIL. They
+live as long as the set, since FFCV keeps 10 KiB for every thread that has ever decoded, and never hold the process.
 Memory of a worker: BATCHES_AHEAD + 2 batches of crops, a decoded image and its JPEG for each thread, and 24 bytes for
 each image of the set.
 """
 
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +23,7 @@ from spice_dist.data.images import Handover, to_device, to_index
 from spice_dist.data.order import check_order, global_batches
 
 BATCHES_AHEAD = 2
-Prepare = Callable[[np.ndarray, ThreadPoolExecutor], list[np.ndarray]]
+Prepare = Callable[[np.ndarray], list[np.ndarray]]
 """Indices of a batch -> for each crop its pixels, (B, size, size, 3) uint8."""
 
 
@@ -40,7 +42,8 @@ class PackedImages:
     def __init__(self, info: BetonInfo, decoder: Decoder, device: torch.device, size: int, channels: int, threads: int):
         self.n, self.size, self.channels = info.n, size, channels
         self.decodes = info.format != "raw" or (int(info.heights[0]), int(info.widths[0])) != (size, size)
-        self._samples, self._decoder, self._device, self._threads = Samples(info), decoder, device, threads
+        self._samples, self._decoder, self._device = Samples(info), decoder, device
+        self._threads = _Threads(threads if self.decodes else 0)
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Images.batches`."""
@@ -60,6 +63,7 @@ class PackedImages:
 
     def close(self) -> None:
         """As `Images.close`."""
+        self._threads.close()
         self._samples.close()
 
     def _serve(self, batches: list[np.ndarray], prepare: Prepare) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -76,15 +80,14 @@ class PackedImages:
             handover.close(reader)
 
     def _prepare_all(self, batches: list[np.ndarray], prepare: Prepare, handover: Handover) -> None:
-        with ThreadPoolExecutor(self._threads, "spice_dist decoder") as pool:
-            try:
-                for index in batches:
-                    if not handover.put(prepare(index, pool)):
-                        return
-            except BaseException as error:  # noqa: BLE001  the consumer raises it; this thread has nobody to tell
-                handover.put(error)
+        try:
+            for index in batches:
+                if not handover.put(prepare(index)):
+                    return
+        except BaseException as error:  # noqa: BLE001  the consumer raises it; this thread has nobody to tell
+            handover.put(error)
 
-    def _read(self, index: np.ndarray, pool: ThreadPoolExecutor) -> list[np.ndarray]:
+    def _read(self, index: np.ndarray) -> list[np.ndarray]:
         return [self._samples.raw(index)]
 
     def _checked(self, order: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -100,7 +103,7 @@ class PackedImages:
     def _cutter(self, cuts: list[tuple[int, Callable[[np.ndarray], np.ndarray]]]) -> Prepare:
         """A function of a batch's indices that gives, for each (size, boxes), its parts of all images."""
 
-        def cut(index: np.ndarray, pool: ThreadPoolExecutor) -> list[np.ndarray]:
+        def cut(index: np.ndarray) -> list[np.ndarray]:
             parts = [np.empty((len(index), size, size, 3), np.uint8) for size, _ in cuts]
             where = [boxes_of(index) for _, boxes_of in cuts]
 
@@ -110,9 +113,7 @@ class PackedImages:
                     for part, box in zip(parts, where, strict=True):
                         self._decoder.resize(pixels, box[row], part[row])
 
-            shares = [range(start, len(index), self._threads) for start in range(self._threads)]
-            for done in [pool.submit(decode_rows, share) for share in shares]:
-                done.result()
+            self._threads.share(decode_rows, len(index))
             return parts
 
         return cut
@@ -124,6 +125,37 @@ class PackedImages:
         pixels = np.empty((int(info.heights[i]), int(info.widths[i]), 3), np.uint8)
         self._decoder.decode(self._samples.encoded(i), pixels)
         return pixels
+
+
+class _Threads:
+    """Daemon threads: one that hangs in a read must not keep the process from ending, as an executor's would."""
+
+    def __init__(self, count: int):
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[range], None], range] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True, name="decoder") for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def share(self, work: Callable[[range], None], count: int) -> None:
+        """Call `work` on parts of range(count), one for each thread; an error of any is raised here."""
+        parts = [range(start, count, len(self._threads)) for start in range(len(self._threads))]
+        results: list[Future] = [Future() for _ in parts]
+        for result, part in zip(results, parts, strict=True):
+            self._tasks.put((result, work, part))
+        for result in results:
+            result.result()
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            result, work, part = task
+            try:
+                result.set_result(work(part))
+            except BaseException as error:  # noqa: BLE001  whoever waits raises it
+                result.set_exception(error)
 
 
 def _single(stream: Iterator[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from spice_dist import losses
 from spice_dist.data import augment
 from spice_dist.data.augment import MOCO_V2, View
 from spice_dist.data.images import Images
-from spice_dist.data.order import epoch_order
+from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
@@ -113,8 +113,7 @@ def _views(
     """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
     steps = num_images // config.batch
     for epoch in range(start // steps, config.epochs):
-        order = epoch_order(seed, epoch, num_images)[: steps * config.batch]
-        own = order.reshape(steps, worker.world, -1)[:, worker.rank]
+        own = worker_batches(epoch_order(seed, epoch, num_images), config.batch, worker.world, worker.rank)
         done = max(0, start - epoch * steps)
         pair = [(config.view, (seed, epoch, stream)) for stream in (QUERY, KEY)]
         if done < steps:

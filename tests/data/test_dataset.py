@@ -85,6 +85,17 @@ def test_parquet_lists_hold_paths_or_the_images_themselves(folder: Path, tmp_pat
         check(open_data(str(path)), tmp_path / kind, [f"{kind}.parquet/{i:07d}" for i in range(5)], list(range(5)))
 
 
+def test_a_saved_hugging_face_data_set_is_its_images(folder: Path, tmp_path: Path):
+    import datasets
+
+    files = [str(folder / name) for name in NAMES]
+    data = datasets.Dataset.from_dict({"picture": files, "label": list("xyxyx")})
+    data.cast_column("picture", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    source = open_data(str(tmp_path / "saved"), "list")
+    assert source.label_names == ["x", "y"]
+    check(source, tmp_path / "out", [f"saved/{i:07d}" for i in range(5)], list(range(5)))
+
+
 def test_a_file_that_a_list_names_and_that_is_not_there_is_quarantined(folder: Path, tmp_path: Path):
     (folder / "list.txt").write_text("a.png\nnowhere.png\n")
     assert ingest(open_data(str(folder / "list.txt")), tmp_path / "out", size=8, max_bad=0.5).bad == 1

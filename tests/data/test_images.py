@@ -3,6 +3,7 @@
 import io
 import logging
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -320,6 +321,33 @@ def test_a_decoder_that_stalls_is_an_error_in_bounded_time(jpg_folder: Path, mon
     consumer.start()
     consumer.join(2)
     assert consumer.is_alive()  # without the bound it waits as long as the decoder
+
+
+STALL = """
+import sys, time
+from pathlib import Path
+import numpy as np, torch
+from spice_dist.data import images, packed
+from spice_dist.data.beton import verify
+from spice_dist.data.images import Handover
+from spice_dist.data.pillow_decoder import PillowDecoder
+
+class Stuck(PillowDecoder):
+    def decode(self, data, out): time.sleep(1000)
+
+packed.Handover = lambda length: Handover(length, stall_s=0.5)
+opened = packed.PackedImages(verify(Path(sys.argv[1])), Stuck(), torch.device("cpu"), 48, 3, 2)
+try:
+    list(opened.batches(np.arange(24), 24))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_process_whose_decoder_hangs_for_ever_still_ends(jpg_folder: Path):
+    command = [sys.executable, "-c", STALL, str(jpg_folder / "dataset.beton")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "no batch for 0.5 s" in done.stdout
 
 
 def test_memory_and_threads_stay_over_twenty_epochs_with_early_breaks(jpg: Images):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spice_dist.data.order import check_order, epoch_order, global_batches
+from spice_dist.data.order import check_order, epoch_order, global_batches, worker_batches
 
 
 @settings(deadline=None, max_examples=60)
@@ -43,3 +43,36 @@ def test_orders_are_functions_of_seed_and_epoch_and_do_not_repeat_across_seeds()
 def test_a_wrong_order_is_refused_before_anything_is_read(order: list[int], batch_size: int, error: type[Exception]):
     with pytest.raises(error):
         check_order(np.asarray(order), batch_size, 10)
+
+
+SIZES = st.integers(1, 200)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(n=SIZES, batch=st.integers(1, 64), seed=st.integers(0, 9), epoch=st.integers(0, 9))
+def test_every_image_is_in_exactly_one_batch_of_an_epoch_and_a_resumed_epoch_is_its_rest(n, batch, seed, epoch):
+    batches = global_batches(epoch_order(seed, epoch, n), batch, drop_last=False)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
+    for done in range(len(batches)):
+        rest = np.concatenate(batches[done:])
+        again = global_batches(epoch_order(seed, epoch, n)[done * batch :], batch, drop_last=False)
+        assert np.array_equal(np.concatenate(again), rest)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(n=SIZES, own=st.integers(1, 16), world=st.integers(1, 8), seed=st.integers(0, 9))
+def test_the_workers_share_every_global_batch_whatever_their_number(n, own, world, seed):
+    order, batch = epoch_order(seed, 0, n), own * world
+    if batch > n:
+        with pytest.raises(ValueError, match=f"{n} images do not fill a batch of {batch}"):
+            worker_batches(order, batch, world, 0)
+        return
+    parts = [worker_batches(order, batch, world, rank) for rank in range(world)]
+    joined = np.concatenate(parts, axis=1)
+    assert np.array_equal(joined, worker_batches(order, batch, 1, 0))
+    assert np.array_equal(joined.ravel(), order[: n - n % batch])
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="shared by 3"):
+        worker_batches(epoch_order(0, 0, 10), 4, 3, 0)
