@@ -9,7 +9,7 @@ The views that the papers draw have names here: MOCO_V2, SCAN_WEAK, SCAN_STRONG,
 IMC_GLOBAL and IMC_LOCAL.
 
 Why not kornia: CPU time of a MoCo view in ms, ours / kornia 0.9.0 / torchvision v2 on Pillow images, one thread:
-0.09 / 0.19 / 0.61 at 32 pixels, 3.5 / 10.1 / 9.9 at 224; and its draws depend on the batch.
+0.09 / 0.19 / 0.61 at 32 pixels, 3.5 / 10.1 / 9.9 at 224; and it draws from torch's generator, batch by batch.
 """
 
 import math

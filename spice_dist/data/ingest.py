@@ -379,12 +379,16 @@ def packed_source(packed: Path) -> Source:
     manifest = manifest_beside(packed)
     names, labels = _read_paths(_beside(packed, ".paths.jsonl")), _beside(packed, ".labels.npy")
     samples = beton.Samples(beton.verify(packed))
+    crc32 = samples.info.crc32
     return Source(
         str(packed.absolute()),
         names,
-        lambda i: bytes(samples.encoded(i)),
+        (lambda i: samples.raw(np.array([i]))[0])
+        if manifest.format == "raw"
+        else (lambda i: bytes(samples.encoded(i))),
         np.load(labels, allow_pickle=False) if labels.exists() else None,
-        encoded=True,
+        encoded=manifest.format != "raw",
+        stamps=lambda i: "" if crc32 is None else str(crc32[i]),
         extra=manifest.extra,
         held_out=manifest.held_out,
     )

@@ -44,7 +44,9 @@ class Source:
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
     encoded: bool = False  # read(i) gives an untrusted encoded file, which child processes decode
     file: Callable[[int], Path] | None = None  # of local files: where image i is, so that children read it themselves
-    stamps: Callable[[int], str] | None = None  # of other files: what changes when image i does
+    stamps: Callable[[int], str] | None = (
+        None  # of others: what changes when image i does, where that is cheaper to ask
+    )
     extra: int = 0  # images after the clustered ones that only train stages 1 and 3
     held_out: int = 0  # images after those that train nothing and are scored
 
@@ -107,9 +109,9 @@ def listing(source: Source) -> str:
             with contextlib.suppress(OSError):  # a file of a list that is not there: ingest will say so
                 status = os.stat(source.file(i))
                 total.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-        elif source.encoded:
-            total.update(source.stamps(i).encode() if source.stamps else b"")
-        else:
+        elif source.stamps is not None:
+            total.update(source.stamps(i).encode())
+        elif not source.encoded:
             total.update(np.ascontiguousarray(source.read(i)).data)
     return total.hexdigest()
 

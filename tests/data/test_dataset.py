@@ -164,6 +164,16 @@ def test_a_packed_file_is_data_again_with_its_names_and_nothing_is_copied(folder
     assert np.array_equal(batch[0].permute(1, 2, 0).numpy(), pixels_of(NAMES.index(name)))
 
 
+def test_a_packed_file_can_be_packed_again_in_another_size_or_format(folder: Path, tmp_path: Path):
+    first = tmp_path / "x.beton"
+    pack(open_data(str(folder)), first, size=8)
+    for kind, size in (("raw", 4), ("jpg", 8)):
+        again = pack(open_data(str(first)), tmp_path / f"{kind}.beton", size=size, format=kind)
+        assert (again.n, again.bad, again.format) == (5, 0, kind)
+    back = pack(open_data(str(tmp_path / "jpg.beton")), tmp_path / "back.beton", size=8, format="raw")
+    assert (back.n, back.bad) == (5, 0)
+
+
 # ---------------------------------------------------------------- .beton files of other programs
 
 WRITE = """
