@@ -43,7 +43,7 @@ def random_image(seed: int, width: int = 8, height: int = 8) -> Image.Image:
 def source_of(*data: np.ndarray | bytes, names: list[str] | None = None, **options: object) -> Source:
     """Files where they are bytes, decoded in children; arrays otherwise."""
     options.setdefault("encoded", all(isinstance(item, bytes) for item in data))
-    options.setdefault("stamps", lambda i: hashlib.sha256(data[i]).hexdigest())  # type: ignore
+    options.setdefault("stamps", lambda i: hashlib.sha256(bytes(data[i])).hexdigest())  # type: ignore
     return Source("test", names or [f"{i}.png" for i in range(len(data))], list(data).__getitem__, **options)  # type: ignore
 
 
