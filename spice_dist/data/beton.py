@@ -280,15 +280,6 @@ def check_pixels(info: BetonInfo, spread: int | None = None) -> None:
             samples.encoded(i)
 
 
-def check_headers(info: BetonInfo) -> None:
-    """DamagedFile unless every JPEG has one frame of the size that the metadata gives, baseline or progressive."""
-    with closing(Samples(info)) as samples:
-        for i in range(info.n):
-            found = jpeg_size(samples.encoded(i))
-            if found != (info.heights[i], info.widths[i]):
-                raise _damage(info.path, f"image {i} is not a JPEG of {info.widths[i]}x{info.heights[i]} pixels")
-
-
 def jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
     """(height, width) of the only frame of a whole JPEG of 1 or 3 components with 8 bits; None for anything else."""
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
