@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from spice_dist.data import beton
-from spice_dist.data.beton import Samples, check_headers, check_pixels, jpeg_size, sidecar_path, verify
+from spice_dist.data.beton import Samples, check_pixels, jpeg_size, sidecar_path, verify
 from spice_dist.data.beton_writer import BetonWriter
 from spice_dist.errors import DamagedFile
 
@@ -51,11 +51,11 @@ def test_a_jpg_file_passes_and_gives_images_of_the_size_it_states(packed_folders
     info = verify(packed_folders["jpg"] / "dataset.beton")
     assert info.format == "jpg"
     check_pixels(info)
-    check_headers(info)
     with closing(Samples(info)) as samples:
         for i in range(info.n):
-            image = Image.open(io.BytesIO(samples.encoded(i)))
-            assert (image.height, image.width) == (info.heights[i], info.widths[i])
+            data = samples.encoded(i)
+            image = Image.open(io.BytesIO(data))
+            assert jpeg_size(data) == (image.height, image.width) == (info.heights[i], info.widths[i])
             assert min(image.size) <= 64
 
 
@@ -266,11 +266,3 @@ def test_the_markers_of_a_jpeg_give_its_size_and_anything_odd_is_refused():
         "text": b"text",
     }
     assert [name for name, data in odd.items() if jpeg_size(data) is not None] == []
-
-
-def test_a_jpeg_of_another_size_than_stated_is_found_by_its_header_only(packed_folders: dict[str, Path]):
-    info = verify(packed_folders["jpg"] / "dataset.beton")
-    other = replace(info, heights=info.heights + np.uint16(1))
-    with pytest.raises(DamagedFile, match="image 0 is not a JPEG"):
-        check_headers(other)
-    check_pixels(other)  # the checksums say nothing about it
