@@ -16,7 +16,7 @@ install_debian_packages() {
   if [ "$(id -u)" -ne 0 ]; then root=(sudo); fi
   if ! command -v apt-get >/dev/null || { [ "$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; }; then
     echo "setup: FFCV needs these packages, which cannot be installed from here: ${debian_packages[*]}" >&2
-    echo "setup: install them and run this again; until then images are read by the slower torch loader" >&2
+    echo "setup: install them and run this again; until then images are read through Pillow, which is slower" >&2
     return
   fi
   echo "setup: installing ${debian_packages[*]}"
@@ -40,5 +40,5 @@ echo "setup: installing Python packages into .venv (a few GB with CUDA; minutes 
 if ffcv_libraries && .venv/bin/python -m pip install -q -c constraints.txt -e '.[ffcv]'; then
   echo "$wanted" >"$stamp"
 else # no stamp: once the libraries are there, the next call installs FFCV
-  echo "setup: FFCV is not installed; images are read by the slower torch loader" >&2
+  echo "setup: FFCV is not installed; images are read through Pillow, which is slower" >&2
 fi

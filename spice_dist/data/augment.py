@@ -14,7 +14,7 @@ Why not kornia: CPU time of a MoCo view in ms, ours / kornia 0.9.0 / torchvision
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,6 +68,8 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     noise: float = 0.0  # largest standard deviation of Gaussian pixel noise, uniform in 0..noise per image
     cutout: float = 0.0  # largest side of an erased square, share of the image; erased to the mean colour
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # what is subtracted and divided by, for values in [0, 1]; the
+    std: tuple[float, float, float] = IMAGENET_STD  # mean of the three where images are grey
 
 
 PLAIN = View()
@@ -83,8 +85,9 @@ IMC_GLOBAL = View(
 )  # fmt: skip
 IMC_LOCAL = replace(IMC_GLOBAL, crop_scale=(0.08, 0.4), size=18)
 GREY = (125 / 255, 123 / 255, 114 / 255)  # what `erase` paints
+BLOCK = 64  # random numbers made at once for each image; a view takes about 40
 LARGE = 64  # pixels, side from which a CPU cuts image by image
-CHUNK = 1 << 20  # numbers that a CPU works on at once, so that they stay in its cache from one operation to the next
+CHUNK = 1 << 21  # numbers that a CPU works on at once, so that they stay in its cache from one operation to the next
 
 
 def view_batches(
@@ -117,7 +120,7 @@ def apply(
 
     def draw(rows: slice) -> None:  # modes belong to a thread; bfloat16 positions are off by up to half a pixel
         with torch.inference_mode(inference), torch.autocast(images.device.type, enabled=False):
-            out[rows] = _draw(view, images[rows], index[rows], key, cropped, size)
+            _draw(view, images[rows], index[rows], key, cropped, out[rows])
 
     if images.is_cuda:
         draw(slice(None))
@@ -146,33 +149,53 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _draw(view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, size: tuple[int, int]) -> Tensor:
+def _draw(view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, out: Tensor) -> None:
+    """Into `out`, which also holds the values on their way: what can be done in place is."""
     draws = _Draws(key, index, images.device)
     if view.crop_scale != (1.0, 1.0) and not cropped:
         sides = (np.full(len(images), side) for side in images.shape[2:])
         box = boxes(Crop(view.crop_scale, 0), _crop_key(key), draws.index.numpy(), *sides)
-        large = images.device.type == "cpu" and max(size) >= LARGE
-        x = _cut_bytes(images, box, *size) * (1 / 255) if large else cut(images * (1 / 255), box, *size)
+        if _by_image(out):
+            x = torch.mul(_cut_bytes(images, box, *out.shape[2:]), 1 / 255, out=out)
+        else:
+            x = cut(images * (1 / 255), box, *out.shape[2:])
     else:
-        x = images * (1 / 255)
+        x = torch.mul(images, 1 / 255, out=out)
     if view.operations_first:
         x = _operations(view, x, draws)
     x = _geometry(view, x, draws)
     if not view.operations_first:
         x = _operations(view, x, draws)
     if view.jitter:
-        x = _color_jitter(view, x, draws)
+        _color_jitter(view, x, draws)
     if view.grey:
-        rows = draws.rows(view.grey)
-        x[rows] = _luma(x[rows]).expand(-1, x.shape[1], -1, -1)
+        _change(x, draws.rows(view.grey), _drop_colour)
     if view.blur:
-        x = _blur(view, x, draws)
+        _blur(view, x, draws)
     if view.noise:
         x = _noise(view, x, draws)
-    x = normalize(x)
+    normalize(x, view.mean, view.std, out)
     if view.cutout:
-        x = _cutout(view, x, draws)
-    return x
+        _cutout(view, out, draws)
+
+
+def _by_image(x: Float[Tensor, "B C H W"]) -> bool:
+    """Whether an image is so large that a CPU takes them one by one."""
+    return x.device.type == "cpu" and max(x.shape[2:]) >= LARGE
+
+
+def _change(
+    x: Float[Tensor, "B C H W"], rows: Int64[Tensor, " b"], function: Callable[..., Tensor], *args: Tensor
+) -> None:
+    """x[rows] = function(x[rows], *args), where each of `args` has an entry for each row.
+
+    `function` works in place: large images are spared the copy to and fro.
+    """
+    if _by_image(x):
+        for i, row in enumerate(rows.tolist()):
+            function(x[row : row + 1], *(arg[i : i + 1] for arg in args))
+    elif len(rows):
+        x[rows] = function(x[rows], *args)
 
 
 def _crop_key(key: Key) -> Key:
@@ -211,23 +234,32 @@ def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: in
     return weights / weights.sum(2, keepdim=True)
 
 
-def normalize(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """ImageNet statistics for every data set, as MoCo and SPICE do; their mean over colours for grey images."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+def normalize(
+    x: Float[Tensor, "B C H W"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    out: Tensor | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """(x - mean) / std of each channel; grey images take the mean of the three."""
     if x.shape[1] == 1:
-        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-    return (x - mean.to(x)[:, None, None]).mul_((1 / std).to(x)[:, None, None])
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    shift, scale = (torch.tensor(values)[:, None, None].to(x) for values in (mean, [1 / value for value in std]))
+    return torch.sub(x, shift, out=out).mul_(scale)
 
 
 class _Draws:
-    """Hands out the random numbers of one call; every request takes a new stream, so none is used twice."""
+    """Hands out the random numbers of one call, none twice: columns of blocks, each a stream of its own."""
 
     def __init__(self, key: tuple[int, ...], index: Tensor, device: torch.device):
-        self.key, self.index, self.device, self.used = key, index.cpu(), device, 0
+        self.key, self.index, self.device = key, index.cpu(), device
+        self.streams, self.block = 0, torch.empty(len(index), 0)
 
     def on_host(self, count: int) -> Float[Tensor, "B count"]:
-        self.used += 1
-        return uniform((*self.key, self.used), self.index, count)
+        if count > self.block.shape[1]:
+            self.streams += 1
+            self.block = uniform((*self.key, self.streams), self.index, max(count, BLOCK))
+        draws, self.block = self.block[:, :count], self.block[:, count:]
+        return draws
 
     def uniform(self, low: float, high: float, count: int = 1) -> Float[Tensor, "count B"]:
         draws = self.on_host(count).T * (high - low) + low
@@ -258,13 +290,16 @@ def _luma(x: Tensor) -> Tensor:
 def _geometry(view: View, x: Tensor, draws: _Draws) -> Tensor:
     height, width = x.shape[2:]
     if view.flip:
-        rows = draws.rows(view.flip)
-        x[rows] = x[rows].flip(-1)
+        _change(x, draws.rows(view.flip), _mirror)
     if view.pad:
         x = _padded_crop(view, x, draws.uniform(0, 2 * view.pad + 1, 2).long())
     if view.rotate or view.shift or view.zoom or view.shear:
         x = _resample(x, _affine(view, height, width, draws))
     return x
+
+
+def _mirror(x: Tensor) -> Tensor:
+    return x.copy_(x.flip(-1))
 
 
 def _padded_crop(view: View, x: Tensor, offset: Int64[Tensor, "2 B"]) -> Tensor:
@@ -313,14 +348,14 @@ def _rotation(angle: Tensor, height: int, width: int) -> Tensor:
     return _matrix(scale_x=cos, shear_x=-sin * (height / width), shear_y=sin * (width / height), scale_y=cos)
 
 
-def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor 1 keeps x, 0 gives `other`, above 1 moves away from it; clipped to [0, 1] as images are. Changes x."""
     factor = _column(factor)
-    mixed = x.lerp_(other.expand_as(x), 1 - factor) if isinstance(other, Tensor) else x.mul_(factor)
-    return mixed.clamp_(0, 1)
+    rest = other * (1 - factor)  # before x changes: `other` may be x
+    return x.mul_(factor).add_(rest).clamp_(0, 1)
 
 
-def _color_jitter(view: View, x: Tensor, draws: _Draws) -> Tensor:
+def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
     """torchvision's ColorJitter with a probability: the four adjustments in a random order of their own per image."""
     applied = draws.on_host(1)[:, 0] < view.jitter
     order = draws.on_host(4).argsort(dim=1)
@@ -335,13 +370,16 @@ def _color_jitter(view: View, x: Tensor, draws: _Draws) -> Tensor:
     for place in range(4):
         for number in range(4):
             rows = draws.on_device((applied & (order[:, place] == number)).nonzero()[:, 0])
-            if active[number] and len(rows):
-                x[rows] = adjust[number](x[rows], factors[number][rows])
-    return x
+            if active[number]:
+                _change(x, rows, adjust[number], factors[number][rows])
+
+
+def _drop_colour(x: Tensor) -> Tensor:
+    return x.copy_(_luma(x).expand_as(x))
 
 
 def _brighten(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
-    return _blend(x, 0.0, factor)
+    return x.mul_(_column(factor)).clamp_(0, 1)
 
 
 def _contrast(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
@@ -353,7 +391,7 @@ def _saturate(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
 
 
 def _turn_hue(x: Float[Tensor, "B 3 H W"], turn: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
-    """Rotate the hue in HSV space by `turn` of a full circle."""
+    """Rotate the hue in HSV space by `turn` of a full circle. Changes x."""
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     lowest = torch.minimum(torch.minimum(red, green), blue)
@@ -367,29 +405,48 @@ def _turn_hue(x: Float[Tensor, "B 3 H W"], turn: Float[Tensor, " B"]) -> Float[T
     hue.add_(6 * turn[:, None, None])
     hue.sub_((hue * (1 / 6)).floor_().mul_(6))  # in [0, 6)
     # a channel is v at its own sixth of the circle and the next to either side, v - c opposite, linear between
-    out = torch.empty_like(x)
     for channel, (centre, sign, offset) in enumerate(((3.0, 1.0, -1.0), (2.0, -1.0, 2.0), (4.0, -1.0, 2.0))):
         share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(lowest, chroma, share, out=out[:, channel])
-    return out
+        torch.addcmul(lowest, chroma, share, out=x[:, channel])
+    return x
 
 
-def _blur(view: View, x: Tensor, draws: _Draws) -> Tensor:
-    """Separable Gaussian with a sigma of its own per image, edges repeated."""
-    rows = draws.rows(view.blur)
-    sigma = draws.uniform(*view.blur_sigma)[0][rows]
-    if not len(rows):
-        return x
-    radius = math.ceil(3 * view.blur_sigma[1])
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)
-    channels = len(kernel)
-    chosen = x[rows].reshape(1, channels, *x.shape[2:])
-    chosen = F.pad(chosen, (radius,) * 4, mode="replicate")
-    chosen = F.conv2d(chosen, kernel[:, None, :, None], groups=channels)
-    chosen = F.conv2d(chosen, kernel[:, None, None, :], groups=channels)
-    return x.index_copy_(0, rows, chosen.view(len(rows), *x.shape[1:]))
+def _blur(view: View, x: Tensor, draws: _Draws) -> None:
+    """Separable Gaussian with a sigma of its own per image, cut off at 3 sigma, edges repeated."""
+    rows = (draws.on_host(1)[:, 0] < view.blur).nonzero()[:, 0]
+    low, high = view.blur_sigma
+    sigma = (low + draws.on_host(1)[:, 0] * (high - low))[rows]
+    reach = (3 * sigma).ceil()
+    for radius in reach.unique().int().tolist() if x.device.type == "cpu" else [math.ceil(3 * high)]:
+        same = (reach == radius).nonzero()[:, 0] if x.device.type == "cpu" else torch.arange(len(rows))
+        if len(same):
+            kernel = draws.on_device(_gaussian(sigma[same], radius))
+            _change(x, draws.on_device(rows[same]), _convolve, kernel)
+
+
+def _gaussian(sigma: Float[Tensor, " b"], radius: int) -> Float[Tensor, "b K"]:
+    """Weights at -radius .. radius that sum to 1; zero beyond the next integer after 3 sigma."""
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= (3 * sigma[:, None]).ceil())
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _convolve(x: Float[Tensor, "b C H W"], kernel: Float[Tensor, "b K"]) -> Tensor:
+    """With the kernel of each image along both axes. Changes x.
+
+    A multiply and add for each weight: convolutions with a group for each channel of each image are slower.
+    """
+    (height, width), radius = x.shape[2:], kernel.shape[1] // 2
+    weights = kernel.T[:, :, None, None, None]
+    padded = F.pad(x, (0, 0, radius, radius), mode="replicate")
+    blurred = padded[:, :, :height] * weights[0]
+    for i in range(1, len(weights)):
+        blurred.addcmul_(padded[:, :, i : i + height], weights[i])
+    padded = F.pad(blurred, (radius, radius, 0, 0), mode="replicate")
+    torch.mul(padded[..., :width], weights[0], out=x)
+    for i in range(1, len(weights)):
+        x.addcmul_(padded[..., i : i + width], weights[i])
+    return x
 
 
 def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
@@ -401,7 +458,7 @@ def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
     return torch.addcmul(x, _column(strength), normal.T.reshape(-1, 1, *x.shape[2:]))
 
 
-def _cutout(view: View, x: Tensor, draws: _Draws) -> Tensor:
+def _cutout(view: View, x: Tensor, draws: _Draws) -> None:
     """DeVries and Taylor's cutout: a square of random side and centre, clipped at the border, set to the mean."""
     height, width = x.shape[2:]
     longest = max(1, round(view.cutout * min(height, width)))
@@ -413,7 +470,7 @@ def _cutout(view: View, x: Tensor, draws: _Draws) -> Tensor:
         return (position >= (centre - half)[:, None]) & (position < (centre + half)[:, None])
 
     erased = inside(top, height)[:, None, :, None] & inside(left, width)[:, None, None, :]
-    return x.masked_fill(erased, 0.0)
+    x.masked_fill_(erased, 0.0)
 
 
 def _operations(view: View, x: Tensor, draws: _Draws) -> Tensor:
@@ -456,7 +513,7 @@ def operation(
 ) -> Tensor:
     """The operation `name` on images in [0, 1]; magnitude in [0, 1) spans its published range.
 
-    As in Pillow, a rotation is about the centre and a shear about the upper left corner.
+    As in Pillow, a rotation is about the centre and a shear about the upper left corner. May change x.
     """
     height, width = x.shape[2:]
     factor = 0.05 + 0.9 * magnitude
@@ -474,11 +531,11 @@ def operation(
         step = _column(2.0 ** (8 - bits))
         return ((x * 255).round() / step).floor() * step / 255
     if name == "color":
-        return _blend(x, _luma(x), factor)
+        return _saturate(x, factor)
     if name == "contrast":
-        return _blend(x, _luma(x).mean((1, 2, 3), keepdim=True), factor)
+        return _contrast(x, factor)
     if name == "brightness":
-        return _blend(x, 0.0, factor)
+        return _brighten(x, factor)
     if name == "sharpness":
         return _blend(x, _smooth(x), factor)
     if name == "rotate":

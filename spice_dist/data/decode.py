@@ -9,9 +9,10 @@ How pixels become RGB (the rule per Pillow mode):
     I beyond that, F            refused: they do not say what is white
     CMYK, YCbCr, HSV            Pillow's conversion
 Animations give their first frame; EXIF orientation is applied. Then, by the format of the data set:
-    raw     the central square, resized to size x size (bicubic, antialiased); one whose side is `size` is only cropped
+    raw     the central square, resized to size x size; one whose side is `size` is only cropped
     jpg     the whole image, its shorter side reduced to `size` if it is longer, as JPEG with 4:2:0 colour; a JPEG of
             three 8-bit components that is small enough and upright already is kept byte for byte
+Reduced is by a triangle filter as in torchvision's Resize, enlarged bicubically.
 A JPEG of more than twice the size needed is decoded at a half, a quarter or an eighth of it, as its format allows.
 """
 
@@ -107,7 +108,7 @@ def _store(image: "Image.Image", packing: Packing, kept: bytes | None = None) ->
         pixels = np.asarray(reduced)
         stored = kept if kept is not None and reduced is image else _jpeg(reduced, packing.quality)
     height, width = pixels.shape[:2]
-    return Packed(height, width, zlib.crc32(stored), hashlib.sha256(pixels.tobytes()).hexdigest()), stored
+    return Packed(height, width, zlib.crc32(stored), hashlib.sha256(pixels.data).hexdigest()), stored
 
 
 def _of_array(array: UInt8[np.ndarray, "..."]) -> "Image.Image":
@@ -138,7 +139,7 @@ def _decode(data: bytes, packing: Packing) -> tuple["Image.Image", bool, bool]:
         if image.format == "JPEG" and min(width, height) >= 4 * packing.size:
             wanted = 2 * packing.size / min(width, height)
             image.draft(None, (max(1, int(width * wanted)), max(1, int(height * wanted))))
-        animated = getattr(image, "n_frames", 1) > 1
+        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # MPO: a JPEG with a preview behind it
         image.load()
         try:
             upright = image.getexif().get(ORIENTATION, 1) == 1
@@ -173,7 +174,8 @@ def _square(image: "Image.Image", size: int) -> UInt8[np.ndarray, "size size 3"]
     box = (left, top, left + side, top + side)
     if side == size:
         return np.array(image.crop(box))
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    resample = Image.Resampling.BICUBIC if side < size else Image.Resampling.BILINEAR
+    return np.array(image.resize((size, size), resample, box=box))
 
 
 def _reduced(image: "Image.Image", size: int) -> "Image.Image":
@@ -184,7 +186,7 @@ def _reduced(image: "Image.Image", size: int) -> "Image.Image":
     if scale == 1:
         return image
     width, height = (max(MIN_SIDE, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def _jpeg(image: "Image.Image", quality: int) -> bytes:

@@ -20,6 +20,7 @@ Result = tuple[Packed, bytes] | str
 CHUNK = 16  # images of one request
 AHEAD = 3  # requests under way for each child
 TIMEOUT_S = 60.0  # for an image; importing Pillow on a busy node takes some of the first one's
+KEPT_BYTES = 64 << 20  # of freed memory that a child keeps
 CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 
 
@@ -133,6 +134,8 @@ class _Child:
             "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # no pool of threads in each
+        # an image's memory is used again for the next one: glibc would give it back and fault it in anew each time
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)}
         command = [*CHILD, str(theirs.fileno()), json.dumps(asdict(packing))]
         with theirs:
             self._process = subprocess.Popen(

@@ -142,7 +142,7 @@ def _decoder(loader: str) -> "Decoder":
         return FFCVDecoder()
     if loader == "ffcv":
         raise UserError(missing)
-    log.warning("%s; the slower torch loader takes its place", missing)
+    log.warning("%s; Pillow, which is slower, takes its place", missing)
     return PillowDecoder()
 
 

@@ -8,6 +8,7 @@ figure is the median of `--repeats` passes, peer and ours in turn, after one tha
 """
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
@@ -39,7 +40,9 @@ PHOTO_SIDES = (400, 500)  # height, width
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, required=True)
-    parser.add_argument("--photos", type=int, default=1_000, help="JPEG photos to make and load")
+    parser.add_argument(
+        "--photos", type=int, default=3_000, help="JPEG photos to make and ingest; a fifth of them is loaded"
+    )
     parser.add_argument("--small", type=int, default=5_000, help="CIFAR-10 images to load")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -96,26 +99,49 @@ def drain(batches: Iterable[Any]) -> None:
 # ---------------------------------------------------------------- reading files
 
 
-def convert(file: Path) -> None:
+def decode(file: Path) -> None:
     Image.open(file).convert("RGB")
 
 
+def reduce_jpeg(file: Path) -> bytes:
+    image, out = Image.open(file).convert("RGB"), io.BytesIO()
+    scale = 256 / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    image.resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def reduce_square(file: Path) -> bytes:
+    image = Image.open(file).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((224, 224), Image.Resampling.BILINEAR, (left, top, left + side, top + side)).tobytes()
+
+
 def bench_ingest(root: Path, files: list[Path], repeats: int) -> None:
-    """Reading, checking, checksumming and packing against Pillow's bare decoding over as many processes."""
+    """Reading, checking, hashing and packing against Pillow over as many processes: its bare decoding, and its
+    decoding with the same change of size and format, the results sent to this process."""
     source = open_source(str(files[0].parent))
     cores = usable_cores()
 
-    def peer() -> None:
+    def peer(work: Callable[[Path], Any]) -> None:
         with ProcessPoolExecutor(cores) as pool:
-            drain(pool.map(convert, files, chunksize=16))
+            drain(pool.map(work, files, chunksize=16))
 
-    def ours(format: str) -> None:
+    def ours(format: str, jpeg_side: int = 256) -> None:
         with tempfile.TemporaryDirectory(dir=root) as out:
-            ingest(source, Path(out), size=224, jpeg_side=256, format=format, workers=cores)
+            ingest(source, Path(out), size=224, jpeg_side=jpeg_side, format=format, workers=cores)
 
     ingest(source, root / "jpg", size=224, jpeg_side=400, format="jpg", workers=cores)
-    row("ingest photos, JPEG of 256 px", len(files), peer, partial(ours, "jpg"), repeats, 1.0)
-    row("ingest photos, raw 224 px", len(files), peer, partial(ours, "raw"), repeats, 1.0)
+    kept, small, squares = partial(ours, "jpg", 400), partial(ours, "jpg"), partial(ours, "raw")
+    for name, work, mine in (
+        ("ingest, kept as they are / decoding", decode, kept),
+        ("ingest, JPEG of 256 px / decoding", decode, small),
+        ("ingest, JPEG of 256 px / the same", reduce_jpeg, small),
+        ("ingest, raw 224 px / decoding", decode, squares),
+        ("ingest, raw 224 px / the same", reduce_square, squares),
+    ):
+        row(name, len(files), partial(peer, work), mine, repeats, 1.0)
 
 
 # ---------------------------------------------------------------- two views
@@ -161,9 +187,9 @@ def torchvision_loader(images: Any, size: int, batch: int) -> Any:
     )
 
 
-def our_pairs(images: Any, batch: int, epoch: list[int]) -> None:
+def our_pairs(images: Any, n: int, batch: int, epoch: list[int]) -> None:
     epoch[0] += 1
-    order = np.random.default_rng(epoch[0]).permutation(images.n)
+    order = np.random.default_rng(epoch[0]).permutation(n)
     drain(view_batches(images, order, batch, [(MOCO_V2, (0, epoch[0], stream)) for stream in (0, 1)]))
 
 
@@ -172,7 +198,7 @@ def bench_small(root: Path, cifar: np.ndarray, repeats: int) -> None:
     peer = torchvision_loader(cifar, 32, 256)
     for kind, options in (("kept in memory", {}), ("FFCV", {"resident_bytes": 0, "loader": "ffcv"})):
         with closing(open_images(root / "cifar", device=CPU, size=32, **options)) as images:
-            work = partial(our_pairs, images, 256, [0])
+            work = partial(our_pairs, images, len(cifar), 256, [0])
             row(f"two MoCo views, 32 px, {kind}", len(cifar), partial(drain, peer), work, repeats, 3.0)
 
 
@@ -182,6 +208,7 @@ def bench_photos(root: Path, repeats: int) -> None:
     from ffcv.loader import Loader, OrderOption
 
     files = sorted((root / "photos").iterdir())
+    files, n = files[: len(files) // 5], len(files) // 5
     peer = torchvision_loader(files, 224, 64)
     crop = Crop((0.2, 1.0), 224)
     decoder = RandomResizedCropRGBImageDecoder((224, 224), scale=(0.2, 1.0))
@@ -191,14 +218,15 @@ def bench_photos(root: Path, repeats: int) -> None:
         num_workers=usable_cores(),
         os_cache=True,
         order=OrderOption.RANDOM,
+        indices=range(n),
         drop_last=False,
         pipelines={"image": [decoder], "index": [IntDecoder()]},
     )
     torch.set_num_threads(usable_cores())
     with closing(open_images(root / "jpg", device=CPU, size=224, loader="ffcv")) as images:
-        order = np.random.default_rng(0).permutation(images.n)
+        order = np.random.default_rng(0).permutation(n)
         one, two = ([(crop, (0, 0, stream)) for stream in range(count)] for count in (1, 2))
-        n, views = images.n, partial(our_pairs, images, 64, [0])
+        views = partial(our_pairs, images, n, 64, [0])
         row("two MoCo views, 224 px", n, partial(drain, peer), views, repeats, 3.0)
         for name, crops, wanted in (("decode and crop, 224 px", one, 0.85), ("decode once, crop twice", two, 0.5)):
             row(name, n, partial(drain, stock), partial(our_crops, images, order, crops), repeats, wanted)

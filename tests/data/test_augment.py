@@ -75,9 +75,9 @@ def pixels(view: View, images: Tensor, key: tuple[int, ...] = KEY) -> Tensor:
     return x * std[:, None, None] + mean[:, None, None]
 
 
-def drawn(stream: int, batch: int, low: float = 0.0, high: float = 1.0, count: int = 1) -> Tensor:
-    """What the view draws in its `stream`-th request, (count, B)."""
-    return uniform((*KEY, stream), torch.arange(batch), count).T * (high - low) + low
+def drawn(first: int, batch: int, low: float = 0.0, high: float = 1.0, count: int = 1, block: int = 1) -> Tensor:
+    """The view's random numbers from the `first` on, (count, B)."""
+    return uniform((*KEY, block), torch.arange(batch), first + count).T[first:] * (high - low) + low
 
 
 def close(x: Tensor, y: Tensor, tolerance: float) -> None:
@@ -131,6 +131,9 @@ def test_plain_is_the_normalised_image(key: tuple[int, ...]):
     close(apply(PLAIN, photos(48, 64), index, key), expected, 1e-6)
     mean, std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
     close(apply(PLAIN, digits(), index, key), (digits() / 255 - mean) / std, 1e-6)
+    other = View(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    expected = tv.normalize(photos(48, 64).float() / 255, list(other.mean), list(other.std))
+    close(apply(other, photos(48, 64), index, key), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["moco", "scan", "affine"])
@@ -258,7 +261,7 @@ def test_a_flip_comes_after_the_crop():
 def test_a_padded_crop_equals_shifting_the_array(size: tuple[int, int]):
     images = many(photos(*[min(s, 200) for s in size]), 20)
     height, width = images.shape[2:]
-    offset = drawn(1, 20, 0, 9, count=2).floor().long()
+    offset = drawn(0, 20, 0, 9, count=2).floor().long()
     found = pixels(View(pad=4), images)
     padded = torch.nn.functional.pad(images.float() / 255, (4,) * 4)
     for i, (x, y) in enumerate(offset.T.tolist()):
@@ -289,10 +292,10 @@ def test_the_affine_map_shears_zooms_rotates_and_shifts_in_pixels_about_the_cent
     height, width = size
     images = many(photos(*size), 24)
     view = View(rotate=14, shift=0.14, zoom=0.175, shear=0.21)
-    angle = drawn(1, 24, -math.radians(14), math.radians(14))[0].numpy()
-    shift_x, shift_y = drawn(2, 24, -0.14, 0.14, count=2).numpy()
+    angle = drawn(0, 24, -math.radians(14), math.radians(14))[0].numpy()
+    shift_x, shift_y = drawn(1, 24, -0.14, 0.14, count=2).numpy()
     zoom_x, zoom_y = drawn(3, 24, 0.825, 1.175, count=2).numpy()
-    shear = drawn(4, 24, -0.21, 0.21)[0].numpy()
+    shear = drawn(5, 24, -0.21, 0.21)[0].numpy()
     for i, found in enumerate(pixels(view, images)):
         turn = np.array([[np.cos(angle[i]), -np.sin(angle[i])], [np.sin(angle[i]), np.cos(angle[i])]])
         matrix = turn @ np.array([[1, shear[i]], [0, 1]]) @ np.diag([1 / zoom_x[i], 1 / zoom_y[i]])
@@ -302,10 +305,10 @@ def test_the_affine_map_shears_zooms_rotates_and_shifts_in_pixels_about_the_cent
 def test_each_part_of_the_affine_map_equals_torchvisions():
     images = photos(48, 64)
     x = images.float() / 255
-    angle = drawn(1, 8, -30, 30)[0].tolist()
+    angle = drawn(0, 8, -30, 30)[0].tolist()
     for i, found in enumerate(pixels(View(rotate=30), images)):
         close(found, tv.rotate(x[i], angle[i], BILINEAR), 1e-4)
-    shear = drawn(4, 8, -0.3, 0.3)[0].tolist()
+    shear = drawn(5, 8, -0.3, 0.3)[0].tolist()
     for i, found in enumerate(pixels(View(shear=0.3), images)):
         degrees = math.degrees(math.atan(shear[i]))
         close(found, tv.affine(x[i], 0.0, [0, 0], 1.0, [degrees, 0.0], BILINEAR), 1e-4)
@@ -416,9 +419,9 @@ def test_an_unknown_operation_is_an_error_with_the_known_ones():
 def test_an_operation_is_drawn_uniformly_with_its_own_magnitude_and_sign():
     batch = 6000
     images = many(photos(8, 12), batch)
-    choice = (drawn(1, batch)[0] * 14).long()
+    choice = (drawn(0, batch)[0] * 14).long()
     assert stats.chisquare(np.bincount(choice, minlength=14)).pvalue > 1e-3
-    magnitude, sign = drawn(2, batch)[0], torch.where(drawn(3, batch)[0] < 0.5, 1.0, -1.0)
+    magnitude, sign = drawn(1, batch)[0], torch.where(drawn(2, batch)[0] < 0.5, 1.0, -1.0)
     assert abs((sign > 0).float().mean() - 0.5) < 4 * 0.5 / batch**0.5
     assert abs(np.corrcoef(choice, magnitude)[0, 1]) < 4 / batch**0.5
     assert abs(np.corrcoef(sign, magnitude)[0, 1]) < 4 / batch**0.5
@@ -434,8 +437,8 @@ def test_several_operations_are_applied_one_after_the_other_and_may_repeat():
     x = images * (1 / 255)
     choices = []
     for turn in range(4):
-        choice = (drawn(1 + 3 * turn, batch)[0] * 14).long()
-        magnitude, sign = drawn(2 + 3 * turn, batch)[0], torch.where(drawn(3 + 3 * turn, batch)[0] < 0.5, 1.0, -1.0)
+        choice = (drawn(3 * turn, batch)[0] * 14).long()
+        magnitude, sign = drawn(1 + 3 * turn, batch)[0], torch.where(drawn(2 + 3 * turn, batch)[0] < 0.5, 1.0, -1.0)
         choices.append(choice)
         for number, name in enumerate(OPERATIONS):
             rows = choice == number
@@ -466,7 +469,7 @@ JITTER_TOLERANCE = 5e-4  # torchvision's weight of red in grey is 0.2989, Pillow
 def factors(batch: int, strengths: dict[str, float]) -> dict[str, list[float]]:
     low = {kind: -s if kind == "hue" else max(0.0, 1 - s) for kind, s in strengths.items()}
     high = {kind: s if kind == "hue" else 1 + s for kind, s in strengths.items()}
-    return {kind: drawn(3 + i, batch, low[kind], high[kind])[0].tolist() for i, kind in enumerate(strengths)}
+    return {kind: drawn(5 + i, batch, low[kind], high[kind])[0].tolist() for i, kind in enumerate(strengths)}
 
 
 @pytest.mark.parametrize("strength", [0.4, 0.9, 1.5])
@@ -487,7 +490,7 @@ def test_all_four_adjustments_equal_torchvisions_in_one_of_the_24_orders_each_eq
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
     found = pixels(replace(View(jitter=1.0), **strengths), images)
     used = factors(batch, strengths)
-    order = drawn(2, batch, count=4).argsort(0).T.tolist()
+    order = drawn(1, batch, count=4).argsort(0).T.tolist()
     kinds = list(ADJUSTMENTS)
     for image, places, row in zip(images, order, range(batch), strict=True):
         x = image.float() / 255
@@ -528,8 +531,8 @@ def test_grey_equals_pillows():
 def test_a_blur_equals_torchvisions_with_edges_repeated(sigmas: tuple[float, float]):
     images = many(photos(48, 64), 24)
     found = pixels(View(blur=1.0, blur_sigma=sigmas), images)
-    radius = math.ceil(3 * sigmas[1])
-    for image, sigma, ours in zip(images, drawn(2, 24, *sigmas)[0].tolist(), found, strict=True):
+    for image, sigma, ours in zip(images, drawn(1, 24, *sigmas)[0].tolist(), found, strict=True):
+        radius = math.ceil(3 * sigma)
         padded = tv.pad(image.float() / 255, [radius], padding_mode="edge")
         blurred = tv.gaussian_blur(padded, [2 * radius + 1] * 2, [sigma] * 2)
         close(ours, blurred[:, radius:-radius, radius:-radius], 1e-5)
@@ -539,14 +542,14 @@ def test_a_blur_is_close_to_pillows():
     """Pillow approximates the Gaussian by three boxes; what MoCo uses."""
     images = many(photos(48, 64), 16)
     for image, sigma, ours in zip(
-        images, drawn(2, 16, 0.1, 2)[0].tolist(), pixels(View(blur=1.0), images), strict=True
+        images, drawn(1, 16, 0.1, 2)[0].tolist(), pixels(View(blur=1.0), images), strict=True
     ):
         assert (ours - tensor(pil(image).filter(ImageFilter.GaussianBlur(sigma)))).abs().mean() < 1.5 * LEVEL
 
 
 def test_a_blur_has_its_probability_and_leaves_the_other_images_alone():
     images = many(photos(8, 12), 3000)
-    blurred = drawn(1, 3000)[0] < 0.5
+    blurred = drawn(0, 3000)[0] < 0.5
     found = pixels(View(blur=0.5, blur_sigma=(1.0, 2.0)), images)
     assert abs(blurred.float().mean() - 0.5) < 4 * 0.5 / 3000**0.5
     unchanged = (found - images.float() / 255).abs().amax((1, 2, 3)) < 1e-6
@@ -558,7 +561,7 @@ def test_noise_is_normal_with_the_drawn_deviation_and_the_same_in_all_channels()
     noise = pixels(View(noise=0.2), images) - images.float() / 255
     close(noise[:, 0], noise[:, 1], 1e-6)
     close(noise[:, 0], noise[:, 2], 1e-6)
-    deviation, n = drawn(3, 8, 0, 0.2)[0], 48 * 64
+    deviation, n = drawn(0, 8, 0, 0.2, block=3)[0], 48 * 64
     for one, expected in zip(noise[:, 0], deviation.tolist(), strict=True):
         assert abs(one.std() / expected - 1) < 4 / (2 * n) ** 0.5
         assert abs(one.mean() / expected) < 4 / n**0.5
@@ -573,8 +576,8 @@ def test_cutout_erases_a_square_of_the_published_size_and_place(size: tuple[int,
     batch = 200 if size[0] > 100 else 2000
     images = torch.zeros(batch, 1, *size, dtype=torch.uint8)  # black is not the mean, so zeros are the hole
     hole = apply(View(cutout=longest / size[0]), images, torch.arange(batch), KEY)[:, 0] == 0
-    half = (drawn(1, batch, 1, longest + 1)[0].floor() / 2).long().tolist()
-    top, left = (drawn(2, batch, 0, size[0])[0].long().tolist(), drawn(3, batch, 0, size[1])[0].long().tolist())
+    half = (drawn(0, batch, 1, longest + 1)[0].floor() / 2).long().tolist()
+    top, left = (drawn(1, batch, 0, size[0])[0].long().tolist(), drawn(2, batch, 0, size[1])[0].long().tolist())
     for found, h, y, x in zip(hole, half, top, left, strict=True):
         expected = torch.zeros(size, dtype=torch.bool)
         expected[max(0, y - h) : y + h, max(0, x - h) : x + h] = True
@@ -605,7 +608,7 @@ def test_cutout_clips_its_square_in_an_oblong_image_and_keeps_the_rest():
 
 def test_erase_paints_the_square_that_fixmatchs_pillow_cutout_paints():
     images = many(photos(32, 32), 200)
-    side, (x, y) = drawn(1, 200, 0, 0.5)[0] * 32, drawn(2, 200, count=2) * 32
+    side, (x, y) = drawn(0, 200, 0, 0.5)[0] * 32, drawn(1, 200, count=2) * 32
     found = pixels(View(erase=0.5), images)
     for i, image in enumerate(images):
         left, top = max(0.0, float(x[i] - side[i] / 2)), max(0.0, float(y[i] - side[i] / 2))
@@ -627,7 +630,7 @@ def test_fixmatchs_strong_view_erases_before_it_flips_and_shifts():
 
 def test_a_reflecting_crop_equals_numpys_reflection():
     images = many(photos(32, 32), 20)
-    offset = drawn(1, 20, 0, 9, count=2).floor().long()
+    offset = drawn(0, 20, 0, 9, count=2).floor().long()
     for image, found, x, y in zip(images, pixels(View(pad=4, reflect=True), images), *offset.tolist(), strict=True):
         padded = np.pad(image.numpy() / 255, ((0, 0), (4, 4), (4, 4)), mode="reflect")
         close(found, torch.from_numpy(padded[:, y : y + 32, x : x + 32]).float(), 1e-5)

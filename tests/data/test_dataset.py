@@ -1,6 +1,7 @@
 """DATA in all its kinds reaches the same pixels."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -216,22 +217,17 @@ def test_a_foreign_file_is_refused_with_the_option_and_read_right_with_it(foreig
             assert np.abs(pixels.astype(int) - expected).max() <= bound
 
 
-CHECK = """
+CASES = """
 import json, os, sys, tempfile
 from pathlib import Path
 import numpy as np
-from spice_dist.data.foreign import foreign_source
-from spice_dist.data.decode import Packing, pack_image, strict_pillow
-from spice_dist.data.sources import BadImage
 from spice_dist.errors import DamagedFile
 
 good = Path(sys.argv[1]).read_bytes()
+record, image = map(int, sys.argv[2:])  # bytes of metadata of a sample, where those of the image begin in it
 rng = np.random.default_rng(0)
-size, n, start = len(good), 12, 24 + 3 * 1041
+size, n, start = len(good), int.from_bytes(good[8:16], "little"), 24 + good[2] * 1041
 table = size - n * 24
-path = Path(tempfile.mkdtemp()) / "x.beton"
-pixels = {np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8).tobytes() for i in range(n)}
-counts = {"refused": 0, "bad": 0, "right": 0, "wrong": 0}
 
 def put(data, at, value):
     return data[:at] + value + data[at + len(value):]
@@ -247,17 +243,26 @@ def cases():
     for value in (0, 10**6, 10**12, 2**64 - 1):
         yield put(good, 8, value.to_bytes(8, "little"))
     yield put(good, 16, bytes(8))
-    yield put(put(good, 16, bytes(8)), start, bytes(n * 40))
-    for at, length in ((8, 1), (9, 4), (9, 4), (13, 8), (13, 8)):
-        yield put(good, start + 40 + at, b"\\xff" * length)
-        yield put(good, start + 40 + at, bytes(length))
+    yield put(put(good, 16, bytes(8)), start, bytes(n * record))
+    for at, length in ((0, 1), (1, 4), (1, 4), (5, 8), (5, 8)):
+        yield put(good, start + record + image + at, b"\\xff" * length)
+        yield put(good, start + record + image + at, bytes(length))
     for value in (8 << 30, 1 << 20, 0, 2**63):
         yield put(good, table + 24 + 16, value.to_bytes(8, "little"))
     for _ in range(2000):
-        low, high = [(0, 24), (24, start), (start, start + n * 40), (table, size)][rng.integers(4)]
+        low, high = [(0, 24), (24, start), (start, start + n * record), (table, size)][rng.integers(4)]
         length = int(rng.integers(1, 12))
         yield put(good, int(rng.integers(low, high - length)), rng.bytes(length))
+"""
 
+FOREIGN = """
+from spice_dist.data.decode import Packing, pack_image, strict_pillow
+from spice_dist.data.foreign import foreign_source
+from spice_dist.data.sources import BadImage
+
+path = Path(tempfile.mkdtemp()) / "x.beton"
+pixels = {np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8).tobytes() for i in range(n)}
+counts = {"refused": 0, "bad": 0, "right": 0, "wrong": 0}
 total = 0
 with strict_pillow():
     for data in cases():
@@ -289,13 +294,68 @@ def test_28_damages_and_2000_fuzzed_headers_give_no_crash_no_hang_and_no_foreign
     foreign: dict[str, Path],
 ):
     """In one child. Wrong pixels can only come from a pointer that was moved inside the file, within its bounds."""
-    import json
-
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(foreign["raw"])], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", CASES + FOREIGN, str(foreign["raw"]), "40", "8"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     total, counts = json.loads(done.stdout)
     assert total >= 2028
     assert counts["refused"] > 500
     assert counts["right"] > 10_000
     assert counts["wrong"] < 0.01 * counts["right"]
+
+
+OURS = """
+import itertools
+import shutil
+import torch
+from contextlib import closing
+from spice_dist.data.images import open_images
+
+folder = Path(tempfile.mkdtemp()) / "data"
+shutil.copytree(Path(sys.argv[1]).parent, folder)
+path = folder / "dataset.beton"
+order = np.arange(n)
+
+def read(loader):
+    with closing(open_images(folder, device=torch.device("cpu"), size=24, loader=loader, resident_bytes=0)) as images:
+        return torch.cat([batch for batch, _ in images.batches(order, n)])
+
+right = {loader: read(loader) for loader in ("ffcv", "torch")}
+total, counts = 0, {"refused": 0, "right": 0, "wrong": 0}
+samples = [i for i, byte in enumerate(good) if start + n * record <= i < table and byte]
+flips = (put(good, i, bytes([good[i] ^ 1])) for i in rng.choice(samples, 100).tolist())
+for data in itertools.chain(cases(), flips):
+    total += 1
+    path.write_bytes(data)
+    loader = ("ffcv", "torch")[total % 2]
+    try:
+        found = read(loader)
+    except DamagedFile:
+        counts["refused"] += 1
+    else:
+        counts["right" if data == good or torch.equal(found, right[loader]) else "wrong"] += 1
+print(json.dumps([total, counts]))
+"""
+
+
+def test_28_damages_2000_fuzzed_headers_and_100_flipped_bits_of_our_own_files_are_all_refused(
+    photos: list[np.ndarray], tmp_path: Path
+):
+    """In one child, each opened and read to the end by both loaders: no crash, no hang, no other pixels."""
+    source = Source("photos", [str(i) for i in range(len(photos))], photos.__getitem__)
+    ingest(source, tmp_path, size=24, format="jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", CASES + OURS, str(tmp_path / "dataset.beton"), "24", "0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    total, counts = json.loads(done.stdout.splitlines()[-1])
+    assert total >= 2128
+    assert counts == {"refused": total - counts["right"], "right": counts["right"], "wrong": 0}
+    assert counts["right"] < 20  # bytes that happened to be written over by themselves

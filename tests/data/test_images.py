@@ -161,7 +161,7 @@ def pillow(folder: Path, i: int) -> Any:
 
 
 def check_part(view: np.ndarray, whole: Any, box: tuple[int, int, int, int]) -> None:
-    """By a third filter: close to this part, and closer than to one that lies two pixels beside it."""
+    """By a third filter: close to this part, and closer than to one that lies four pixels beside it."""
 
     def distance(shift: int) -> float:
         moved = tuple(min(max(side + shift, 0), limit) for side, limit in zip(box, whole.size * 2, strict=True))
@@ -169,7 +169,7 @@ def check_part(view: np.ndarray, whole: Any, box: tuple[int, int, int, int]) -> 
         return float(np.abs(view.astype(int) - np.asarray(part)).mean())
 
     assert distance(0) < 8
-    assert distance(0) < min(distance(-2), distance(2))
+    assert distance(0) < min(distance(-4), distance(4))
 
 
 def test_the_plain_image_is_the_central_square_resized(jpg: Images, jpg_folder: Path):

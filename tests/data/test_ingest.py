@@ -193,6 +193,12 @@ def test_too_many_bad_images_stop_the_run_and_name_count_file_and_option(tmp_pat
         ingest(source_of(b"bad"), tmp_path / "none", size=8, max_bad=1.0)
 
 
+def test_without_the_check_a_folder_without_a_good_image_fails_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ingest_module, "_check_share", lambda *_: None)
+    with pytest.raises(DamagedFile):
+        ingest(source_of(b"bad"), tmp_path, size=8)
+
+
 def test_a_file_that_may_not_be_read_is_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refusing(path: Path, *_: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
@@ -215,10 +221,15 @@ from spice_dist.data import decode
 pack = decode.pack_image(b"", decode.Packing("raw", 8))  # imports all that is needed
 os.setgid(65_534)
 os.setuid(65_534)
+try:
+    Path("closed").read_bytes()
+except PermissionError:
+    print("an error without the defence")
 for name in ("open", "closed"):
     print(decode._pack_item(Path(name), decode.Packing("raw", 8)))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("an error"), done.stderr
     assert "(Packed(" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "cannot read: Permission denied"
     assert not isinstance(decode._pack_item(tmp_path / "closed", Packing("raw", 8)), str)  # root may
@@ -437,6 +448,17 @@ def test_every_mode_becomes_the_rgb_that_the_rule_says(mode: str):
     assert to_pixels(data, 4).reshape(-1, 3).tolist() == [list(colour)] * 16
 
 
+def test_without_the_rules_pillows_own_conversion_gives_other_colours(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: image.convert("RGB"))
+    other = {
+        mode
+        for mode, (data, colour) in GOLDEN.items()
+        if to_pixels(data, 4).reshape(-1, 3).tolist() != [list(colour)] * 16
+    }
+    transparent = {mode for mode in GOLDEN if "transparent" in mode or mode in ("LA, clear", "RGBA")}
+    assert transparent | {"I"} <= other
+
+
 def test_pixels_that_do_not_say_what_is_white_are_refused():
     for data in (np.full((4, 4), 70_000, np.int32), np.zeros((4, 4), np.float32)):
         assert "white" in reason(encoded(Image.fromarray(data), "TIFF"))
@@ -453,13 +475,20 @@ def test_an_animation_gives_its_first_frame_and_is_counted(tmp_path: Path):
     assert [image[0, 0].tolist() for image in stored(tmp_path)] == [[255, 0, 0]] * 3 + [[0, 255, 0]]
 
 
+def test_a_photo_with_a_preview_behind_it_is_no_animation(tmp_path: Path):
+    """Cameras and phones store a second picture (MPO) in a JPEG."""
+    two = encoded(random_image(0), "MPO", save_all=True, append_images=[random_image(1)])
+    result = ingest(source_of(two), tmp_path, size=8, format="raw")
+    assert (result.n, result.animated) == (1, 0)
+
+
 def test_an_image_of_the_right_size_is_untouched_and_others_keep_their_centre():
     exact = np.asarray(random_image(1))
     assert np.array_equal(to_pixels(exact, 8), exact)
     wide = np.asarray(random_image(2, width=13, height=8))
     assert np.array_equal(to_pixels(wide, 8), wide[:, 2:10])
     large = random_image(3, width=120, height=40)
-    shrunk = np.asarray(large.resize((30, 10), Image.Resampling.BICUBIC))  # shorter side to 10, then the centre
+    shrunk = np.asarray(large.resize((30, 10), Image.Resampling.BILINEAR))  # shorter side to 10, then the centre
     assert np.abs(to_pixels(np.asarray(large), 10).astype(int) - shrunk[:, 10:20]).max() <= 1
     assert to_pixels(RED[:2, :2], 8).reshape(-1, 3).tolist() == [[200, 10, 30]] * 64  # enlarged
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -509,7 +538,7 @@ def test_a_stored_jpeg_looks_like_its_source_at_every_size(tmp_path: Path, photo
         scale = min(1, 48 / min(height, width))
         assert abs(image.shape[0] - height * scale) <= 1
         assert abs(image.shape[1] - width * scale) <= 1
-        wanted = Image.fromarray(photo).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
+        wanted = Image.fromarray(photo).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
         assert np.abs(np.asarray(wanted).astype(int) - image).mean() < 8
 
 
@@ -718,6 +747,8 @@ def test_hostile_names_survive_to_paths_and_cannot_break_the_quarantine(tmp_path
     names = ["=1+1", "@x", "-rf", "+3", "a\nb", 'c,d"e', "\udcff\x1b[31m", "日本", "tab\t", "\u202egnp.exe", " x ", "'"]
     ingest(source_of(*[RED] * 12, names=names), tmp_path / "good", size=4)
     assert read_paths(tmp_path / "good") == names
+    with pytest.raises(UnicodeEncodeError):  # what the list of names would meet as plain UTF-8
+        "\n".join(names).encode()
     assert (tmp_path / "good" / "paths.jsonl").read_bytes().isascii()
     source = source_of(*[b"bad"] * 12, encoded(random_image(0)), names=[*names, "ok"])
     ingest(source, tmp_path / "bad", size=4, max_bad=1.0)
@@ -725,6 +756,7 @@ def test_hostile_names_survive_to_paths_and_cannot_break_the_quarantine(tmp_path
     assert len(cells) == 12
     assert all(cell.isprintable() and cell[0] not in "=+-@" for cell in cells)
     assert csv_cell("日本 a,b") == "日本 a,b"
+    assert sum(not name.isprintable() or name[0] in "=+-@" for name in names) == 8  # without `csv_cell`
 
 
 def test_files_with_hostile_names_are_found_decoded_and_named_exactly(tmp_path: Path):

@@ -52,7 +52,7 @@ def test_moco_learns_to_tell_images_apart(digits_folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "data").symlink_to(digits_folder / "data")
-    TRAIN["moco"](override(SMALL, {"moco.epochs": 20}), LocalWorker(run, "moco", CPU))
+    TRAIN["moco"](override(SMALL, {"moco.epochs": 40}), LocalWorker(run, "moco", CPU))
     curve = losses(run, "moco")
     assert np.mean(curve[-10:]) < np.log(129) - 0.1, "below chance, ln(1 + queue)"
 
@@ -271,13 +271,13 @@ def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(sma
 
 @pytest.mark.parametrize("stage", ["moco", "spice_semi"])
 def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, monkeypatch, stage):
-    """As on a GPU. After few steps, since a prediction near the threshold may fall on either side of it later."""
+    """As on a GPU. After one step, since a prediction near the threshold may fall on either side of it later."""
 
     def one_pass(module: nn.Module, groups: int, device: torch.device) -> int:
         set_groups(module, groups)
         return 1
 
-    config = override(SMALL, {"moco.epochs": 1, "moco.batch": 100, "moco.queue": 200, "spice_semi.steps": 2})
+    config = override(SMALL, {"moco.epochs": 1, "moco.batch": 100, "moco.queue": 200, "spice_semi.steps": 1})
     run = without_stage(stage)
     TRAIN[stage](config, LocalWorker(run, stage, CPU))
     apart = weights(run, stage)
