@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from spice_dist import inference
 from spice_dist.config import override
+from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
@@ -84,14 +85,14 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
 
     def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
         """The cluster of each readable image."""
-        with self._packed(X) as (net, images):
-            return inference.probabilities(net, images).argmax(1)
+        with self._packed(X) as (net, images, statistics):
+            return inference.probabilities(net, images, statistics).argmax(1)
 
     def transform(self, X: Data) -> Float[np.ndarray, "N D"]:
         """Unit-norm float32 features of the jointly trained network, one row per readable image."""
-        with self._packed(X) as (net, images):
+        with self._packed(X) as (net, images, statistics):
             index = np.arange(images.n)
-            chunks = inference.outputs(net.backbone, images, index, lambda done, total: None)
+            chunks = inference.outputs(net.backbone, images, index, statistics, lambda done, total: None)
             return torch.cat([unit(features).cpu() for features in chunks]).numpy()
 
     def report(self, out: str | Path) -> Path:
@@ -100,12 +101,12 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         return write_report(self.run_, Path(out))
 
     @contextmanager
-    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet, Images]]:
+    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet, Images, Statistics]]:
         check_is_fitted(self, "run_")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, task = inference.load_model(self.run_ / "model", device)
         with inference.packed(_source(X), task.data, device) as (images, _, _):
-            yield net, images
+            yield net, images, task.backbone.statistics
 
 
 def _source(X: Data) -> Source:

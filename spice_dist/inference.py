@@ -15,6 +15,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from spice_dist.data import augment
+from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.files import Progress, publish_json, temporary_path
 from spice_dist.data.images import Images, open_images
@@ -32,13 +33,15 @@ from spice_dist.task import Task
 CHUNK = 512  # images per forward pass
 
 
-def outputs(model: nn.Module, images: Images, index: np.ndarray, progress: Progress) -> Iterator[Float[Tensor, "B D"]]:
+def outputs(
+    model: nn.Module, images: Images, index: np.ndarray, statistics: Statistics, progress: Progress
+) -> Iterator[Float[Tensor, "B D"]]:
     """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
     model.eval()
     done = 0
     for image, number in images.batches(index, CHUNK):
         with torch.no_grad(), autocast(image.device):
-            out = model(augment.apply(augment.PLAIN, image, number, ()))
+            out = model(augment.apply(augment.PLAIN, image, number, (), statistics))
         done += len(image)
         progress(done, len(index))
         yield out.float()
@@ -59,7 +62,11 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     rows = np.lib.format.open_memmap(partial, mode="r+")
     own = np.array_split(np.arange(images.n), worker.world)[worker.rank]
     first = own[0] if len(own) else 0
-    for features in outputs(backbone, images, own, lambda done, total: worker.progress(done, total, None)):
+
+    def progress(done: int, total: int) -> None:
+        worker.progress(done, total, None)
+
+    for features in outputs(backbone, images, own, task.backbone.statistics, progress):
         rows[first : first + len(features)] = unit(features).half().cpu().numpy()
         first += len(features)
     rows.flush()
@@ -70,10 +77,10 @@ def embed(task: Task, config: None, worker: Worker) -> None:
 
 
 def probabilities(
-    model: nn.Module, images: Images, progress: Progress = lambda done, total: None
+    model: nn.Module, images: Images, statistics: Statistics, progress: Progress = lambda done, total: None
 ) -> Float[np.ndarray, "N K"]:
     """Softmax of the model's logits for every image, in image order, float32."""
-    chunks = [logits.softmax(1).cpu() for logits in outputs(model, images, np.arange(images.n), progress)]
+    chunks = [logits.softmax(1).cpu() for logits in outputs(model, images, np.arange(images.n), statistics, progress)]
     return torch.cat(chunks).numpy()
 
 
@@ -91,8 +98,6 @@ def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
         "clusters": task.clusters,
         "data": asdict(task.data),
         "backbone": asdict(task.backbone),
-        "mean": augment.IMAGENET_MEAN,
-        "std": augment.IMAGENET_STD,
     }
     publish_json(folder / "model.json", about)
 
@@ -108,7 +113,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
-    widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths")}
+    widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths", "mean", "std")}
     task = Task(
         clusters=about["clusters"],
         data=DataConfig(**about["data"]),
@@ -132,7 +137,7 @@ def predict(model: Path, data: str, out: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, task = load_model(folder, device)
     with packed(open_data(data), task.data, device) as (images, names, quarantine):
-        probs = probabilities(net, images)
+        probs = probabilities(net, images, task.backbone.statistics)
         write_assignments(out, names, probs.argmax(1), probs.max(1), None)
         if quarantine:
             shutil.copyfile(quarantine, out.with_name(out.name + ".quarantine.csv"))

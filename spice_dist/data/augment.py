@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel of what a network was made for, on values in [0, 1]."""
+IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)  # MoCo and SPICE take them for every data set
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "rotate", "solarize", "color", "contrast", "brightness", "sharpness"),
     *("shear_x", "shear_y", "translate_x", "translate_y", "posterize"),
@@ -68,8 +71,6 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     noise: float = 0.0  # largest standard deviation of Gaussian pixel noise, uniform in 0..noise per image
     cutout: float = 0.0  # largest side of an erased square, share of the image; erased to the mean colour
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # what is subtracted and divided by, for values in [0, 1]; the
-    std: tuple[float, float, float] = IMAGENET_STD  # mean of the three where images are grey
 
 
 PLAIN = View()
@@ -91,7 +92,11 @@ CHUNK = 1 << 21  # numbers that a CPU works on at once, so that they stay in its
 
 
 def view_batches(
-    images: "Images", order: np.ndarray, batch_size: int, views: Sequence[tuple[View, Key]]
+    images: "Images",
+    order: np.ndarray,
+    batch_size: int,
+    views: Sequence[tuple[View, Key]],
+    statistics: Statistics = IMAGENET,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """([a batch of normalised views for each of `views`], index): every image is read once for all of them.
 
@@ -100,14 +105,20 @@ def view_batches(
     crops = [(Crop(view.crop_scale, view.size or images.size), _crop_key(key)) for view, key in views]
     if images.decodes and all(view.crop_scale != (1.0, 1.0) for view, _ in views):
         for parts, index in images.crops(order, batch_size, crops):
-            yield [apply(v, part, index, key, cropped=True) for (v, key), part in zip(views, parts, strict=True)], index
+            cut = zip(views, parts, strict=True)
+            yield [apply(view, part, index, key, statistics, cropped=True) for (view, key), part in cut], index
     else:
         for batch, index in images.batches(order, batch_size):
-            yield [apply(view, batch, index, key) for view, key in views], index
+            yield [apply(view, batch, index, key, statistics) for view, key in views], index
 
 
 def apply(
-    view: View, images: UInt8[Tensor, "B C H W"], index: Int[Tensor, " B"], key: Key, cropped: bool = False
+    view: View,
+    images: UInt8[Tensor, "B C H W"],
+    index: Int[Tensor, " B"],
+    key: Key,
+    statistics: Statistics = IMAGENET,
+    cropped: bool = False,
 ) -> Float[Tensor, "B C S T"]:
     """Normalised random views. `key` is (seed, time, stream): streams tell the views of one image apart.
 
@@ -120,7 +131,7 @@ def apply(
 
     def draw(rows: slice) -> None:  # modes belong to a thread; bfloat16 positions are off by up to half a pixel
         with torch.inference_mode(inference), torch.autocast(images.device.type, enabled=False):
-            _draw(view, images[rows], index[rows], key, cropped, out[rows])
+            _draw(view, images[rows], index[rows], key, cropped, statistics, out[rows])
 
     if images.is_cuda:
         draw(slice(None))
@@ -149,7 +160,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _draw(view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, out: Tensor) -> None:
+def _draw(
+    view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, statistics: Statistics, out: Tensor
+) -> None:
     """Into `out`, which also holds the values on their way: what can be done in place is."""
     draws = _Draws(key, index, images.device)
     if view.crop_scale != (1.0, 1.0) and not cropped:
@@ -174,7 +187,7 @@ def _draw(view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, ou
         _blur(view, x, draws)
     if view.noise:
         x = _noise(view, x, draws)
-    normalize(x, view.mean, view.std, out)
+    normalize(x, statistics, out)
     if view.cutout:
         _cutout(view, out, draws)
 
@@ -235,12 +248,10 @@ def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: in
 
 
 def normalize(
-    x: Float[Tensor, "B C H W"],
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    out: Tensor | None = None,
+    x: Float[Tensor, "B C H W"], statistics: Statistics = IMAGENET, out: Tensor | None = None
 ) -> Float[Tensor, "B C H W"]:
     """(x - mean) / std of each channel; grey images take the mean of the three."""
+    mean, std = statistics
     if x.shape[1] == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     shift, scale = (torch.tensor(values)[:, None, None].to(x) for values in (mean, [1 / value for value in std]))

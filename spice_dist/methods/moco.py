@@ -71,7 +71,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     key_net.train()
     passes = passes_per_step(query_net, groups, worker.device)
     passes_per_step(key_net, groups, worker.device)
-    stream = _views(images, manifest.training, task.seed, config, start, worker)
+    stream = _views(task, images, manifest.training, config, start, worker)
     for step, (query_view, key_view) in enumerate(stream, start):
         set_lr(optimizer, config.lr * cosine(step // steps_per_epoch / config.epochs))
 
@@ -108,16 +108,17 @@ def shuffled_keys(key_net: nn.Module, view: Tensor, passes: int, key: tuple[int,
 
 
 def _views(
-    images: Images, num_images: int, seed: int, config: MoCoConfig, start: int, worker: Worker
+    task: Task, images: Images, num_images: int, config: MoCoConfig, start: int, worker: Worker
 ) -> Iterator[list[Tensor]]:
     """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
     steps = num_images // config.batch
     for epoch in range(start // steps, config.epochs):
-        own = worker_batches(epoch_order(seed, epoch, num_images), config.batch, worker.world, worker.rank)
+        own = worker_batches(epoch_order(task.seed, epoch, num_images), config.batch, worker.world, worker.rank)
         done = max(0, start - epoch * steps)
-        pair = [(config.view, (seed, epoch, stream)) for stream in (QUERY, KEY)]
+        pair = [(config.view, (task.seed, epoch, stream)) for stream in (QUERY, KEY)]
         if done < steps:
-            for views, _ in augment.view_batches(images, own[done:].ravel(), own.shape[1], pair):
+            order, size = own[done:].ravel(), own.shape[1]
+            for views, _ in augment.view_batches(images, order, size, pair, task.backbone.statistics):
                 yield views
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.data.augment import SCAN_STRONG, SCAN_WEAK, Key, View
+from spice_dist.data.augment import IMAGENET, SCAN_STRONG, SCAN_WEAK, Key, Statistics, View
 from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -70,7 +70,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     for step in range(start, total):
         chosen = np.random.default_rng([task.seed, step, ORDER]).permutation(num_images)[:batch]
         views = [(config.weak, (task.seed, step, WEAK)), (config.strong, (task.seed, step, STRONG))]
-        weak, strong = view_features(backbone, images, chosen, views)
+        weak, strong = view_features(backbone, images, chosen, views, task.backbone.statistics)
 
         with torch.no_grad():  # E-step
             probs = heads(weak).softmax(2)
@@ -116,11 +116,16 @@ class Selection(nn.Module):
 
 @torch.no_grad()
 def view_features(
-    backbone: Backbone, images: Images, index: np.ndarray, views: Sequence[tuple[View, Key]], chunk: int = 512
+    backbone: Backbone,
+    images: Images,
+    index: np.ndarray,
+    views: Sequence[tuple[View, Key]],
+    statistics: Statistics = IMAGENET,
+    chunk: int = 512,
 ) -> list[Tensor]:
     """For each kind of random view the unit-norm features (M, D), in the order of `index`; every image is read once."""
     found: list[list[Tensor]] = [[] for _ in views]
-    for batch, _ in augment.view_batches(images, index, chunk, views):
+    for batch, _ in augment.view_batches(images, index, chunk, views, statistics):
         for features, view in zip(found, batch, strict=True):
             with autocast(view.device):
                 features.append(unit(backbone(view).float()))

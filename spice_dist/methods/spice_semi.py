@@ -78,8 +78,9 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     stream = images_of_steps(images, reliable, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
-        weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK))
-        strong = augment.apply(config.strong, image[labelled:], position[labelled:], (task.seed, step, STRONG))
+        weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK), task.backbone.statistics)
+        key = (task.seed, step, STRONG)
+        strong = augment.apply(config.strong, image[labelled:], position[labelled:], key, task.backbone.statistics)
 
         optimizer.zero_grad()
         sums = torch.zeros(3, device=worker.device)

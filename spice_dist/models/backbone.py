@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
 from spice_dist.models.split_batch_norm import split_batch_norm
 
@@ -17,6 +18,12 @@ class BackboneConfig:
     stem: str = "small"  # "small": a 3x3 stride-1 first convolution and no pooling (32 px and below); "native": timm's
     widths: tuple[int, ...] = ()  # channels of the four stages of a timm ResNet; empty keeps the model's own
     depths: tuple[int, ...] = ()  # blocks of the four stages; empty keeps the model's own
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the images it is made for, on values in [0, 1]
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.mean, self.std
 
 
 class Backbone(nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 
 from spice_dist import inference
 from spice_dist.config import Config, override
+from spice_dist.data.augment import IMAGENET
 from spice_dist.data.images import open_images
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
@@ -181,7 +182,7 @@ def test_features_are_the_unit_vectors_of_plain_images_in_order(small_run):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=2e-3)
     net = spice_semi.stage2_network(SMALL, small_run).eval()
     images = open_images(small_run / "data", device=CPU, size=8, channels=1)
-    (last,) = inference.outputs(net.backbone, images, np.array([199]), lambda done, total: None)
+    (last,) = inference.outputs(net.backbone, images, np.array([199]), IMAGENET, lambda done, total: None)
     np.testing.assert_allclose(unit(last)[0].detach().numpy(), features[199], atol=2e-3)
 
 
