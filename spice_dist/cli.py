@@ -43,10 +43,31 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton")
     fit.add_argument("--out", type=Path, required=True, help="the run folder; the same command resumes a run in it")
     fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
-    fit.add_argument("--recipe", help="digits or photos; the default is what fits the data")
+    fit.add_argument(
+        "--recipe",
+        help="digits, photos, cifar10, ...: whole settings, see recipes.py; default: digits for them, else photos",
+    )
+    fit.add_argument("--backbone", metavar="NAME", help="a timm model: vit_small_patch14_dinov2.lvd142m, resnet50, ...")
+    fit.add_argument(
+        "--weights",
+        metavar="timm|FILE",
+        help="the backbone's trained weights, timm's own or a file's; images are sized as timm says for the model",
+    )
+    fit.add_argument(
+        "--pretext",
+        choices=("moco", "byol", "none"),
+        help="how the backbone learns first; none: not at all (default: moco, or none with --weights)",
+    )
     fit.add_argument("--seed", type=int, help="another seed, another run (default 0)")
     fit.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
+    )
+    fit.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("mlflow", "wandb"),
+        help="send the metrics of training there too; MLflow is found by MLFLOW_TRACKING_URI",
     )
     _add_ingest_options(fit)
     fit.add_argument(
@@ -82,9 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.add_argument("--out", type=Path, help="default: report.html in the run folder")
 
-    evaluate = commands.add_parser("evaluate", help="print the scores of a finished run")
+    evaluate = commands.add_parser("evaluate", help="print the scores of a finished run, or probe its features")
     evaluate.set_defaults(call=_evaluate)
     evaluate.add_argument("run", type=Path)
+    evaluate.add_argument(
+        "--probe",
+        action="append",
+        choices=("knn", "kmeans", "linear"),
+        help="instead: accuracy of the features of each kept checkpoint of stage 1, also of a run that is not finished",
+    )
     return parser
 
 
@@ -157,23 +184,39 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
         "data.max_bad": options.max_bad,
         "data.drop_duplicates": options.drop_duplicates or None,
         "seed": options.seed,
+        "pretext": options.pretext,
+        "backbone.name": options.backbone,
     }
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
 
-    if "clusters" not in changes and not digits:
+    if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
         raise UserError("how many clusters? give --clusters, a whole number from 2 up")
     if "backbone.name" in changes:  # another network has its own widths and depths
         changes = {"backbone.widths": (), "backbone.depths": (), **changes}
+    if options.weights is not None:
+        changes = _for_pretrained(options.weights, changes)
 
     from spice_dist.config import override
+    from spice_dist.distributed import trackers
     from spice_dist.pipeline import Launch, fit
     from spice_dist.recipes import recipe
 
     name = options.recipe or ("digits" if digits else "photos")
     config = override(recipe(name, len(source.paths)), changes)
+    trackers.request(options.track)
     launch = Launch(options.workers, options.threads, options.address, options.labels)
     fit(config, source, options.out, launch, ["spice-dist", *given])
     _print_scores(options.out)
+
+
+def _for_pretrained(weights: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, on top of what a trained backbone asks for: its image size and normalisation, and no stage 1."""
+    from spice_dist.errors import UserError
+    from spice_dist.models.backbone import for_pretrained
+
+    if "backbone.name" not in changes:
+        raise UserError("whose weights are they? give --backbone NAME, the timm model, as well as --weights")
+    return {"pretext": "none", **for_pretrained(changes["backbone.name"], weights), **changes}
 
 
 def _predict(options: argparse.Namespace, given: list[str]) -> None:
@@ -190,7 +233,18 @@ def _report(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, given: list[str]) -> None:
-    _print_scores(options.run)
+    if options.probe is None:
+        _print_scores(options.run)
+        return
+    import torch
+
+    from spice_dist.pipeline import Bar, StopSignal
+    from spice_dist.probes import format_rows, probe_checkpoints
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with StopSignal() as stop, Bar("probe", stop) as bar:
+        rows = probe_checkpoints(options.run, options.probe, device, bar.show)
+    print(format_rows(rows))
 
 
 def _print_scores(run: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spice_dist.errors import UserError
+from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
@@ -22,6 +23,7 @@ KINDS = {int: numbers.Integral, float: numbers.Real}
 @dataclass(frozen=True)
 class Config(Task):
     moco: MoCoConfig = field(default_factory=MoCoConfig)
+    byol: BYOLConfig = field(default_factory=BYOLConfig)
     spice_self: SpiceSelfConfig = field(default_factory=SpiceSelfConfig)
     reliable: ReliableConfig = field(default_factory=ReliableConfig)
     spice_semi: SpiceSemiConfig = field(default_factory=SpiceSemiConfig)

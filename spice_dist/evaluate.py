@@ -1,4 +1,4 @@
-"""The end of a run: assignments of every image, and scores. With metrics.py the only place that sees true labels."""
+"""The end of a run: assignments of every image, and scores. Only this, metrics.py and probes.py see true labels."""
 
 import csv
 import io

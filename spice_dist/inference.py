@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,8 +24,7 @@ from spice_dist.data.sources import Source
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, open_dataset, place
-from spice_dist.methods.spice_self import load_backbone
+from spice_dist.methods.plumbing import autocast, load_backbone, open_dataset, place
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.task import Task
@@ -34,13 +33,18 @@ CHUNK = 512  # images per forward pass
 
 
 def outputs(
-    model: nn.Module, images: Images, index: np.ndarray, statistics: Statistics, progress: Progress
+    model: nn.Module,
+    images: Images,
+    index: np.ndarray,
+    statistics: Statistics,
+    progress: Progress,
+    precision: str = "auto",
 ) -> Iterator[Float[Tensor, "B D"]]:
     """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
     model.eval()
     done = 0
     for image, number in images.batches(index, CHUNK):
-        with torch.no_grad(), autocast(image.device):
+        with torch.no_grad(), autocast(image.device, precision):
             out = model(augment.apply(augment.PLAIN, image, number, (), statistics))
         done += len(image)
         progress(done, len(index))
@@ -50,30 +54,48 @@ def outputs(
 def embed(task: Task, config: None, worker: Worker) -> None:
     """Unit-norm features of stage 1 for all images, in image order: `features/features.npy`, (N, D) float16.
 
-    Every worker writes the rows of a consecutive share of the images; the file appears when all are there.
+    Every worker writes the rows of a consecutive share of the images; the file appears when all are there. Rows that an
+    earlier call left are kept, whatever the number of workers was: a row that is done has unit norm.
     """
     images, _ = open_dataset(task, worker.run, worker.device)
     backbone = place(load_backbone(task, worker.run), worker.device)
     final, partial = worker.run / "features/features.npy", worker.run / "features/features.partial.npy"
     if worker.rank == 0:
-        final.parent.mkdir(exist_ok=True)
-        open_memmap(partial, mode="w+", dtype=np.float16, shape=(images.n, backbone.dim)).flush()
+        _make_room(partial, (images.n, backbone.dim))
     collectives.barrier()
-    rows = np.lib.format.open_memmap(partial, mode="r+")
-    own = np.array_split(np.arange(images.n), worker.world)[worker.rank]
-    first = own[0] if len(own) else 0
+    rows = open_memmap(partial, mode="r+")
+    share = np.array_split(np.arange(images.n), worker.world)[worker.rank]
+    own = share[~_done(rows, share)]
+    before, written = len(share) - len(own), 0
 
     def progress(done: int, total: int) -> None:
-        worker.progress(done, total, None)
+        worker.progress(before + done, before + total, None)
 
-    for features in outputs(backbone, images, own, task.backbone.statistics, progress):
-        rows[first : first + len(features)] = unit(features).half().cpu().numpy()
-        first += len(features)
+    for features in outputs(backbone, images, own, task.backbone.statistics, progress, task.precision):
+        rows[own[written : written + len(features)]] = unit(features).half().cpu().numpy()
+        written += len(features)
     rows.flush()
     images.close()
     collectives.barrier()
     if worker.rank == 0:
         partial.rename(final)
+
+
+def _make_room(path: Path, shape: tuple[int, int]) -> None:
+    """An array of zeros, unless there is one of this shape already."""
+    with suppress(OSError, ValueError):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if (found.shape, found.dtype) == (shape, np.float16):
+            return
+    path.parent.mkdir(exist_ok=True)
+    open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+
+
+def _done(rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Which rows of a consecutive range have unit norm, (len(index),) bool; read in chunks."""
+    chunks = [rows[part[0] : part[-1] + 1] for part in np.array_split(index, -(-len(index) // CHUNK)) if len(part)]
+    norms = [np.linalg.norm(chunk.astype(np.float32), axis=1) for chunk in chunks]
+    return np.abs(np.concatenate([np.empty(0, np.float32), *norms]) - 1) < 0.01
 
 
 def probabilities(
@@ -97,7 +119,7 @@ def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
         "version": 1,
         "clusters": task.clusters,
         "data": asdict(task.data),
-        "backbone": asdict(task.backbone),
+        "backbone": asdict(replace(task.backbone, weights="")),  # what it started from, on some machine
     }
     publish_json(folder / "model.json", about)
 

@@ -1,4 +1,7 @@
-"""The losses of the papers: tensors in, a scalar out. They know no configuration and no process group."""
+"""The losses of the papers, and measures of features that need no labels: tensors in, a scalar out.
+
+They know no configuration and no process group.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,33 @@ def info_nce(
     positive = (query * key).sum(1, keepdim=True)
     logits = torch.cat([positive, query @ queue.T], dim=1).float() / temperature
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def byol(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Grill et al. 2020, eq. (2), all rows of unit norm: the mean of |prediction - target|^2 = 2 - 2 cos, in [0, 4]."""
+    return 2 - 2 * (prediction * target).sum(1).float().mean()
+
+
+def alignment(one: Float[Tensor, "B D"], other: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Wang and Isola 2020: mean squared distance of two views' unit vectors, in [0, 4]; 0: views make no difference."""
+    return (one - other).float().square().sum(1).mean()
+
+
+def uniformity(x: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Wang and Isola 2020: ln of the mean over pairs of exp(-2 |a - b|^2) of unit vectors, in [-8, 0].
+
+    About -4 where they are spread over a sphere of many dimensions, 0 where they are all the same: collapse.
+    """
+    squared = (2 - 2 * x.float() @ x.float().T).clamp(min=0)
+    pairs = len(x) * (len(x) - 1)
+    return ((torch.exp(-2 * squared).sum() - torch.exp(-2 * squared.diagonal()).sum()) / pairs).log()
+
+
+def effective_rank(x: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values, in [1, min(B, D)]."""
+    share = torch.linalg.svdvals(x.float())
+    share = share / share.sum() + 1e-7
+    return (-(share * share.log()).sum()).exp()
 
 
 def double_softmax_cross_entropy(

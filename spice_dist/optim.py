@@ -1,6 +1,7 @@
 """Parameter groups, and schedules as functions of the step: nothing to save, nothing to restore."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,23 @@ from torch import Tensor, nn
 def cosine(progress: float) -> float:
     """MoCo's factor on the learning rate: 1 at progress 0, 0 at progress 1, (1 + cos(pi p)) / 2."""
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warm_up(epoch: float, epochs: float) -> float:
+    """Goyal et al.'s factor on the learning rate for large batches: linear from 0 to 1 over the first `epochs`."""
+    return min(1.0, epoch / epochs) if epochs > 0 else 1.0
+
+
+def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.SGD:
+    """Momentum 0.9, weight decay on every parameter, one fused kernel for all of them."""
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def lars(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """You et al. 2017, for batches of thousands: kernels alone decay and have steps in proportion to their norm."""
+    from timm.optim.lars import Lars
+
+    return Lars(decay_kernels_only(module, weight_decay), lr, momentum=0.9)  # pyright: ignore[reportArgumentType]
 
 
 def fixmatch_cosine(progress: float) -> float:
@@ -41,8 +59,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """In the memory layout of the parameters, which fused kernels rely on."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        parameter, key = name.split(".", 1)
-        state.setdefault(int(parameter), {})[key] = value
+        number, key = name.split(".", 1)
+        like = parameters[int(number)]
+        state.setdefault(int(number), {})[key] = torch.empty_like(like).copy_(value) if value.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, relabel
-from spice_dist.methods import moco, reliable, spice_self, spice_semi
-from spice_dist.models.backbone import Backbone
+from spice_dist.methods import byol, moco, reliable, spice_self, spice_semi
+from spice_dist.methods.plumbing import new_backbone
+from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import Task, require_positive
+from spice_dist.task import Task, check_task, require_positive
 
-HARMLESS = ("data.loader", "data.max_bad")  # settings that change no pixel
+HARMLESS = ("data.loader", "data.max_bad", "backbone.weights")  # no pixel changes; weights count by their SHA-256
 SMALL = 50_000  # images that this process reads once and embeds in less time than FFCV compiles or workers start
 
 
@@ -68,7 +70,7 @@ def fit(
     """
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
     _check_settings(config, source, source.name)
-    backbone = Backbone(config.backbone, config.data.channels, config.data.size)  # what cannot be built is told at once
+    backbone = new_backbone(config)  # what cannot be built is told at once
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = _num_workers(config.bn_groups, launch.workers)
@@ -119,14 +121,14 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
     brief = _brief(run)
     stages: dict[str, Callable[[Bar], None]] = {
         "data": lambda bar: pack(run, bar),
-        "moco": lambda bar: _train(run, moco.train, config.moco, "moco", bar),
+        **{name: partial(_train, run, train, own, name) for name, train, own in _pretext(config)},
         "features": lambda bar: _embed(run, bar),
         "spice_self": lambda bar: _train_here(run, brief, spice_self.train, config.spice_self, "spice_self", bar),
         "reliable": lambda bar: reliable.select(config, config.reliable, folder, device, bar.show),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
     }
     finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
-    with _ray_session(run, needed={"moco", "features", "spice_semi"} - finished):
+    with _ray_session(run, needed={config.pretext, "features", "spice_semi"} & set(stages) - finished):
         for stage, work in stages.items():
             if stage in finished:
                 print(f"{stage:<11} finished before", file=sys.stderr)
@@ -140,6 +142,12 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
     metrics = json.loads((folder / "metrics.json").read_text())
     write_report(folder)
     return metrics
+
+
+def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
+    """Stage 1 as (name, train, its settings); none if the backbone is taken as it is."""
+    stages = [("moco", moco.train, config.moco), ("byol", byol.train, config.byol)]
+    return [stage for stage in stages if stage[0] == config.pretext]
 
 
 def _ray_session(run: Run, needed: set[str]) -> contextlib.AbstractContextManager:
@@ -280,14 +288,14 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
-        "moco": ("seed", "bn_groups", "backbone", "moco"),
-        "features": (),
+        **{name: ("seed", "bn_groups", "precision", "pretext", "backbone", name) for name, _, _ in _pretext(config)},
+        "features": ("precision", "pretext", "backbone"),
         "spice_self": ("clusters", "spice_self"),
         "reliable": ("reliable",),
         "spice_semi": ("spice_semi",),
     }
     flat = flatten(config)
-    depends: dict[str, Any] = {"images": images}
+    depends: dict[str, Any] = {"images": images, "weights": weights_fingerprint(config.backbone)}
     settings = {}
     for stage, own in names.items():
         depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
@@ -298,14 +306,13 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
 def _check_settings(config: Config, images: Source | Ingested, data: str) -> None:
     """UserError for whatever would otherwise fail after hours of training."""
     num_images = images.clustered
-    require_positive("", bn_groups=config.bn_groups)
-    if config.seed < 0:
-        raise UserError(f"--seed is {config.seed}; give 0 or more")
-    if config.clusters < 2:
-        raise UserError(f"--clusters is {config.clusters}; a clustering needs at least 2")
+    check_task(config)
     if config.clusters > num_images:
         raise UserError(f"--clusters is {config.clusters}, more than the {num_images} images of {data}; ask for fewer")
-    moco.check(config, config.moco, images.training)
+    if config.pretext == "moco":
+        moco.check(config, config.moco, images.training)
+    if config.pretext == "byol":
+        byol.check(config, config.byol, images.training)
     spice_self.check(config, config.spice_self, num_images)
     spice_semi.check(config, config.spice_semi)
 

@@ -6,12 +6,17 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
 
+PRETEXTS = ("moco", "byol", "none")
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class Task:
     clusters: int = 10  # K
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
+    precision: str = "auto"  # of training: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
+    pretext: str = "moco"  # stage 1: "moco", "byol", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
@@ -21,3 +26,15 @@ def require_positive(group: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"{group + '.' if group else ''}{name} is {value}; it must be above 0")
+
+
+def check_task(task: Task) -> None:
+    """UserError naming the first setting of these that is out of range."""
+    require_positive("", bn_groups=task.bn_groups)
+    for name, value, choices in (("precision", task.precision, PRECISIONS), ("pretext", task.pretext, PRETEXTS)):
+        if value not in choices:
+            raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
+    if task.seed < 0:
+        raise UserError(f"--seed is {task.seed}; give 0 or more")
+    if task.clusters < 2:
+        raise UserError(f"--clusters is {task.clusters}; a clustering needs at least 2")

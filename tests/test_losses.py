@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,39 @@ def test_info_nce_is_the_loop_of_its_docstring():
 def test_info_nce_at_chance_is_the_log_of_the_number_of_keys():
     same = random_unit(1, 8).expand(4, 8)
     assert losses.info_nce(same, same, same[:1].expand(63, 8), 0.2).item() == pytest.approx(math.log(64), rel=1e-6)
+
+
+def test_byol_is_the_squared_distance_of_unit_vectors():
+    one, other = random_unit(6, 8), random_unit(6, 8, seed=1)
+    expected = (one.double() - other.double()).square().sum(1).mean().item()
+    assert losses.byol(one, other).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.byol(one, one).item() == pytest.approx(0, abs=1e-6)
+    assert losses.byol(one, -one).item() == pytest.approx(4, rel=1e-6)
+    assert losses.alignment(one, other).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_uniformity_is_the_loop_over_pairs_and_knows_its_ends():
+    x = random_unit(7, 5)
+    pairs = [
+        math.exp(-2 * float((x[a].double() - x[b].double()).square().sum()))
+        for a in range(7)
+        for b in range(7)
+        if a != b
+    ]
+    assert losses.uniformity(x).item() == pytest.approx(math.log(sum(pairs) / 42), rel=1e-5)
+    assert losses.uniformity(x[:1].expand(7, 5)).item() == pytest.approx(0, abs=1e-5)  # collapsed
+    assert losses.uniformity(torch.eye(64)).item() == pytest.approx(-4, rel=1e-5)  # all at right angles
+    assert losses.uniformity(torch.tensor([[1.0, 0], [-1, 0]])).item() == pytest.approx(-8, rel=1e-5)
+
+
+def test_the_effective_rank_is_that_of_equal_singular_values_and_counts_no_others():
+    basis = torch.linalg.qr(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))[0]
+    assert losses.effective_rank(basis).item() == pytest.approx(6, rel=1e-4)
+    assert losses.effective_rank(basis[:, :1].expand(40, 6)).item() == pytest.approx(1, rel=1e-3)
+    x = random_unit(30, 4)
+    p = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    p = p / p.sum()
+    assert losses.effective_rank(x).item() == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("clusters", [2, 10, 200])

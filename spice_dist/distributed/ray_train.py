@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spice_dist.distributed import trackers
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.task import Task
@@ -143,6 +144,7 @@ def train_on_workers(
         _train_loop,
         train_loop_config={
             "train": train, "task": task, "config": config, "run": str(run), "stage": stage, "threads": threads,
+            "environment": trackers.environment(),
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
@@ -185,6 +187,7 @@ def train_on_workers(
 def _train_loop(options: dict[str, Any]) -> str:
     """What every worker runs. Its value says how it ended: an exception would make Ray try again."""
     torch.set_num_threads(options["threads"])
+    os.environ.update(options["environment"])
     worker = RayWorker(Path(options["run"]), options["stage"])
     try:
         options["train"](options["task"], options["config"], worker)

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist.data.files import publish
-from spice_dist.distributed import checkpoint, collectives
+from spice_dist.distributed import checkpoint, collectives, trackers
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
+from spice_dist.distributed.trackers import Tracker
 from spice_dist.errors import Interrupted, UserError
 
 NOTHING, SAVE, STOP = 0, 1, 2
+Probes = Mapping[str, Callable[[], Tensor]]
+NO_PROBES: Probes = {}
 
 
 @runtime_checkable
@@ -39,8 +42,13 @@ class Worker(Protocol):
         """The newest valid checkpoint of this stage, the same on every worker; None to start from the beginning."""
         ...
 
-    def report(self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors]) -> None:
-        """Tell that `step` of `total` optimizer steps are done; may save, and raises Interrupted when asked to stop."""
+    def report(
+        self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors], probes: Probes = NO_PROBES
+    ) -> None:
+        """Tell that `step` of `total` optimizer steps are done; may save, and raises Interrupted when asked to stop.
+
+        The metrics are averaged over steps; `probes`, which cost more, are computed only where a line is written.
+        """
         ...
 
 
@@ -80,16 +88,19 @@ class LocalWorker:
         if step >= 0 and found is None:
             found = checkpoint.load(self.store / f"{step:09d}")
         if self.rank == 0:
-            self.log = MetricLog(self.folder, max(step, 0))
+            opened = trackers.open_trackers(trackers.requested(), self.run, self.stage)
+            self.log = MetricLog(self.folder, max(step, 0), opened)
         return found
 
-    def report(self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors]) -> None:
+    def report(
+        self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors], probes: Probes = NO_PROBES
+    ) -> None:
         for name, value in metrics.items():  # summed on the device: reading a number each step would stall it
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
         self.summed += 1
         self._show(step, total, metrics)
         if step % max(1, total // 100) == 0 or step == total:
-            self._write_means(step)
+            self._write_means(step, probes)
         if self.device.type == "cpu" or step % 10 == 0 or step == total:
             self._save_or_stop(step, total, save)
 
@@ -98,9 +109,11 @@ class LocalWorker:
             self.shown_at = time.monotonic()
             self.progress(step, total, float(metrics["loss"]))
 
-    def _write_means(self, step: int) -> None:
-        names = sorted(self.sums)
-        means = collectives.mean(torch.stack([self.sums[name].float() for name in names]) / self.summed)
+    def _write_means(self, step: int, probes: Probes) -> None:
+        values = {name: value.float() / self.summed for name, value in self.sums.items()}
+        values |= {name: probe().float() for name, probe in probes.items()}
+        names = sorted(values)
+        means = collectives.mean(torch.stack([values[name] for name in names]))
         if self.log:
             self.log.write(step, dict(zip(names, means.tolist(), strict=True)))
         self.sums, self.summed = {}, 0
@@ -114,6 +127,8 @@ class LocalWorker:
         error = self._save(step, total, save) if self.rank == 0 else None
         self.saved_at = time.monotonic()
         failed = collectives.largest_int(int(error is not None), self.device)  # no worker goes on before all know
+        if self.log and (step == total or decision == STOP):
+            self.log.close()
         if failed and (step == total or decision == STOP):
             why = error or "the first worker says why"
             raise UserError(f"cannot save {self.store}: {why}; make room, then run the same command again")
@@ -131,9 +146,9 @@ class LocalWorker:
 
 
 class MetricLog:
-    """metrics.jsonl, one line per reported step, and the same numbers as TensorBoard events."""
+    """metrics.jsonl, one line per reported step, and the same numbers as TensorBoard events and for the trackers."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, opened: Sequence[Tracker] = ()):
         """Keeps the lines up to `step`, where training resumes, so that steps strictly increase."""
         # not SummaryWriter: once its thread has died of a full disk, it blocks whoever writes
         from tensorboardX.event_file_writer import EventsWriter
@@ -149,6 +164,7 @@ class MetricLog:
         self.event: Any = Event
         self.events = EventsWriter(str(folder / "events"), f".{step}")
         self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.trackers = list(opened)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """A full disk costs the line, not the training."""
@@ -166,6 +182,11 @@ class MetricLog:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)  # or the next line would be glued to half of this one
             warnings.warn(f"no metrics at step {step} ({error}); training goes on", stacklevel=2)
+        self.trackers = trackers.log_to(self.trackers, step, metrics)
+
+    def close(self) -> None:
+        """Tell the trackers that the stage ends here, or stops."""
+        trackers.close(self.trackers)
 
 
 def _lines_up_to(step: int, text: bytes) -> Iterator[bytes]:

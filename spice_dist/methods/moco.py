@@ -5,43 +5,58 @@ slow average of the query network and sees its images in another order, so that 
 The defaults are the 4-GPU recipe that SPICE uses: global batch 128, lr 0.015, tau 0.2, mu 0.999.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spice_dist import losses
-from spice_dist.data import augment
 from spice_dist.data.augment import MOCO_V2, View
-from spice_dist.data.images import Images
-from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.distributed import collectives
-from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.distributed.worker import Probes, Worker, accumulating
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_state, open_dataset, passes_per_step, place, state_of
-from spice_dist.models.backbone import Backbone, unit
+from spice_dist.methods.plumbing import (
+    autocast,
+    check_batch,
+    load_state,
+    new_backbone,
+    open_dataset,
+    passes_that_fit,
+    place,
+    state_of,
+    view_pairs,
+)
+from spice_dist.models.backbone import unit
 from spice_dist.models.heads import Projection
 from spice_dist.models.momentum import Queue, follow, slow_copy
-from spice_dist.models.split_batch_norm import update_statistics
-from spice_dist.optim import cosine, set_lr
+from spice_dist.models.split_batch_norm import forget_statistics, set_groups, update_statistics
+from spice_dist.optim import cosine, lars, set_lr, sgd, warm_up
 from spice_dist.task import Task, require_positive
 
-QUERY, KEY, SHUFFLE = 0, 1, 2  # streams of random numbers
+KEY, QUERY = 2, 3  # streams of random numbers that shuffle a view's images; 0 and 1 draw the views
 
 
 @dataclass(frozen=True)
 class MoCoConfig:
     epochs: int = 1000
     batch: int = 128  # images per optimizer step, all workers together
-    lr: float = 0.015  # for this global batch; falls to 0 along a cosine
-    weight_decay: float = 1e-4  # on every parameter
+    lr: float = 0.015  # for this global batch; falls to 0 along a cosine, epoch by epoch
+    warmup: float = 0.0  # epochs over which the learning rate rises first; as published there are none
+    optimizer: str = "sgd"  # or "lars", for batches of thousands; its lr is per 256 images about 0.3
+    weight_decay: float = 1e-4  # on every parameter; of lars on kernels only
     momentum: float = 0.999  # mu, of the key network
     temperature: float = 0.2  # tau
-    queue: int = 12800  # N_q, a multiple of the batch
+    symmetric: bool = False  # add the loss with the views' roles exchanged; their keys enter the queue too
+    queue: int = 12800  # N_q, from the batch (twice, if symmetric) to the number of images
     dim: int = 128  # width of the projection
     view: View = MOCO_V2
+
+    @property
+    def new_keys(self) -> int:
+        """How many keys a step adds to the queue."""
+        return self.batch * (2 if self.symmetric else 1)
 
 
 def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
@@ -50,76 +65,116 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
-    groups = task.bn_groups // worker.world  # on this worker
 
     torch.manual_seed(task.seed)
-    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    backbone = new_backbone(task)
     projection = Projection(backbone.dim, config.dim)
     query_net = place(nn.Sequential(backbone, projection), worker.device)
     key_net = slow_copy(query_net)
     queue = Queue(config.queue, config.dim).to(worker.device)
-    optimizer = torch.optim.SGD(query_net.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    if config.optimizer == "lars":
+        optimizer = lars(query_net, config.lr, config.weight_decay)
+    else:
+        optimizer = sgd(query_net.parameters(), config.lr, config.weight_decay)
 
     parts: dict[str, nn.Module] = {"backbone": backbone, "projection": projection, "key": key_net, "queue": queue}
     start = 0
     if saved := worker.resume():
         start = saved.step
         load_state(parts, optimizer, saved)
-    model = worker.wrap(query_net)
 
     query_net.train()
     key_net.train()
-    passes = passes_per_step(query_net, groups, worker.device)
-    passes_per_step(key_net, groups, worker.device)
-    stream = _views(task, images, manifest.training, config, start, worker)
-    for step, (query_view, key_view) in enumerate(stream, start):
-        set_lr(optimizer, config.lr * cosine(step // steps_per_epoch / config.epochs))
+    passes = passes_that_fit(task, query_net, config.new_keys, config.view, worker)
+    set_groups(key_net, task.bn_groups // worker.world // passes)
+    model = worker.wrap(query_net)
+    staleness = Staleness(config.queue // config.new_keys)
+    views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
+    for step, (query_view, key_view) in enumerate(views, start):
+        epoch = step / steps_per_epoch
+        set_lr(optimizer, config.lr * warm_up(epoch, config.warmup) * cosine(int(epoch) / config.epochs))
 
         follow(key_net, query_net, config.momentum)
-        keys = shuffled_keys(key_net, key_view, passes, (task.seed, step, SHUFFLE), worker)
-        own_keys = keys.chunk(worker.world)[worker.rank]
+        keys = [shuffled_keys(task, key_net, key_view, passes, (task.seed, step, KEY), worker)]
+        if config.symmetric:
+            keys.append(shuffled_keys(task, key_net, query_view, passes, (task.seed, step, QUERY), worker))
+        update_statistics(key_net)
+        directions = zip((query_view, key_view), keys, strict=False)  # one, or both
+        by_pass = zip(*(_by_pass(view, key, passes, worker) for view, key in directions), strict=True)
 
         optimizer.zero_grad()
-        loss = torch.zeros((), device=worker.device)
-        for number, (view, key) in enumerate(zip(query_view.chunk(passes), own_keys.chunk(passes), strict=True), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device):
-                query = unit(model(view))
-                part = losses.info_nce(query, key, queue.keys, config.temperature) / passes
+        loss, alignment = torch.zeros(2, device=worker.device)
+        for number, pairs in enumerate(by_pass, 1):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+                found = [(unit(model(view)), key) for view, key in pairs]
+                each = [losses.info_nce(query, key, queue.keys, config.temperature) for query, key in found]
+                part = torch.stack(each).sum() / passes
             part.backward()
             loss += part.detach()
+            alignment += losses.alignment(found[0][0].detach(), found[0][1]) / passes
         optimizer.step()
         update_statistics(query_net)
-        queue.push(keys, step)
-        worker.report(step + 1, total, {"loss": loss}, lambda: state_of(parts, optimizer))
+
+        staleness.measure(task, step, key_net, key_view, keys[0], passes, worker)
+        queue.push(torch.cat(keys), step)
+        probes = {
+            "uniformity": partial(losses.uniformity, keys[0]),
+            "effective_rank": partial(losses.effective_rank, queue.keys),
+            **staleness.probe(),
+        }
+        metrics = {"loss": loss, "alignment": alignment}
+        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
     images.close()
 
 
 @torch.no_grad()
-def shuffled_keys(key_net: nn.Module, view: Tensor, passes: int, key: tuple[int, int, int], worker: Worker) -> Tensor:
+def shuffled_keys(
+    task: Task, key_net: nn.Module, view: Tensor, passes: int, key: tuple[int, int, int], worker: Worker
+) -> Tensor:
     """Shuffle-BN: keys (B, dim) of the global batch in its order, each normalised among other images than its query."""
     views = collectives.all_gather(view)
     order = torch.from_numpy(np.random.default_rng(key).permutation(len(views))).to(view.device)
     own = views[order.chunk(worker.world)[worker.rank]]
-    with autocast(worker.device):
+    with autocast(worker.device, task.precision):
         keys = torch.cat([unit(key_net(part)).float() for part in own.chunk(passes)])
-    update_statistics(key_net)
     keys = collectives.all_gather(keys)
     return torch.empty_like(keys).index_copy_(0, order, keys)
 
 
-def _views(
-    task: Task, images: Images, num_images: int, config: MoCoConfig, start: int, worker: Worker
-) -> Iterator[list[Tensor]]:
-    """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
-    steps = num_images // config.batch
-    for epoch in range(start // steps, config.epochs):
-        own = worker_batches(epoch_order(task.seed, epoch, num_images), config.batch, worker.world, worker.rank)
-        done = max(0, start - epoch * steps)
-        pair = [(config.view, (task.seed, epoch, stream)) for stream in (QUERY, KEY)]
-        if done < steps:
-            order, size = own[done:].ravel(), own.shape[1]
-            for views, _ in augment.view_batches(images, order, size, pair, task.backbone.statistics):
-                yield views
+def _by_pass(view: Tensor, keys: Tensor, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
+    """This worker's views with their keys out of those of the global batch, pass by pass."""
+    own = keys.chunk(worker.world)[worker.rank]
+    return list(zip(view.chunk(passes), own.chunk(passes), strict=True))
+
+
+class Staleness:
+    """How far keys are from what the key network would make of the same views when they leave the queue.
+
+    1 - cosine, the mean of one batch at a time: 0 is fresh, 1 unrelated. Above some 0.1 a shorter queue or a momentum
+    nearer to 1 is worth a try. Costs one forward pass for each time that the queue is filled.
+    """
+
+    def __init__(self, lag: int):
+        self.lag = lag
+        self.kept: tuple[int, Tensor, Tensor] | None = None  # a step with its views and keys
+        self.value: Tensor | None = None
+
+    def measure(
+        self, task: Task, step: int, key_net: nn.Module, view: Tensor, keys: Tensor, passes: int, worker: Worker
+    ) -> None:
+        """Keep this step's batch, or compare the one that was kept `lag` steps ago."""
+        if self.kept is None:
+            self.kept = (step, view, keys)
+        elif step == self.kept[0] + self.lag:
+            then, old_view, old_keys = self.kept
+            now = shuffled_keys(task, key_net, old_view, passes, (task.seed, then, KEY), worker)
+            forget_statistics(key_net)
+            self.kept, self.value = None, 1 - (now * old_keys).sum(1).mean()
+
+    def probe(self) -> Probes:
+        """Nothing before the first batch has left the queue."""
+        value = self.value
+        return {} if value is None else {"staleness": lambda: value}
 
 
 def check(task: Task, config: MoCoConfig, num_images: int) -> None:
@@ -127,12 +182,13 @@ def check(task: Task, config: MoCoConfig, num_images: int) -> None:
     require_positive(
         "moco", epochs=config.epochs, batch=config.batch, queue=config.queue, temperature=config.temperature
     )
-    if config.batch > num_images:
+    check_batch(task, "moco", config.batch, num_images)
+    if config.optimizer not in ("sgd", "lars"):
+        raise UserError(f'moco.optimizer is "{config.optimizer}"; it can be sgd or lars')
+    if not 0 <= config.warmup < config.epochs:
+        raise UserError(f"moco.warmup is {config.warmup} epochs; give 0 or more, and fewer than moco.epochs")
+    if not config.new_keys <= config.queue <= num_images:
         raise UserError(
-            f"moco.batch is {config.batch}, more than the {num_images} images; "
-            f"set it to {num_images // task.bn_groups * task.bn_groups} or less (--set moco.batch=...)"
+            f"moco.queue is {config.queue}; it must hold the {config.new_keys} keys of a step and at most one of each "
+            f"of the {num_images} images, or an image would be its own negative (--set moco.queue=...)"
         )
-    if config.batch % task.bn_groups:
-        raise UserError(f"moco.batch is {config.batch}, which is not a multiple of bn_groups, {task.bn_groups}")
-    if config.queue % config.batch:
-        raise UserError(f"moco.queue is {config.queue}, which is not a multiple of moco.batch, {config.batch}")

@@ -21,7 +21,7 @@ from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods.plumbing import autocast, finished, load_state, open_dataset, place, state_of
+from spice_dist.methods.plumbing import autocast, finished, load_backbone, load_state, open_dataset, place, state_of
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import prototype_labels, selection_loss
@@ -130,13 +130,6 @@ def view_features(
             with autocast(view.device):
                 features.append(unit(backbone(view).float()))
     return [torch.cat(features) for features in found]
-
-
-def load_backbone(task: Task, run: Path) -> Backbone:
-    """The network that stage 1 left."""
-    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
-    backbone.load_state_dict(finished(run / "moco").tensors("backbone"))
-    return backbone
 
 
 def load_heads(task: Task, run: Path, dim: int) -> tuple[ClusterHeads, Tensor]:

@@ -21,9 +21,16 @@ from spice_dist.data.augment import FIXMATCH_STRONG, FIXMATCH_WEAK, View
 from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_state, open_dataset, passes_per_step, place, state_of
+from spice_dist.methods.plumbing import (
+    autocast,
+    load_state,
+    new_backbone,
+    open_dataset,
+    passes_per_step,
+    place,
+    state_of,
+)
 from spice_dist.methods.spice_self import stage2_network
-from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import copy_buffers, follow, slow_copy
 from spice_dist.models.split_batch_norm import update_statistics
@@ -88,7 +95,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         sizes = [labelled // groups, *[len(strong) // groups] * 2]
         labels_of_pass = targets[index[:labelled]].chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
                 logits = model(view.flatten(0, 1)).unflatten(0, view.shape[:2])
                 taught_logits, weak_logits, strong_logits = (part.flatten(0, 1) for part in logits.split(sizes, dim=1))
                 supervised = F.cross_entropy(taught_logits.float(), label)
@@ -118,10 +125,10 @@ def by_group(parts: list[Tensor], groups: int) -> Tensor:
 
 
 def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
-    """A network to train: with random weights, or with the backbone and the selected head of stages 1 and 2."""
+    """A network to train: what stage 1 started from, or the backbone and the selected head of stages 1 and 2."""
     if config.init == "stage2":
         return stage2_network(task, run)
-    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    backbone = new_backbone(task)
     return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
 
 

@@ -1,4 +1,4 @@
-"""Small networks on top of features: MoCo's projection and SPICE's clustering heads."""
+"""Small networks on top of features: projections of stage 1 and SPICE's clustering heads."""
 
 import math
 
@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spice_dist.models.backbone import unit
+from spice_dist.models.split_batch_norm import SplitBatchNorm2d
 
 
 class Projection(nn.Sequential):
@@ -14,6 +15,23 @@ class Projection(nn.Sequential):
 
     def __init__(self, dim: int, out: int):
         super().__init__(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, out))
+
+
+class MLP(nn.Sequential):
+    """BYOL's projection and prediction: Linear(dim, hidden)-BatchNorm-ReLU-Linear(hidden, out).
+
+    The BatchNorm is over the same groups of the global batch as the backbone's.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int):
+        super().__init__(
+            nn.Linear(dim, hidden),
+            nn.Unflatten(1, (hidden, 1, 1)),
+            SplitBatchNorm2d(hidden),
+            nn.Flatten(),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out),
+        )
 
 
 class ClusterHeads(nn.Module):

@@ -30,7 +30,10 @@ def copy_buffers(slow: nn.Module, fast: nn.Module) -> None:
 
 
 class Queue(nn.Module):
-    """A ring of the last `size` keys; starts as random unit vectors. Its place is a function of the step."""
+    """A ring of the last `size` keys, a multiple of nothing; starts as random unit vectors.
+
+    Where the next keys go is a function of the step: there is nothing to save and the device is never asked.
+    """
 
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -39,6 +42,8 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Float[Tensor, "B D"], step: int) -> None:
-        """Overwrite the oldest keys; the size is a multiple of the global batch B."""
+        """Overwrite the oldest keys by those of `step`; B is the same in all steps and at most the size."""
         start = step * len(keys) % len(self.keys)
-        self.keys[start : start + len(keys)] = keys
+        before_end = min(len(keys), len(self.keys) - start)
+        self.keys[start : start + before_end] = keys[:before_end]
+        self.keys[: len(keys) - before_end] = keys[before_end:]

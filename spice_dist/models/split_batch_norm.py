@@ -34,7 +34,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return parts[0] if self.groups == 1 else torch.cat(parts)
 
     def _normalize(self, part: Tensor) -> Tensor:
-        statistics = part.new_zeros(2, self.num_features, dtype=torch.float32)
+        kind = torch.promote_types(part.dtype, torch.float32)
+        statistics = part.new_zeros(2, self.num_features, dtype=kind)
         self.pending.append(statistics)
         # momentum 1 makes the native kernel leave this batch's statistics in the two scratch vectors
         return F.batch_norm(part, statistics[0], statistics[1], self.weight, self.bias, True, 1.0, self.eps)
@@ -65,14 +66,20 @@ def set_groups(module: nn.Module, groups: int) -> None:
         norm.groups = groups
 
 
+def forget_statistics(module: nn.Module) -> None:
+    """As if the forward passes since the last update had not been."""
+    for norm in _norms(module):
+        norm.pending.clear()
+
+
 @torch.no_grad()
 def update_statistics(module: nn.Module) -> None:
     """Move the running statistics towards the mean over the groups of all workers since the last update."""
     norms = [norm for norm in _norms(module) if norm.pending]
     if not norms:
         return
-    here = torch.cat([torch.stack(norm.pending).mean(0) for norm in norms], dim=1)
-    everywhere = collectives.mean(here).split([norm.num_features for norm in norms], dim=1)
+    here = torch.cat([torch.stack(norm.pending) for norm in norms], dim=2)  # gathered, to add up in the same order
+    everywhere = collectives.all_gather(here).mean(0).split([norm.num_features for norm in norms], dim=1)
     for norm, (mean, var) in zip(norms, everywhere, strict=True):
         momentum = 0.1 if norm.momentum is None else norm.momentum
         assert norm.running_mean is not None

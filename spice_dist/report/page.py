@@ -24,6 +24,7 @@ from spice_dist.report.run_folder import SCORES, Run, load, mapping, number
 MAX_SMALL_CHARTS = 12  # per stage
 STAGE_TITLES = {
     "moco": ("MoCo", "Learns features: two views of an image should be close, other images far."),
+    "byol": ("BYOL", "Learns features: from one view of an image, those of another view are predicted."),
     "spice_self": (
         "SPICE-Self",
         "Learns the clustering heads on frozen features from pseudo-labels around cluster centers.",

@@ -15,7 +15,7 @@ import numpy as np
 
 from spice_dist.errors import DamagedFile, UserError
 
-STAGES = ("moco", "spice_self", "spice_semi", "imc_swav")  # those that leave curves, in order
+STAGES = ("moco", "byol", "spice_self", "spice_semi", "imc_swav")  # those that leave curves, in order
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 
 

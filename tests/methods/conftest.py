@@ -10,7 +10,7 @@ import torch
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import moco, reliable, spice_self, spice_semi
+from spice_dist.methods import byol, moco, reliable, spice_self, spice_semi
 from spice_dist.recipes import digits
 
 CPU = torch.device("cpu")
@@ -21,6 +21,11 @@ SMALL = override(
         "moco.epochs": 3,
         "moco.batch": 64,
         "moco.queue": 128,
+        "byol.epochs": 3,
+        "byol.batch": 64,
+        "byol.warmup": 1,
+        "byol.hidden": 64,
+        "byol.dim": 16,
         "spice_self.epochs": 4,
         "spice_self.heads": 3,
         "spice_semi.steps": 8,
@@ -29,6 +34,7 @@ SMALL = override(
 )
 TRAIN: dict[str, Callable[[Config, Worker], None]] = {
     "moco": lambda config, worker: moco.train(config, config.moco, worker),
+    "byol": lambda config, worker: byol.train(config, config.byol, worker),
     "spice_self": lambda config, worker: spice_self.train(config, config.spice_self, worker),
     "spice_semi": lambda config, worker: spice_semi.train(config, config.spice_semi, worker),
 }
@@ -40,6 +46,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> 
     run = tmp_path_factory.mktemp("run") / "run"
     shutil.copytree(digits_folder, run)
     TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU))
+    TRAIN["byol"](SMALL, LocalWorker(run, "byol", CPU))
     inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
     TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
     reliable.select(SMALL, SMALL.reliable, run, CPU, lambda done, total: None)

@@ -21,7 +21,7 @@ from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import moco, spice_semi
+from spice_dist.methods import moco, plumbing, spice_semi
 from spice_dist.methods.plumbing import finished
 from spice_dist.models.backbone import unit
 from spice_dist.models.split_batch_norm import set_groups
@@ -53,7 +53,7 @@ def test_moco_learns_to_tell_images_apart(digits_folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "data").symlink_to(digits_folder / "data")
-    TRAIN["moco"](override(SMALL, {"moco.epochs": 40}), LocalWorker(run, "moco", CPU))
+    TRAIN["moco"](override(SMALL, {"moco.epochs": 80}), LocalWorker(run, "moco", CPU))
     curve = losses(run, "moco")
     assert np.mean(curve[-10:]) < np.log(129) - 0.1, "below chance, ln(1 + queue)"
 
@@ -150,7 +150,7 @@ def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
     assert [worker.exitcode for worker in workers] == [0] * world
 
 
-@pytest.mark.parametrize("stage", ["moco", "spice_semi"])
+@pytest.mark.parametrize("stage", ["moco", "byol", "spice_semi"])
 def test_two_workers_equal_one_bit_for_bit(small_run, without_stage, stage):
     run = without_stage(stage)
     on_workers(2, SMALL, run, stage)
@@ -190,7 +190,7 @@ def test_shuffled_keys_come_back_in_the_order_of_their_images(small_run):
     worker = LocalWorker(small_run, "none", CPU)
     flatten = nn.Sequential(nn.Flatten())
     view = torch.randn(12, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    keys = moco.shuffled_keys(flatten, view, 3, (0, 0, 0), worker)
+    keys = moco.shuffled_keys(SMALL, flatten, view, 3, (0, 0, 0), worker)
     torch.testing.assert_close(keys, unit(view.flatten(1)))
 
 
@@ -202,7 +202,7 @@ def test_keys_are_normalised_among_other_images_than_their_queries(small_run):
 
     net = nn.Sequential(SplitBatchNorm2d(1), nn.Flatten())
     view = torch.randn(12, 1, 2, 2)
-    shuffled = moco.shuffled_keys(net, view, 3, (0, 0, 0), worker)
+    shuffled = moco.shuffled_keys(SMALL, net, view, 3, (0, 0, 0), worker)
     unshuffled = torch.cat([unit(net(part)) for part in view.chunk(3)])
     assert not torch.allclose(shuffled, unshuffled)
 
@@ -211,7 +211,8 @@ def test_keys_are_normalised_among_other_images_than_their_queries(small_run):
     ("changes", "stage", "message"),
     [
         ({"moco.batch": 300}, "moco", "more than the 200 images"),
-        ({"moco.queue": 100}, "moco", "not a multiple of moco.batch"),
+        ({"moco.queue": 60}, "moco", "must hold the 64 keys of a step"),
+        ({"moco.queue": 201}, "moco", "one of each of the 200 images"),
         ({"moco.batch": 65, "moco.queue": 130}, "moco", "not a multiple of bn_groups"),
         ({"clusters": 101}, "spice_self", "ask for 100 clusters or fewer"),
         ({"spice_semi.labelled": 15}, "spice_semi", "a multiple of bn_groups"),
@@ -270,7 +271,7 @@ def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(sma
     assert np.array_equal(drawn(5), whole[5:])
 
 
-@pytest.mark.parametrize("stage", ["moco", "spice_semi"])
+@pytest.mark.parametrize("stage", ["moco", "byol", "spice_semi"])
 def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, monkeypatch, stage):
     """As on a GPU. After one step, since a prediction near the threshold may fall on either side of it later."""
 
@@ -279,11 +280,12 @@ def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, monkeypatc
         return 1
 
     config = override(SMALL, {"moco.epochs": 1, "moco.batch": 100, "moco.queue": 200, "spice_semi.steps": 1})
+    config = override(config, {"byol.epochs": 1, "byol.batch": 100, "byol.warmup": 0})
     run = without_stage(stage)
     TRAIN[stage](config, LocalWorker(run, stage, CPU))
     apart = weights(run, stage)
     shutil.rmtree(run / stage)
-    monkeypatch.setattr({"moco": moco, "spice_semi": spice_semi}[stage], "passes_per_step", one_pass)
+    monkeypatch.setattr(plumbing if stage in ("moco", "byol") else spice_semi, "passes_per_step", one_pass)
     TRAIN[stage](config, LocalWorker(run, stage, CPU))
     together = weights(run, stage)
     for name in apart:

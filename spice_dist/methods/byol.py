@@ -1,0 +1,120 @@
+"""Another stage 1: BYOL (Grill et al. 2020) learns features without labels and without negatives.
+
+A network predicts, from one view of an image, what a slow average of itself makes of the other view. No queue, no
+temperature: nothing pushes two images of a kind apart, which suits clusters. The losses of both directions are added.
+The defaults are those of small images on one GPU: batch 256, lr 0.03 per 256 images, momentum 0.996 rising to 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spice_dist import losses
+from spice_dist.data.augment import MOCO_V2, View
+from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import (
+    autocast,
+    check_batch,
+    load_state,
+    new_backbone,
+    open_dataset,
+    passes_that_fit,
+    place,
+    state_of,
+    view_pairs,
+)
+from spice_dist.models.backbone import unit
+from spice_dist.models.heads import MLP
+from spice_dist.models.momentum import follow, slow_copy
+from spice_dist.models.split_batch_norm import set_groups, update_statistics
+from spice_dist.optim import cosine, set_lr, sgd, warm_up
+from spice_dist.task import Task, require_positive
+
+
+@dataclass(frozen=True)
+class BYOLConfig:
+    epochs: int = 1000
+    batch: int = 256  # images per optimizer step, all workers together
+    lr: float = 0.03  # for this global batch; falls to 0 along a cosine
+    warmup: float = 10.0  # epochs over which it rises first
+    weight_decay: float = 5e-4  # on every parameter
+    momentum: float = 0.996  # of the target network at the start; it rises to 1 along a cosine
+    hidden: int = 4096  # width of the hidden layer of projection and prediction
+    dim: int = 256  # width of the projection
+    view: View = MOCO_V2
+
+
+def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
+    """Leaves the online network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    check(task, config, manifest.training)
+    steps_per_epoch = manifest.training // config.batch
+    total = config.epochs * steps_per_epoch
+
+    torch.manual_seed(task.seed)
+    backbone = new_backbone(task)
+    projection = MLP(backbone.dim, config.hidden, config.dim)
+    prediction = MLP(config.dim, config.hidden, config.dim)
+    online = place(nn.Sequential(backbone, projection, prediction), worker.device)
+    target = slow_copy(online[:2])
+    optimizer = sgd(online.parameters(), config.lr, config.weight_decay)
+
+    parts = {"backbone": backbone, "projection": projection, "prediction": prediction, "target": target}
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+
+    online.train()
+    target.train()
+    passes = passes_that_fit(task, online, 2 * config.batch, config.view, worker)
+    set_groups(target, task.bn_groups // worker.world // passes)
+    model = worker.wrap(online)
+    views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
+    for step, (one, other) in enumerate(views, start):
+        epoch = step / steps_per_epoch
+        set_lr(optimizer, config.lr * warm_up(epoch, config.warmup) * cosine(epoch / config.epochs))
+
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=worker.device)
+        seen: list[Tensor] = []
+        for number, pair in enumerate(zip(one.chunk(passes), other.chunk(passes), strict=True), 1):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+                with torch.no_grad():
+                    targets = [unit(target(view)) for view in pair]
+                predictions = [unit(model(view)) for view in pair]
+                part = (losses.byol(predictions[0], targets[1]) + losses.byol(predictions[1], targets[0])) / passes
+            part.backward()
+            loss += part.detach()
+            seen += targets
+        optimizer.step()
+        update_statistics(online)
+        update_statistics(target)
+        follow(target, online[:2], target_momentum(config.momentum, step / total))
+
+        probes = {
+            "uniformity": lambda seen=seen: losses.uniformity(torch.cat(seen)),
+            "effective_rank": lambda seen=seen: losses.effective_rank(torch.cat(seen)),
+        }
+        # the loss is the distance of both directions: half of it is their alignment
+        metrics = {"loss": loss, "alignment": loss / 2}
+        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
+    images.close()
+
+
+def target_momentum(first: float, progress: float) -> float:
+    """`first` at progress 0, 1 at progress 1: 1 - (1 - first) (cos(pi p) + 1) / 2."""
+    return 1 - (1 - first) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def check(task: Task, config: BYOLConfig, num_images: int) -> None:
+    """UserError if these settings cannot train on so many images."""
+    require_positive("byol", epochs=config.epochs, batch=config.batch, hidden=config.hidden, dim=config.dim)
+    check_batch(task, "byol", config.batch, num_images)
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"byol.momentum is {config.momentum}; give 0 or more, and less than 1")
+    if not 0 <= config.warmup < config.epochs:
+        raise UserError(f"byol.warmup is {config.warmup} epochs; give 0 or more, and fewer than byol.epochs")
