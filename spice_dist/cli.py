@@ -216,7 +216,7 @@ def _for_pretrained(weights: str, changes: dict[str, Any]) -> dict[str, Any]:
 
     if "backbone.name" not in changes:
         raise UserError("whose weights are they? give --backbone NAME, the timm model, as well as --weights")
-    return {"pretext": "none", **for_pretrained(changes["backbone.name"], weights), **changes}
+    return {**for_pretrained(changes["backbone.name"], weights), **changes}
 
 
 def _predict(options: argparse.Namespace, given: list[str]) -> None:

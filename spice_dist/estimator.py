@@ -19,7 +19,8 @@ from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
-from spice_dist.models.backbone import unit
+from spice_dist.errors import UserError
+from spice_dist.models.backbone import for_pretrained, unit
 from spice_dist.models.heads import ClusterNet
 from spice_dist.pipeline import Launch, fit
 from spice_dist.recipes import recipe
@@ -37,6 +38,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     Args:
         n_clusters: K, from 2 up.
         recipe: "digits" or "photos", see `spice_dist.recipes`.
+        backbone: a timm model in place of the recipe's.
+        weights: of that backbone, "timm" or a file: its features are taken as they are, without stage 1.
         settings: single changes by dotted name, such as {"moco.epochs": 50}.
         seed: two fits with the same seed and data on the same machine agree exactly.
         workers: training processes; 0 trains in this one, without Ray.
@@ -55,6 +58,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         n_clusters: int = 10,
         *,
         recipe: str = "photos",
+        backbone: str | None = None,
+        weights: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
         workers: int = 0,
@@ -62,6 +67,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     ):
         self.n_clusters = n_clusters
         self.recipe = recipe
+        self.backbone = backbone
+        self.weights = weights
         self.settings = settings
         self.seed = seed
         self.workers = workers
@@ -74,7 +81,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             run = Path(self._temporary.name)
         else:
             run = Path(self.run)
-        changes = {"clusters": self.n_clusters, "seed": self.seed, **(self.settings or {})}
+        changes = {"clusters": self.n_clusters, "seed": self.seed, **self._network(), **(self.settings or {})}
         source = _source(X)
         config = override(recipe(self.recipe, len(source.paths)), changes)
         self.metrics_ = fit(config, source, run, Launch(workers=self.workers))
@@ -82,6 +89,14 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")
         self.paths_ = read_paths(run / "data")
         return self
+
+    def _network(self) -> dict[str, Any]:
+        if self.weights is not None:
+            if self.backbone is None:
+                raise UserError("whose weights are they? give backbone, the name of the timm model, too")
+            return for_pretrained(self.backbone, str(self.weights))
+        own = {"backbone.name": self.backbone, "backbone.widths": (), "backbone.depths": ()}
+        return {} if self.backbone is None else own
 
     def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
         """The cluster of each readable image."""

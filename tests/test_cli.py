@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from spice_dist import cli
@@ -347,6 +348,30 @@ def test_sigterm_asks_to_be_run_again(tmp_path):
     finally:
         child.kill()
     assert not (tmp_path / "run/.owner.json").exists()
+
+
+def test_trained_weights_go_straight_to_the_features_and_byol_takes_mocos_place(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    folder = photos(tmp_path / "in")
+    few = ["--clusters", "2", *TINY, "--set", "data.size=32", "--set", "moco.batch=16", "--set", "byol.batch=16"]
+    model = ["--backbone", "test_vit", "--weights", tmp_path / "vit.safetensors", *few]
+    assert run("fit", folder, "--out", tmp_path / "trained", *model) == 0
+    assert not (tmp_path / "trained/moco").exists()
+    metrics = json.loads((tmp_path / "trained/metrics.json").read_text())
+    assert set(metrics["seconds"]) == {"data", "features", "spice_self", "reliable", "spice_semi"}
+    about = json.loads((tmp_path / "trained/model/model.json").read_text())["backbone"]
+    assert (about["name"], about["mean"], about["weights"]) == ("test_vit", [0.5, 0.5, 0.5], "")
+    (tmp_path / "vit.safetensors").unlink()
+    assert run("predict", tmp_path / "trained", folder, "--out", tmp_path / "new.csv") == 0
+
+    settings = ["--set", "byol.epochs=1", "--set", "byol.warmup=0", "--set", "byol.hidden=32"]
+    assert run("fit", folder, "--out", tmp_path / "byol", "--pretext", "byol", *few, *settings) == 0
+    assert (tmp_path / "byol/byol/checkpoints").is_dir()
+    assert "BYOL" in (tmp_path / "byol/report.html").read_text()
 
 
 def test_help_names_the_commands():

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 
 from spice_dist import SpiceClusterer
+from spice_dist.errors import UserError
 
 TINY = {
     "data.size": 8,
@@ -31,6 +32,22 @@ def pixels(count: int = 80) -> np.ndarray:
 @pytest.fixture(scope="module")
 def fitted() -> SpiceClusterer:
     return SpiceClusterer(n_clusters=4, settings=TINY, seed=3).fit(pixels())
+
+
+def test_a_trained_backbone_takes_the_place_of_stage_1(tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    few = {name: value for name, value in TINY.items() if not name.startswith("backbone")} | {"data.size": 32}
+    trained = {"backbone": "test_resnet", "weights": tmp_path / "weights.safetensors"}
+    model = SpiceClusterer(n_clusters=3, run=tmp_path / "run", settings=few, **trained).fit(pixels(30))
+    assert len(model.labels_) == 30
+    assert not (tmp_path / "run/moco").exists()
+    with pytest.raises(UserError, match="give backbone"):
+        SpiceClusterer(weights="timm").fit(pixels(30))
 
 
 def test_parameters_survive_cloning_and_fitting_changes_none():

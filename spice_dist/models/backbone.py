@@ -91,12 +91,13 @@ def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Bac
 
 
 def for_pretrained(name: str, weights: str) -> dict[str, Any]:
-    """The settings, by dotted names, that a timm model needs to be used as it was trained.
+    """The settings, by dotted names, that a timm model needs to be used as it was trained, without a stage 1.
 
     Put what a user asked for on top: another data.size is possible, position embeddings are interpolated to it.
     """
     size, mean, std = published_data_config(name)
     return {
+        "pretext": "none",
         "backbone.name": name,
         "backbone.weights": weights if weights == TIMM else str(Path(weights).resolve()),  # workers have other folders
         "backbone.stem": "native",
