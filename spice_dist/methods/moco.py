@@ -97,6 +97,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
         follow(key_net, query_net, config.momentum)
         keys = [shuffled_keys(task, key_net, key_view, passes, (task.seed, step, KEY), worker)]
         if config.symmetric:
+            update_statistics(key_net)
             keys.append(shuffled_keys(task, key_net, query_view, passes, (task.seed, step, QUERY), worker))
         update_statistics(key_net)
         directions = zip((query_view, key_view), keys, strict=False)  # one, or both

@@ -14,13 +14,14 @@ from spice_dist import inference
 from spice_dist.config import override
 from spice_dist.data.images import open_images
 from spice_dist.distributed.worker import LocalWorker
-from spice_dist.errors import UserError
+from spice_dist.errors import Interrupted, UserError
 from spice_dist.methods import byol, moco, plumbing
 from spice_dist.methods.plumbing import finished, new_backbone, view_pairs
 from spice_dist.models.heads import MLP, Projection
 from spice_dist.models.momentum import Queue
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d
 from tests.methods.conftest import CPU, SMALL, TRAIN
+from tests.methods.test_methods import assert_same_bits, on_workers, weights
 
 
 def grouped(net: nn.Module, view: Tensor, groups: int) -> Tensor:
@@ -125,6 +126,24 @@ def test_byol_steps_are_those_of_a_float64_reference(small_run, without_stage):
             torch.testing.assert_close(value.double(), backbone.state_dict()[name], atol=5e-4, rtol=2e-3)
     written = [json.loads(line)["loss"] for line in (run / "byol/metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(written, losses, rtol=1e-3)
+
+
+def test_with_all_options_two_workers_equal_one_and_a_resumed_run_an_uninterrupted_one(without_stage):
+    """Symmetric, a queue that is no multiple of the batch, LARS with warm-up; cut in the middle of an epoch."""
+    run = without_stage("moco")
+    options = {"moco.symmetric": True, "moco.queue": 150, "moco.optimizer": "lars", "moco.warmup": 1}
+    config = override(SMALL, options)
+    TRAIN["moco"](config, LocalWorker(run, "moco", CPU))
+    whole = weights(run, "moco")
+    shutil.rmtree(run / "moco")
+    on_workers(2, config, run, "moco")
+    assert_same_bits(weights(run, "moco"), whole)
+    shutil.rmtree(run / "moco")
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        TRAIN["moco"](config, LocalWorker(run, "moco", CPU, stop_requested=lambda: next(calls) == 4))
+    TRAIN["moco"](config, LocalWorker(run, "moco", CPU))
+    assert_same_bits(weights(run, "moco"), whole)
 
 
 @pytest.mark.parametrize("size", [7, 12, 13])
