@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from spice_dist.data.sources import Source
@@ -32,10 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     return OK
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"spice-dist: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spice-dist", description="Cluster images without labels, on one machine or many (SPICE)."
-    )
+    parser = _Parser(prog="spice-dist", description="Cluster images without labels, on one machine or many (SPICE).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     fit = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
@@ -185,22 +190,19 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
         "data.drop_duplicates": options.drop_duplicates or None,
         "seed": options.seed,
         "pretext": options.pretext,
-        "backbone.name": options.backbone,
     }
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
-
-    if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
-        raise UserError("how many clusters? give --clusters, a whole number from 2 up")
-    if "backbone.name" in changes:  # another network has its own widths and depths
-        changes = {"backbone.widths": (), "backbone.depths": (), **changes}
-    if options.weights is not None:
-        changes = _for_pretrained(options.weights, changes)
 
     from spice_dist.config import override
     from spice_dist.distributed import trackers
     from spice_dist.pipeline import Launch, fit
-    from spice_dist.recipes import recipe
+    from spice_dist.recipes import RECIPES, recipe
 
+    if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
+        published = options.data.partition(":")[0].replace("-", "_")
+        hint = f", or the settings for it with --recipe {published}" * (published in RECIPES)
+        raise UserError(f"how many clusters? give --clusters, a whole number from 2 up{hint}")
+    changes = {**_network(options.backbone or changes.get("backbone.name"), options.weights), **changes}
     name = options.recipe or ("digits" if digits else "photos")
     config = override(recipe(name, len(source.paths)), changes)
     trackers.request(options.track)
@@ -209,14 +211,16 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     _print_scores(options.out)
 
 
-def _for_pretrained(weights: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes, on top of what a trained backbone asks for: its image size and normalisation, and no stage 1."""
+def _network(name: str | None, weights: str | None) -> dict[str, Any]:
+    """The settings that another network asks for; with weights its image size and normalisation, and no stage 1."""
+    if name is None and weights is None:
+        return {}
     from spice_dist.errors import UserError
-    from spice_dist.models.backbone import for_pretrained
+    from spice_dist.models.backbone import for_pretrained, for_untrained
 
-    if "backbone.name" not in changes:
+    if name is None:
         raise UserError("whose weights are they? give --backbone NAME, the timm model, as well as --weights")
-    return {**for_pretrained(changes["backbone.name"], weights), **changes}
+    return for_untrained(name) if weights is None else for_pretrained(name, weights)
 
 
 def _predict(options: argparse.Namespace, given: list[str]) -> None:

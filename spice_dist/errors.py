@@ -11,3 +11,9 @@ class Interrupted(Exception):
 
 class DamagedFile(UserError):
     """A file of ours that is truncated, altered or was never finished."""
+
+
+def out_of_memory(stage: str, error: Exception) -> UserError:
+    """What a user is told of a GPU whose memory did not suffice."""
+    reason = str(error).splitlines()[0] if str(error) else "out of memory"
+    return UserError(f"{stage} needs more memory than the GPU has ({reason}); set a smaller batch or image size")

@@ -20,7 +20,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
 from spice_dist.errors import UserError
-from spice_dist.models.backbone import for_pretrained, unit
+from spice_dist.models.backbone import for_pretrained, for_untrained, unit
 from spice_dist.models.heads import ClusterNet
 from spice_dist.pipeline import Launch, fit
 from spice_dist.recipes import recipe
@@ -37,7 +37,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
 
     Args:
         n_clusters: K, from 2 up.
-        recipe: "digits" or "photos", see `spice_dist.recipes`.
+        recipe: "photos", "digits", "cifar10" ...: see `spice_dist.recipes`.
         backbone: a timm model in place of the recipe's.
         weights: of that backbone, "timm" or a file: its features are taken as they are, without stage 1.
         settings: single changes by dotted name, such as {"moco.epochs": 50}.
@@ -95,8 +95,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             if self.backbone is None:
                 raise UserError("whose weights are they? give backbone, the name of the timm model, too")
             return for_pretrained(self.backbone, str(self.weights))
-        own = {"backbone.name": self.backbone, "backbone.widths": (), "backbone.depths": ()}
-        return {} if self.backbone is None else own
+        return {} if self.backbone is None else for_untrained(self.backbone)
 
     def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
         """The cluster of each readable image."""

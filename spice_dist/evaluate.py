@@ -37,7 +37,7 @@ def evaluate(
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
     inference.save_model(net, task, run / "model")
     images, manifest = open_dataset(task, run, device)
-    probs = inference.probabilities(net, images, task.backbone.statistics, progress)
+    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
     pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
     images.close()
 

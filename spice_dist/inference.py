@@ -1,10 +1,13 @@
 """Trained networks over many images: features, probabilities, and the model folder that outlives a run."""
 
+import hashlib
 import json
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from spice_dist.data import augment
 from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import DataConfig, open_data, prepare
-from spice_dist.data.files import Progress, publish_json, temporary_path
+from spice_dist.data.files import Progress, publish, publish_json, temporary_path
 from spice_dist.data.images import Images, open_images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source
@@ -58,11 +61,18 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     earlier call left are kept, whatever the number of workers was: a row that is done has unit norm.
     """
     images, _ = open_dataset(task, worker.run, worker.device)
-    backbone = place(load_backbone(task, worker.run), worker.device)
-    final, partial = worker.run / "features/features.npy", worker.run / "features/features.partial.npy"
+    backbone = load_backbone(task, worker.run)
+    folder = worker.run / "features"
+    partial = folder / f"features.{_called(task, backbone)}.partial.npy"
+    place(backbone, worker.device)
+    error = None
     if worker.rank == 0:
-        _make_room(partial, (images.n, backbone.dim))
-    collectives.barrier()
+        try:
+            _make_room(partial, (images.n, backbone.dim))
+        except UserError as found:
+            error = found
+    if collectives.largest_int(int(error is not None), worker.device):  # no worker waits for one that gave up
+        raise error or UserError(f"the first worker cannot write {folder}")
     rows = open_memmap(partial, mode="r+")
     share = np.array_split(np.arange(images.n), worker.world)[worker.rank]
     own = share[~_done(rows, share)]
@@ -78,17 +88,32 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     images.close()
     collectives.barrier()
     if worker.rank == 0:
-        partial.rename(final)
+        partial.rename(folder / "features.npy")
+
+
+def _called(task: Task, backbone: Backbone) -> str:
+    """The same for calls that give the same features: 16 hexadecimal digits."""
+    called = hashlib.sha256(repr((task.precision, task.data, task.backbone.statistics)).encode())
+    for name, tensor in backbone.state_dict().items():
+        called.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return called.hexdigest()[:16]
 
 
 def _make_room(path: Path, shape: tuple[int, int]) -> None:
-    """An array of zeros, unless there is one of this shape already."""
-    with suppress(OSError, ValueError):
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if (found.shape, found.dtype) == (shape, np.float16):
-            return
+    """A file with an array of zeros, unless it is there; those of other calls go.
+
+    The disk gives all of its room now: a write through a memory map to a full disk would kill the process.
+    """
     path.parent.mkdir(exist_ok=True)
-    open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+    for other in path.parent.glob("*.partial.npy"):
+        if other != path:
+            other.unlink()
+    if path.exists():
+        return
+    with publish(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, file.tell() + 2 * math.prod(shape))
 
 
 def _done(rows: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -99,10 +124,15 @@ def _done(rows: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def probabilities(
-    model: nn.Module, images: Images, statistics: Statistics, progress: Progress = lambda done, total: None
+    model: nn.Module,
+    images: Images,
+    statistics: Statistics,
+    progress: Progress = lambda done, total: None,
+    precision: str = "auto",
 ) -> Float[np.ndarray, "N K"]:
     """Softmax of the model's logits for every image, in image order, float32."""
-    chunks = [logits.softmax(1).cpu() for logits in outputs(model, images, np.arange(images.n), statistics, progress)]
+    found = outputs(model, images, np.arange(images.n), statistics, progress, precision)
+    chunks = [logits.softmax(1).cpu() for logits in found]
     return torch.cat(chunks).numpy()
 
 

@@ -44,7 +44,7 @@ def uniformity(x: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 def effective_rank(x: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values, in [1, min(B, D)]."""
-    share = torch.linalg.svdvals(x.float())
+    share = torch.linalg.svdvals(x.float().nan_to_num())  # it raises at what is not finite
     share = share / share.sum() + 1e-7
     return (-(share * share.log()).sum()).exp()
 

@@ -23,7 +23,7 @@ from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker
-from spice_dist.errors import Interrupted, UserError
+from spice_dist.errors import Interrupted, UserError, out_of_memory
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.methods import byol, moco, reliable, spice_self, spice_semi
 from spice_dist.methods.plumbing import new_backbone
@@ -218,6 +218,8 @@ def _train_here(
     torch.set_num_threads(threads or usable_cores())
     try:
         train(task, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(stage, error) from error
     finally:
         torch.set_num_threads(before)
 
@@ -290,16 +292,17 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
         "data": ("data",),
         **{name: ("seed", "bn_groups", "precision", "pretext", "backbone", name) for name, _, _ in _pretext(config)},
         "features": ("precision", "pretext", "backbone"),
-        "spice_self": ("clusters", "spice_self"),
+        "spice_self": ("seed", "clusters", "spice_self"),
         "reliable": ("reliable",),
-        "spice_semi": ("spice_semi",),
+        "spice_semi": ("bn_groups", "spice_semi"),
     }
     flat = flatten(config)
-    depends: dict[str, Any] = {"images": images, "weights": weights_fingerprint(config.backbone)}
+    depends: dict[str, Any] = {"images": images}
     settings = {}
     for stage, own in names.items():
         depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
         settings[stage] = dict(depends)
+        depends["weights"] = weights_fingerprint(config.backbone)  # of every stage but the first
     return settings
 
 

@@ -164,9 +164,11 @@ def _settings(run: Path) -> tuple[Task, str]:
             clusters=config["clusters"],
             seed=config["seed"],
             data=DataConfig(**config["data"]),
+            precision=config.get("precision", "auto"),
+            pretext=config.get("pretext", "moco"),
             backbone=BackboneConfig(**backbone),
         )
-        return task, config.get("pretext", "moco")
+        return task, task.pretext
     except FileNotFoundError as error:
         raise UserError(f"{run} is no run folder: it has no config.json; give the --out of a fit command") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -207,7 +209,7 @@ def _embed(
     backbone.load_state_dict(weights)
     place(backbone, device)
     everything = np.arange(images.n)
-    chunks = outputs(backbone, images, everything, task.backbone.statistics, progress)
+    chunks = outputs(backbone, images, everything, task.backbone.statistics, progress, task.precision)
     return np.concatenate([unit(chunk).half().cpu().numpy() for chunk in chunks])
 
 
@@ -239,7 +241,10 @@ def _probe_kmeans(features: Float16[np.ndarray, "N D"], known: Labelled, task: T
 def _probe_linear(features: Float16[np.ndarray, "N D"], known: Labelled, seed: int) -> float:
     train, train_labels = features[known.train], known.labels[known.train]
     if known.test is None:
-        return linear_probe_split(train, train_labels, seed=seed)
+        try:
+            return linear_probe_split(train, train_labels, seed=seed)
+        except ValueError as error:
+            raise UserError(f"no linear probe: {error}") from error
     return linear_probe(train, train_labels, features[known.test], known.labels[known.test])
 
 

@@ -10,6 +10,7 @@ from spice_dist.config import Config
 from spice_dist.data.augment import MOCO_V2, SCAN_STRONG, View
 from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
+from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
@@ -30,6 +31,7 @@ def digits(num_images: int = 1797) -> Config:
         data=DataConfig(size=8, channels=1),
         backbone=BackboneConfig(name="resnet18", stem="small", widths=(32, 32, 64, 128), depths=(1, 1, 1, 1)),
         moco=MoCoConfig(epochs=200, batch=256, lr=0.06, momentum=0.99, queue=1024, view=view),
+        byol=BYOLConfig(epochs=200, hidden=512, dim=128, view=view),
         spice_self=SpiceSelfConfig(epochs=30, weak=weak, strong=view),
         reliable=ReliableConfig(neighbors=20, ratio=0.75),  # a ninth of a cluster: its rarer shapes count too
         spice_semi=SpiceSemiConfig(steps=400, ema=0.99, init="scratch", weak=weak, strong=view),
@@ -47,18 +49,20 @@ def photos(num_images: int) -> Config:
         1, min(8, num_images // batch - 1)
     )  # a key of the query's own image would be a false negative
     strong = View(crop_scale=(0.4, 1.0), flip=0.5, operations=3, cutout=0.4)
+    epochs = min(400, max(20, 100_000 // num_images))
     return Config(
         bn_groups=2,
         data=DataConfig(size=64),
         backbone=BackboneConfig(name="resnet18", stem="native", widths=(32, 64, 96, 128), depths=(1, 1, 1, 1)),
         moco=MoCoConfig(
-            epochs=min(400, max(20, 100_000 // num_images)),
+            epochs=epochs,
             batch=batch,
             queue=batches_in_queue * batch,
             lr=0.03,
             momentum=0.99,
             weight_decay=5e-4,
         ),
+        byol=BYOLConfig(epochs=epochs, batch=batch, hidden=512, dim=128),
         spice_self=SpiceSelfConfig(epochs=30, strong=strong),
         reliable=ReliableConfig(ratio=0.9),
         spice_semi=SpiceSemiConfig(steps=300, labelled=32, ratio=3, ema=0.99, init="stage2", strong=strong),
@@ -75,6 +79,7 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
         data=DataConfig(size=28, channels=1),
         backbone=BackboneConfig(name="resnet18", stem="pooled", widths=(32, 64, 128, 128), depths=(1, 1, 1, 1)),
         moco=MoCoConfig(epochs=15, batch=256, lr=0.06, momentum=0.99, temperature=0.1, queue=4096, view=view),
+        byol=BYOLConfig(epochs=15, hidden=512, dim=128, view=view),
         spice_self=SpiceSelfConfig(epochs=2, strong=strong),
         reliable=ReliableConfig(ratio=0.95),
         spice_semi=SpiceSemiConfig(steps=300, ema=0.99, init="stage2", strong=strong),
@@ -114,6 +119,7 @@ def cifar10_short(num_images: int = 60_000) -> Config:
             queue=4096,
             view=replace(MOCO_V2, crop_scale=(0.08, 1.0), blur=0.0),
         ),
+        byol=BYOLConfig(epochs=200, batch=512, lr=0.06, warmup=10),
         spice_semi=SpiceSemiConfig(steps=20_000),
     )
 

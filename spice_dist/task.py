@@ -15,7 +15,7 @@ class Task:
     clusters: int = 10  # K
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
-    precision: str = "auto"  # of training: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
+    precision: str = "auto"  # of every stage: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
     pretext: str = "moco"  # stage 1: "moco", "byol", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -36,5 +36,10 @@ def check_task(task: Task) -> None:
             raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
     if task.seed < 0:
         raise UserError(f"--seed is {task.seed}; give 0 or more")
+    if task.pretext == "none" and not task.backbone.weights:
+        raise UserError(
+            'pretext is "none", and the backbone has no weights to go on with: give --backbone NAME --weights timm, '
+            "--weights FILE, or a pretext"
+        )
     if task.clusters < 2:
         raise UserError(f"--clusters is {task.clusters}; a clustering needs at least 2")

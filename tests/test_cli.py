@@ -23,7 +23,8 @@ TINY = [
     *("--set", "moco.epochs=1", "--set", "moco.queue=256", "--set", "spice_self.epochs=1"),
     *("--set", "spice_self.heads=2", "--set", "spice_semi.steps=2", "--set", "data.loader=torch"),
 ]
-PHOTO = [*TINY, "--set", "data.size=16", "--set", "moco.batch=16", "--set", "backbone.widths=(8,8,8,8)"]
+PHOTO = [*TINY, "--set", "data.size=16", "--set", "moco.batch=16", "--set", "moco.queue=16"]
+PHOTO += ["--set", "backbone.widths=(8,8,8,8)"]
 
 
 def run(*arguments: str | Path) -> int:
@@ -277,7 +278,7 @@ def test_set_reaches_what_has_an_option_of_its_own(tmp_path):
         (["--set", "bn_groups=0"], "bn_groups is 0"),
         (["--set", "spice_semi.init=warm"], 'can be "scratch" or "stage2"'),
         (["--threads", "-1"], "threads is -1"),
-        (["--set", "backbone.name=convnext_atto", "--set", "backbone.stem=native"], "raise data.size"),
+        (["--set", "backbone.name=convnext_atto", "--set", "backbone.stem=native"], "set another data.size"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_runs(tmp_path, capsys, arguments, word):
@@ -365,6 +366,7 @@ def test_trained_weights_go_straight_to_the_features_and_byol_takes_mocos_place(
     assert set(metrics["seconds"]) == {"data", "features", "spice_self", "reliable", "spice_semi"}
     about = json.loads((tmp_path / "trained/model/model.json").read_text())["backbone"]
     assert (about["name"], about["mean"], about["weights"]) == ("test_vit", [0.5, 0.5, 0.5], "")
+    assert run("fit", folder, "--out", tmp_path / "trained", *model, "--seed", "7") == 1  # another run
     (tmp_path / "vit.safetensors").unlink()
     assert run("predict", tmp_path / "trained", folder, "--out", tmp_path / "new.csv") == 0
 
@@ -372,6 +374,38 @@ def test_trained_weights_go_straight_to_the_features_and_byol_takes_mocos_place(
     assert run("fit", folder, "--out", tmp_path / "byol", "--pretext", "byol", *few, *settings) == 0
     assert (tmp_path / "byol/byol/checkpoints").is_dir()
     assert "BYOL" in (tmp_path / "byol/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pretext", "none"], "no weights to go on with"),
+        (["--pretext", "guess"], "invalid choice: 'guess'"),
+        (["--backbone", "resnett18"], "did you mean resnet18"),
+        (["--backbone", "test_vit", "--set", "data.size=30"], "patches of 16; set data.size to 16 or 32"),
+        (["--recipe", "nope"], "cifar10_short"),
+        (["--set", "precision=fp8"], "auto, bf16, fp32"),
+        (["--track", "mlflow"], "MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_wrong_choices_of_stage_1_are_one_line(tmp_path, capsys, arguments, words):
+    pytest.importorskip("mlflow")
+    try:
+        code = run("fit", "digits", "--out", tmp_path / "run", *TINY, *arguments)
+    except SystemExit as exit:  # argparse's own mistakes
+        code = exit.code
+    assert code == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_published_data_set_is_pointed_to_its_recipe(tmp_path, capsys):
+    images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "cifar10.npz", allow_pickle=False, **arrays)
+    assert run("fit", f"cifar10:{tmp_path}", "--out", tmp_path / "run") == 1
+    assert "--recipe cifar10" in capsys.readouterr().err
 
 
 def test_help_names_the_commands():

@@ -13,6 +13,7 @@ Why not kornia: CPU time of a MoCo view in ms, ours / kornia 0.9.0 / torchvision
 """
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return pool
 
 
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has none of them
+
+
 def _draw(
     view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, statistics: Statistics, out: Tensor
 ) -> None:
@@ -251,11 +255,20 @@ def normalize(
     x: Float[Tensor, "B C H W"], statistics: Statistics = IMAGENET, out: Tensor | None = None
 ) -> Float[Tensor, "B C H W"]:
     """(x - mean) / std of each channel; grey images take the mean of the three."""
-    mean, std = statistics
-    if x.shape[1] == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    shift, scale = (torch.tensor(values)[:, None, None].to(x) for values in (mean, [1 / value for value in std]))
+    shift, scale = _on_device(statistics, x.shape[1], x.device)
     return torch.sub(x, shift, out=out).mul_(scale)
+
+
+@cache
+def _on_device(statistics: Statistics, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation, (C, 1, 1) each; kept, since a copy to a GPU would wait for it."""
+    mean, std = statistics
+    if channels == 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    shift, scale = (
+        torch.tensor(values, device=device)[:, None, None] for values in (mean, [1 / value for value in std])
+    )
+    return shift, scale
 
 
 class _Draws:

@@ -13,7 +13,7 @@ Animations give their first frame; EXIF orientation is applied. Then, by the for
     jpg     the whole image, its shorter side reduced to `size` if it is longer, as JPEG with 4:2:0 colour; a JPEG of
             three 8-bit components that is small enough and upright already is kept byte for byte
 Reduced is by a triangle filter as in torchvision's Resize, enlarged bicubically.
-A JPEG of more than twice the size needed is decoded at a half, a quarter or an eighth of it, as its format allows.
+A JPEG of four times the size needed or more is decoded at a half, a quarter or an eighth of it, as its format allows.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ class Images(Protocol):
     def batches(
         self, order: np.ndarray, batch_size: int
     ) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
-        """(images, index) on the device for order[0:b], order[b:2b], ...: the central square of each image.
+        """(images on the device, index on the host) for order[0:b], order[b:2b], ...: the central square of each image.
 
         The last batch may be partial; nothing is dropped, padded or reordered; `order` may repeat indices and have any
         length. Arguments are judged at once, not at the first batch.
@@ -150,10 +150,6 @@ def to_device(pixels: UInt8[np.ndarray, "b h w 3"], device: torch.device, channe
     """A batch on the device, channels first."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     return to_grey(images) if channels == 1 else images.contiguous()
-
-
-def to_index(index: Int64[np.ndarray, " b"], device: torch.device) -> Int64[Tensor, " b"]:
-    return torch.from_numpy(index.copy()).to(device)
 
 
 def to_grey(images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 1 h w"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spice_dist.data.beton import BetonInfo, Samples
 from spice_dist.data.crops import Crop, Key, boxes, central_squares
-from spice_dist.data.images import Handover, to_device, to_index
+from spice_dist.data.images import Handover, to_device
 from spice_dist.data.order import check_order, global_batches
 
 BATCHES_AHEAD = 2
@@ -75,7 +75,7 @@ class PackedImages:
         try:
             for index in batches:
                 parts = handover.get(reader)
-                yield [to_device(part, self._device, self.channels) for part in parts], to_index(index, self._device)
+                yield [to_device(part, self._device, self.channels) for part in parts], torch.from_numpy(index.copy())
         finally:
             handover.close(reader)
 

@@ -30,15 +30,15 @@ class ResidentImages:
 
     def _serve(self, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:
-            index = torch.from_numpy(batch.copy()).to(self._images.device)
-            yield self._images[index], index
+            index = torch.from_numpy(batch.copy())
+            yield self._images[index.to(self._images.device, non_blocking=True)], index
 
     def crops(
         self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """As `Images.crops`: cut on the device, antialiased."""
         for images, index in self.batches(order, batch_size):
-            host = index.cpu().numpy()
+            host = index.numpy()
             sides = np.full(len(host), self.size)
             cuts = [(boxes(crop, key, host, sides, sides), crop.size) for crop, key in crops]
             yield [cut(images.float(), box, size, size).round().byte() for box, size in cuts], index

@@ -21,7 +21,7 @@ from torch import nn
 
 from spice_dist.distributed import trackers
 from spice_dist.distributed.worker import LocalWorker
-from spice_dist.errors import Interrupted, UserError
+from spice_dist.errors import Interrupted, UserError, out_of_memory
 from spice_dist.task import Task
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
@@ -195,6 +195,8 @@ def _train_loop(options: dict[str, Any]) -> str:
         return "interrupted"
     except UserError as error:
         return f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        return f"error: {out_of_memory(options['stage'], error)}"
     return "done"
 
 

@@ -100,9 +100,10 @@ class LocalWorker:
         self.summed += 1
         self._show(step, total, metrics)
         if step % max(1, total // 100) == 0 or step == total:
+            self._require_finite(step, metrics["loss"])
             self._write_means(step, probes)
         if self.device.type == "cpu" or step % 10 == 0 or step == total:
-            self._save_or_stop(step, total, save)
+            self._save_or_stop(step, total, metrics["loss"], save)
 
     def _show(self, step: int, total: int, metrics: dict[str, Tensor]) -> None:
         if self.rank == 0 and (time.monotonic() - self.shown_at > 0.5 or step == total):
@@ -118,12 +119,20 @@ class LocalWorker:
             self.log.write(step, dict(zip(names, means.tolist(), strict=True)))
         self.sums, self.summed = {}, 0
 
-    def _save_or_stop(self, step: int, total: int, save: Callable[[], Tensors]) -> None:
+    def _require_finite(self, step: int, loss: Tensor) -> None:
+        """UserError on all workers if the loss of any is infinite or no number."""
+        if not torch.isfinite(collectives.mean(loss.detach().float())):
+            raise UserError(
+                f"the loss of {self.stage} is not finite at step {step}; lower {self.stage}.lr and run again"
+            )
+
+    def _save_or_stop(self, step: int, total: int, loss: Tensor, save: Callable[[], Tensors]) -> None:
         due = time.monotonic() - self.saved_at > self.checkpoint_seconds
         wish = STOP if self.stop_requested() else SAVE if due else NOTHING
         decision = collectives.largest_int(wish, self.device)  # all workers save and stop at the same step
         if decision == NOTHING and step < total:
             return
+        self._require_finite(step, loss)  # no checkpoint holds what cannot be gone on with
         error = self._save(step, total, save) if self.rank == 0 else None
         self.saved_at = time.monotonic()
         failed = collectives.largest_int(int(error is not None), self.device)  # no worker goes on before all know

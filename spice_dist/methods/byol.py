@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spice_dist import losses
 from spice_dist.data.augment import MOCO_V2, View
+from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import (
@@ -39,7 +40,7 @@ class BYOLConfig:
     epochs: int = 1000
     batch: int = 256  # images per optimizer step, all workers together
     lr: float = 0.03  # for this global batch; falls to 0 along a cosine
-    warmup: float = 10.0  # epochs over which it rises first
+    warmup: float = 0.0  # epochs over which it rises first; the paper has 10 of its 1,000
     weight_decay: float = 5e-4  # on every parameter
     momentum: float = 0.996  # of the target network at the start; it rises to 1 along a cosine
     hidden: int = 4096  # width of the hidden layer of projection and prediction
@@ -96,8 +97,8 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
         follow(target, online[:2], target_momentum(config.momentum, step / total))
 
         probes = {
-            "uniformity": lambda seen=seen: losses.uniformity(torch.cat(seen)),
-            "effective_rank": lambda seen=seen: losses.effective_rank(torch.cat(seen)),
+            "uniformity": lambda seen=seen: losses.uniformity(collectives.all_gather(torch.cat(seen))),
+            "effective_rank": lambda seen=seen: losses.effective_rank(collectives.all_gather(torch.cat(seen))),
         }
         # the loss is the distance of both directions: half of it is their alignment
         metrics = {"loss": loss, "alignment": loss / 2}
@@ -112,7 +113,10 @@ def target_momentum(first: float, progress: float) -> float:
 
 def check(task: Task, config: BYOLConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    require_positive("byol", epochs=config.epochs, batch=config.batch, hidden=config.hidden, dim=config.dim)
+    sizes = {"epochs": config.epochs, "batch": config.batch, "hidden": config.hidden, "dim": config.dim}
+    require_positive("byol", lr=config.lr, **sizes)
+    if config.weight_decay < 0:
+        raise UserError(f"byol.weight_decay is {config.weight_decay}; give 0 or more")
     check_batch(task, "byol", config.batch, num_images)
     if not 0 <= config.momentum < 1:
         raise UserError(f"byol.momentum is {config.momentum}; give 0 or more, and less than 1")

@@ -118,11 +118,9 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
 
         staleness.measure(task, step, key_net, key_view, keys[0], passes, worker)
         queue.push(torch.cat(keys), step)
-        probes = {
-            "uniformity": partial(losses.uniformity, keys[0]),
-            "effective_rank": partial(losses.effective_rank, queue.keys),
-            **staleness.probe(),
-        }
+        probes = {"uniformity": partial(losses.uniformity, keys[0]), **staleness.probe()}
+        if (step + 1) * config.new_keys >= config.queue:  # before, there are random vectors in it
+            probes["effective_rank"] = partial(losses.effective_rank, queue.keys)
         metrics = {"loss": loss, "alignment": alignment}
         worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
     images.close()
@@ -134,7 +132,7 @@ def shuffled_keys(
 ) -> Tensor:
     """Shuffle-BN: keys (B, dim) of the global batch in its order, each normalised among other images than its query."""
     views = collectives.all_gather(view)
-    order = torch.from_numpy(np.random.default_rng(key).permutation(len(views))).to(view.device)
+    order = torch.from_numpy(np.random.default_rng(key).permutation(len(views))).to(view.device, non_blocking=True)
     own = views[order.chunk(worker.world)[worker.rank]]
     with autocast(worker.device, task.precision):
         keys = torch.cat([unit(key_net(part)).float() for part in own.chunk(passes)])
@@ -180,12 +178,17 @@ class Staleness:
 
 def check(task: Task, config: MoCoConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    require_positive(
-        "moco", epochs=config.epochs, batch=config.batch, queue=config.queue, temperature=config.temperature
-    )
+    sizes = {"epochs": config.epochs, "batch": config.batch, "queue": config.queue, "dim": config.dim}
+    require_positive("moco", lr=config.lr, temperature=config.temperature, **sizes)
+    if not 0 <= config.momentum <= 1:
+        raise UserError(f"moco.momentum is {config.momentum}; give 0 to 1, such as 0.999")
+    if config.weight_decay < 0:
+        raise UserError(f"moco.weight_decay is {config.weight_decay}; give 0 or more")
     check_batch(task, "moco", config.batch, num_images)
     if config.optimizer not in ("sgd", "lars"):
         raise UserError(f'moco.optimizer is "{config.optimizer}"; it can be sgd or lars')
+    if config.optimizer == "lars" and config.weight_decay == 0:
+        raise UserError("lars adapts the step only of what decays: set moco.weight_decay above 0, such as 1e-6")
     if not 0 <= config.warmup < config.epochs:
         raise UserError(f"moco.warmup is {config.warmup} epochs; give 0 or more, and fewer than moco.epochs")
     if not config.new_keys <= config.queue <= num_images:

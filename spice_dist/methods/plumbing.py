@@ -56,29 +56,29 @@ def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int
 
 
 def passes_that_fit(task: Task, module: nn.Module, batch: int, view: View, worker: Worker) -> int:
-    """`passes_per_step` of a batch of `batch` images of all workers, twice as many if memory does not suffice.
+    """`passes_per_step` of a batch of `batch` images of all workers, twice as many if a GPU's memory does not suffice.
 
     Smaller passes keep the global batch and its BatchNorm groups, so the result stays up to float tolerance. Found by a
     forward and backward pass over black images, whose effects are undone.
 
     Raises:
-        UserError: half the images at once are still too many; it names the sizes.
+        UserError: half the images at once are still too many, or there is one group only; it names the sizes.
     """
     groups, side = task.bn_groups // worker.world, view.size or task.data.size
     passes = passes_per_step(module, groups, worker.device)
-    first = passes
-    while True:
-        shape = (batch // worker.world // passes, task.data.channels, side, side)
-        if not collectives.largest_int(_exhausts_memory(module, shape, task, worker.device), worker.device):
-            return passes
-        if passes > first or 2 * passes > groups or groups % (2 * passes):
-            size = "x".join(map(str, shape[1:]))
-            raise UserError(
-                f"out of memory with {shape[0]} images of {size} in one pass; set a smaller batch, or more bn_groups "
-                f"(now {task.bn_groups}), each of which can be a pass of its own"
-            )
-        passes *= 2
-        set_groups(module, groups // passes)
+    if worker.device.type == "cpu":
+        return passes  # there the kernel kills, nothing is raised; and each group is a pass already
+    size = (task.data.channels, side, side)
+    for tried in (passes, 2 * passes):
+        if groups % tried == 0:
+            set_groups(module, groups // tried)
+            shape = (batch // worker.world // tried, *size)
+            if not collectives.largest_int(_exhausts_memory(module, shape, task, worker.device), worker.device):
+                return tried
+    raise UserError(
+        f"out of memory with {batch // worker.world // passes} images of {'x'.join(map(str, size))} in one pass, and "
+        f"half of them; set a smaller batch, or more bn_groups (now {task.bn_groups}): a pass holds one at least"
+    )
 
 
 def _exhausts_memory(module: nn.Module, shape: tuple[int, ...], task: Task, device: torch.device) -> int:
@@ -116,8 +116,11 @@ def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:
             f"{stage}.batch is {batch}, more than the {num_images} images; "
             f"set it to {fits} or less (--set {stage}.batch=...)"
         )
-    if batch % task.bn_groups:
-        raise UserError(f"{stage}.batch is {batch}, which is not a multiple of bn_groups, {task.bn_groups}")
+    if batch % task.bn_groups or batch < 2 * task.bn_groups:
+        raise UserError(
+            f"{stage}.batch is {batch}; it must be a multiple of bn_groups, {task.bn_groups}, with two images or more "
+            f"for each of these groups"
+        )
 
 
 def new_backbone(task: Task) -> Backbone:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.data.augment import IMAGENET, SCAN_STRONG, SCAN_WEAK, Key, Statistics, View
+from spice_dist.data.augment import SCAN_STRONG, SCAN_WEAK, Key, View
 from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -70,7 +70,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     for step in range(start, total):
         chosen = np.random.default_rng([task.seed, step, ORDER]).permutation(num_images)[:batch]
         views = [(config.weak, (task.seed, step, WEAK)), (config.strong, (task.seed, step, STRONG))]
-        weak, strong = view_features(backbone, images, chosen, views, task.backbone.statistics)
+        weak, strong = view_features(task, backbone, images, chosen, views)
 
         with torch.no_grad():  # E-step
             probs = heads(weak).softmax(2)
@@ -88,8 +88,8 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
         if (step + 1) % steps_per_epoch == 0:
             selection.update(heads, features, config.center_fraction)
-        metrics = {"loss": losses / len(order), "select_loss": selection.loss.min()}
-        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer))
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        worker.report(step + 1, total, {"loss": losses / len(order)}, lambda: state_of(parts, optimizer), probes)
     images.close()
 
 
@@ -116,18 +116,18 @@ class Selection(nn.Module):
 
 @torch.no_grad()
 def view_features(
+    task: Task,
     backbone: Backbone,
     images: Images,
     index: np.ndarray,
     views: Sequence[tuple[View, Key]],
-    statistics: Statistics = IMAGENET,
     chunk: int = 512,
 ) -> list[Tensor]:
     """For each kind of random view the unit-norm features (M, D), in the order of `index`; every image is read once."""
     found: list[list[Tensor]] = [[] for _ in views]
-    for batch, _ in augment.view_batches(images, index, chunk, views, statistics):
+    for batch, _ in augment.view_batches(images, index, chunk, views, task.backbone.statistics):
         for features, view in zip(found, batch, strict=True):
-            with autocast(view.device):
+            with autocast(view.device, task.precision):
                 features.append(unit(backbone(view).float()))
     return [torch.cat(features) for features in found]
 

@@ -79,7 +79,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
 
     net.train()
     passes = passes_per_step(net, groups, worker.device)
-    targets = torch.from_numpy(labels).to(worker.device)
+    targets = torch.from_numpy(labels)
     labelled = config.labelled // worker.world
     position = own_positions(config, worker)
     stream = images_of_steps(images, reliable, manifest.training, config, task.seed, start, worker)
@@ -93,7 +93,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         sums = torch.zeros(3, device=worker.device)
         views = by_group([weak[:labelled], weak[labelled:], strong], groups)  # G V C H W
         sizes = [labelled // groups, *[len(strong) // groups] * 2]
-        labels_of_pass = targets[index[:labelled]].chunk(passes)
+        labels_of_pass = targets[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
             with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
                 logits = model(view.flatten(0, 1)).unflatten(0, view.shape[:2])

@@ -33,7 +33,7 @@ POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "pooled": partial(nn.MaxPool2d, 2, padding=1),  # SPICE's ClusterResNet, for 32 to 96 pixels
 }
 NAMED = 3  # tensors of each kind that an error lists
-MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)  # of timm's filters
+MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)  # of timm, told a wrong size
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,16 @@ def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Bac
         UserError: there is no such network, it cannot take such images, or its weights cannot be had or do not fit.
     """
     return Backbone(config, channels, size, pretrained=True)
+
+
+def for_untrained(name: str) -> dict[str, Any]:
+    """The settings, by dotted names, with which a recipe's network is replaced by another of timm."""
+    import timm
+
+    _check_name(name)
+    own: dict[str, Any] = {"backbone.name": name, "backbone.widths": (), "backbone.depths": ()}
+    resnet = name.partition(".")[0] in timm.list_models(module="resnet")  # others have no stem to shrink
+    return own if resnet else {**own, "backbone.stem": "native"}
 
 
 def for_pretrained(name: str, weights: str) -> dict[str, Any]:
@@ -287,6 +297,8 @@ def _create(config: BackboneConfig, channels: int, size: int, pretrained: bool =
             return timm.create_model(config.name, **options)
     except TypeError as error:
         raise UserError(f"backbone {config.name} takes no widths or depths ({error}); leave both empty") from error
+    except MISFITS as error:
+        raise _unfit(size, error) from error
 
 
 def _shrink_stem(body: nn.Module, stem: str) -> None:
@@ -311,11 +323,15 @@ def _feature_width(body: nn.Module, channels: int, size: int) -> int:
     training = body.training
     try:
         return body.eval()(torch.zeros(1, channels, size, size)).shape[1]
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"this backbone cannot take images of {size} pixels ({reason}); raise data.size") from error
+    except MISFITS as error:
+        raise _unfit(size, error) from error
     finally:
         body.train(training)
+
+
+def _unfit(size: int, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"this backbone cannot take images of {size} pixels ({reason}); set another data.size")
 
 
 def _check_patches(body: nn.Module, size: int) -> None:

@@ -5,6 +5,9 @@ Tolerances are on values in [0, 1]. LEVEL is one 8-bit step: Pillow rounds or tr
 
 import itertools
 import math
+import os
+import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -249,6 +252,23 @@ def test_a_flip_is_exact_and_has_its_probability(probability: float):
     flipped = (found == plain.flip(-1)).flatten(1).all(1)
     assert ((found == plain).flatten(1).all(1) ^ flipped).all()
     assert abs(flipped.float().mean() - probability) < 4 * (probability * (1 - probability) / 4000) ** 0.5
+
+
+def test_a_forked_child_makes_views_too():
+    """It has none of the threads that its parent keeps for them."""
+    images, index = photos(48, 64), torch.arange(8)
+    expected = apply(MOCO, images, index, KEY)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(apply(MOCO, images, index, KEY), expected) else 1)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
 
 
 def test_a_flip_comes_after_the_crop():

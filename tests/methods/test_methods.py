@@ -213,7 +213,7 @@ def test_keys_are_normalised_among_other_images_than_their_queries(small_run):
         ({"moco.batch": 300}, "moco", "more than the 200 images"),
         ({"moco.queue": 60}, "moco", "must hold the 64 keys of a step"),
         ({"moco.queue": 201}, "moco", "one of each of the 200 images"),
-        ({"moco.batch": 65, "moco.queue": 130}, "moco", "not a multiple of bn_groups"),
+        ({"moco.batch": 65, "moco.queue": 130}, "moco", "must be a multiple of bn_groups"),
         ({"clusters": 101}, "spice_self", "ask for 100 clusters or fewer"),
         ({"spice_semi.labelled": 15}, "spice_semi", "a multiple of bn_groups"),
         ({"spice_semi.init": "warm"}, "spice_semi", 'can be "scratch" or "stage2"'),

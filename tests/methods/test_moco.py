@@ -16,7 +16,7 @@ from spice_dist.data.images import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.methods import byol, moco, plumbing
-from spice_dist.methods.plumbing import finished, new_backbone, view_pairs
+from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_pairs
 from spice_dist.models.heads import MLP, Projection
 from spice_dist.models.momentum import Queue
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d
@@ -185,6 +185,12 @@ def test_lars_trains_and_decays_kernels_only(without_stage):
         ({"moco.optimizer": "adam"}, "sgd or lars"),
         ({"moco.warmup": 3}, "fewer than moco.epochs"),
         ({"moco.queue": 100, "moco.symmetric": True}, "must hold the 128 keys"),
+        ({"moco.lr": -1}, "moco.lr is -1"),
+        ({"moco.dim": 0}, "moco.dim is 0"),
+        ({"moco.momentum": 2}, "give 0 to 1"),
+        ({"moco.weight_decay": -1}, "0 or more"),
+        ({"moco.batch": 2}, "two images or more"),
+        ({"moco.optimizer": "lars", "moco.weight_decay": 0}, "moco.weight_decay above 0"),
     ],
 )
 def test_options_out_of_range_are_one_line(changes, words):
@@ -202,9 +208,8 @@ def test_byol_options_out_of_range_are_one_line():
 
 def test_a_batch_that_exhausts_memory_is_halved_once_and_then_told(monkeypatch, tmp_path):
     config = override(SMALL, {"bn_groups": 4})
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), SplitBatchNorm2d(2))
-    worker = LocalWorker(tmp_path, "none", CPU)
-    monkeypatch.setattr(plumbing, "passes_per_step", lambda module, groups, device: 1)  # as on a GPU
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), SplitBatchNorm2d(2)).to("meta")  # all of a GPU but the computing
+    worker = LocalWorker(tmp_path, "none", torch.device("meta"))
     seen: list[int] = []
 
     def limited(images: int):
@@ -224,8 +229,15 @@ def test_a_batch_that_exhausts_memory_is_halved_once_and_then_told(monkeypatch, 
     assert (norm.groups, norm.pending) == (2, [])
     assert net[0].weight.grad is None
     monkeypatch.setattr(nn.Conv2d, "forward", limited(16))
-    with pytest.raises(UserError, match="out of memory with 32 images of 1x8x8 in one pass"):
+    with pytest.raises(UserError, match="out of memory with 64 images of 1x8x8 in one pass, and half of them"):
         plumbing.passes_that_fit(config, net, 64, config.moco.view, worker)
+
+
+def test_a_loss_that_is_not_finite_stops_in_one_line_and_is_never_saved(without_stage):
+    run = without_stage("moco")
+    with pytest.raises(UserError, match="lower moco.lr"):
+        TRAIN["moco"](override(SMALL, {"moco.lr": 1e30}), LocalWorker(run, "moco", CPU))
+    assert not list((run / "moco/checkpoints").glob("*"))
 
 
 def test_features_are_embedded_only_where_an_earlier_call_left_none(small_run, tmp_path, monkeypatch):
@@ -235,14 +247,30 @@ def test_features_are_embedded_only_where_an_earlier_call_left_none(small_run, t
     torn = whole.copy()
     torn[57:123] = 0
     torn[9, 16:] = 0  # half a row
-    np.save(run / "features/features.partial.npy", torn)
     (run / "features/features.npy").unlink()
+    partial = run / f"features/features.{inference._called(SMALL, load_backbone(SMALL, run))}.partial.npy"
+    np.save(partial, torn)
+    np.save(run / "features/features.0123456789abcdef.partial.npy", np.ones_like(whole))  # of another network
     asked: list[np.ndarray] = []
     real = inference.outputs
     monkeypatch.setattr(inference, "outputs", lambda *a, **k: (asked.append(a[2]), real(*a, **k))[1])
     inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
     assert asked[0].tolist() == [9, *range(57, 123)]
     np.testing.assert_allclose(np.load(run / "features/features.npy"), whole, atol=1e-3)
+    assert [path.name for path in (run / "features").glob("*.npy")] == ["features.npy"]
+
+
+def test_features_that_find_no_room_on_the_disk_are_one_line(small_run, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "features/features.npy").unlink()
+    monkeypatch.setattr(inference.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    assert not list((run / "features").glob("*.npy"))
 
 
 def test_training_in_bfloat16_on_a_cpu_is_near_to_float32(without_stage):
