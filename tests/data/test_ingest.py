@@ -376,6 +376,9 @@ def test_no_child_and_no_thread_outlives_an_ingest_that_is_stopped(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         ingest(source_of(*[encoded(random_image(0))] * 300), tmp_path, size=8, workers=2, progress=stop)
+    deadline = time.monotonic() + 5  # /proc may lag behind
+    while children() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert children() == before
     assert threading.active_count() == threads
 
