@@ -524,7 +524,6 @@ def _random_operation(x: Tensor, draws: _Draws, reach: float) -> Tensor:
     chosen = (draws.on_host(1)[:, 0] * len(OPERATIONS)).long()
     magnitude = draws.uniform(0, 1)[0]
     sign = torch.where(draws.chance(0.5), 1.0, -1.0)
-    x = x.clone()
     for number, name in enumerate(OPERATIONS):
         rows = draws.on_device((chosen == number).nonzero()[:, 0])
         if len(rows):
