@@ -42,7 +42,7 @@ class FFCVDecoder:
     """`Decoder` with libjpeg-turbo and OpenCV as FFCV links them."""
 
     def decode(self, data: bytearray, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        """DamagedFile if the bytes are no JPEG of this size."""
+        """DamagedFile if the bytes cannot be decoded; that they are of this size, the caller has made sure."""
         height, width = out.shape[:2]
         encoded = np.frombuffer(data, np.uint8)
         if _native().imdecode(encoded, out, height, width, height, width):

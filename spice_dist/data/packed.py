@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from spice_dist.data.beton import BetonInfo, Samples
+from spice_dist.data.beton import BetonInfo, Samples, jpeg_size
 from spice_dist.data.crops import Crop, Key, boxes, central_squares
 from spice_dist.data.images import Handover, to_device
 from spice_dist.data.order import check_order, global_batches
+from spice_dist.errors import DamagedFile
 
 BATCHES_AHEAD = 2
 Prepare = Callable[[np.ndarray], list[np.ndarray]]
@@ -122,8 +123,12 @@ class PackedImages:
         info = self._samples.info
         if info.format == "raw":
             return self._samples.raw(np.array([i]))[0]
-        pixels = np.empty((int(info.heights[i]), int(info.widths[i]), 3), np.uint8)
-        self._decoder.decode(self._samples.encoded(i), pixels)
+        shape = int(info.heights[i]), int(info.widths[i])
+        data = self._samples.encoded(i)
+        if jpeg_size(data) != shape:  # libjpeg-turbo would fill a part of the buffer and report nothing
+            raise DamagedFile(f"{info.path}: image {i} is not a JPEG of {shape[1]}x{shape[0]} pixels: pack again")
+        pixels = np.empty((*shape, 3), np.uint8)
+        self._decoder.decode(data, pixels)
         return pixels
 
 

@@ -15,7 +15,7 @@ class PillowDecoder:
     """
 
     def decode(self, data: bytearray, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        """DamagedFile if the bytes are no JPEG of this size."""
+        """DamagedFile if the bytes cannot be decoded; that they are of this size, the caller has made sure."""
         from PIL import Image
 
         try:
