@@ -87,7 +87,7 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
 
 
 def cifar10(num_images: int = 60_000) -> Config:
-    """SPICE's settings for CIFAR-10; train and test merged take days on one GPU: 1,000 epochs, then 2^20 steps.
+    """SPICE's settings for CIFAR-10, train and test merged: 1,000 epochs, then 2^20 steps.
 
     Stage 3 trains the backbone of stages 1 and 2 anew; the paper takes a WideResNet-28-2 there.
     """
@@ -101,7 +101,7 @@ def cifar10(num_images: int = 60_000) -> Config:
 
 
 def cifar10_short(num_images: int = 60_000) -> Config:
-    """CIFAR-10 in hours on one GPU: stage 1 as MoCo's authors show it for CIFAR, ResNet-18 and 200 epochs.
+    """CIFAR-10 on one GPU: stage 1 as MoCo's authors show it for CIFAR, ResNet-18 and 200 epochs.
 
     They report 82.6 % for a weighted kNN on features of the train part (85.3 with --set moco.symmetric=True).
     """

@@ -15,7 +15,7 @@ class Task:
     clusters: int = 10  # K
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
-    precision: str = "auto"  # of every stage: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
+    precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
     pretext: str = "moco"  # stage 1: "moco", "byol", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -2,7 +2,7 @@
 
 A network predicts, from one view of an image, what a slow average of itself makes of the other view. No queue, no
 temperature: nothing pushes two images of a kind apart, which suits clusters. The losses of both directions are added.
-The defaults are those of small images on one GPU: batch 256, lr 0.03 per 256 images, momentum 0.996 rising to 1.
+Momentum 0.996 rising to 1 is the paper's; the other defaults are ours for small images and SGD, and were not searched.
 """
 
 import math

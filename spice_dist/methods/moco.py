@@ -44,7 +44,7 @@ class MoCoConfig:
     batch: int = 128  # images per optimizer step, all workers together
     lr: float = 0.015  # for this global batch; falls to 0 along a cosine, epoch by epoch
     warmup: float = 0.0  # epochs over which the learning rate rises first; as published there are none
-    optimizer: str = "sgd"  # or "lars", for batches of thousands; its lr is per 256 images about 0.3
+    optimizer: str = "sgd"  # or "lars", for batches of thousands
     weight_decay: float = 1e-4  # on every parameter; of lars on kernels only
     momentum: float = 0.999  # mu, of the key network
     temperature: float = 0.2  # tau
@@ -91,8 +91,8 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     staleness = Staleness(config.queue // config.new_keys)
     views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
     for step, (query_view, key_view) in enumerate(views, start):
-        epoch = step / steps_per_epoch
-        set_lr(optimizer, config.lr * warm_up(epoch, config.warmup) * cosine(int(epoch) / config.epochs))
+        rise, fall = warm_up(step / steps_per_epoch, config.warmup), cosine(step // steps_per_epoch / config.epochs)
+        set_lr(optimizer, config.lr * rise * fall)
 
         follow(key_net, query_net, config.momentum)
         keys = [shuffled_keys(task, key_net, key_view, passes, (task.seed, step, KEY), worker)]
@@ -149,8 +149,8 @@ def _by_pass(view: Tensor, keys: Tensor, passes: int, worker: Worker) -> list[tu
 class Staleness:
     """How far keys are from what the key network would make of the same views when they leave the queue.
 
-    1 - cosine, the mean of one batch at a time: 0 is fresh, 1 unrelated. Above some 0.1 a shorter queue or a momentum
-    nearer to 1 is worth a try. Costs one forward pass for each time that the queue is filled.
+    1 - cosine, the mean of one batch at a time: 0 is fresh, 1 unrelated. A shorter queue or a momentum nearer to 1
+    lowers it. Costs one forward pass for each time that the queue is filled.
     """
 
     def __init__(self, lag: int):

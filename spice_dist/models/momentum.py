@@ -30,7 +30,7 @@ def copy_buffers(slow: nn.Module, fast: nn.Module) -> None:
 
 
 class Queue(nn.Module):
-    """A ring of the last `size` keys, a multiple of nothing; starts as random unit vectors.
+    """A ring of the last `size` keys, any number; starts as random unit vectors.
 
     Where the next keys go is a function of the step: there is nothing to save and the device is never asked.
     """
