@@ -14,6 +14,7 @@ Animations give their first frame; EXIF orientation is applied. Then, by the for
             three 8-bit components that is small enough and upright already is kept byte for byte
 Reduced is by a triangle filter as in torchvision's Resize, enlarged bicubically.
 A JPEG of four times the size needed or more is decoded at a half, a quarter or an eighth of it, as its format allows.
+One that is kept is decoded at an eighth, to check it: all of its compressed data is read for that, as for a whole one.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ class Packed:
     height: int
     width: int
     crc32: int  # of the stored bytes
-    digest: str  # SHA-256 of its pixels before they were stored, hex
+    digest: str  # SHA-256, hex, of what is stored, metadata aside: pixels, or a JPEG without EXIF, comments, ...
     animated: bool = False  # only the first frame was taken
     warned: bool = False  # the decoder complained about the file, but decoded it
 
@@ -91,24 +92,25 @@ def pack_image(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, byte
 def _pack(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, bytes]:
     if not isinstance(data, bytes):
         return _store(_of_array(data), packing)
-    with warnings.catch_warnings(record=True) as complaints:
+    with warnings.catch_warnings(record=True) as complaints, _opened(data) as image:
         warnings.simplefilter("always")
-        image, as_stored, animated = _decode(data, packing)
-        kept = data if packing.format == "jpg" and as_stored and jpeg_size(data) == image.size[::-1] else None
-        packed, stored = _store(image, packing, kept)
-    return Packed(**{**asdict(packed), "animated": animated, "warned": bool(complaints)}), stored
+        animated = _is_animated(image)
+        if packing.format == "jpg" and _is_fit(image, data, packing.size):
+            packed, stored = _keep(image, data), data
+        else:
+            packed, stored = _store(_decode(image, packing.size), packing)
+    return replace(packed, animated=animated, warned=bool(complaints)), stored
 
 
-def _store(image: "Image.Image", packing: Packing, kept: bytes | None = None) -> tuple[Packed, bytes]:
+def _store(image: "Image.Image", packing: Packing) -> tuple[Packed, bytes]:
     if packing.format == "raw":
-        pixels = _square(image, packing.size)
-        stored = pixels.tobytes()
+        height = width = packing.size
+        stored = _square(image, packing.size).tobytes()
     else:
         reduced = _reduced(image, packing.size)
-        pixels = np.asarray(reduced)
-        stored = kept if kept is not None and reduced is image else _jpeg(reduced, packing.quality)
-    height, width = pixels.shape[:2]
-    return Packed(height, width, zlib.crc32(stored), hashlib.sha256(pixels.data).hexdigest()), stored
+        width, height = reduced.size
+        stored = _jpeg(reduced, packing.quality)
+    return Packed(height, width, zlib.crc32(stored), hashlib.sha256(stored).hexdigest()), stored
 
 
 def _of_array(array: UInt8[np.ndarray, "..."]) -> "Image.Image":
@@ -121,12 +123,10 @@ def _of_array(array: UInt8[np.ndarray, "..."]) -> "Image.Image":
     return Image.fromarray(np.ascontiguousarray(rgb))
 
 
-def _decode(data: bytes, packing: Packing) -> tuple["Image.Image", bool, bool]:
-    """(RGB image, whether its pixels stand in the file like this, whether there are more frames).
-
-    The size in the header is judged before a single pixel is decoded.
-    """
-    from PIL import Image, ImageOps
+@contextmanager
+def _opened(data: bytes) -> Iterator["Image.Image"]:
+    """The image before a single pixel is decoded; BadImage by the size that its header states."""
+    from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
@@ -136,18 +136,28 @@ def _decode(data: bytes, packing: Packing) -> tuple["Image.Image", bool, bool]:
             raise BadImage(f"{width}x{height} pixels, sides must be {MIN_SIDE} .. {MAX_SIDE}")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise BadImage(f"{width}x{height} pixels, one side more than {MAX_ASPECT} times the other")
-        if image.format == "JPEG" and min(width, height) >= 4 * packing.size:
-            wanted = 2 * packing.size / min(width, height)
-            image.draft(None, (max(1, int(width * wanted)), max(1, int(height * wanted))))
-        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # MPO: a JPEG with a preview behind it
-        image.load()
-        try:
-            upright = image.getexif().get(ORIENTATION, 1) == 1
-            rotated = image if upright else ImageOps.exif_transpose(image)
-        except Exception:  # the pixels are decoded: metadata that is damaged is no reason to lose them
-            upright, rotated = False, image
-        as_stored = image.format == "JPEG" and image.mode == "RGB" and upright
-        return _to_rgb(rotated), as_stored, animated
+        yield image
+
+
+def _decode(image: "Image.Image", size: int) -> "Image.Image":
+    """Its first frame, upright and in RGB."""
+    from PIL import ImageOps
+
+    if image.format == "JPEG" and min(image.size) >= 4 * size:
+        wanted = 2 * size / min(image.size)
+        image.draft(None, (max(1, int(image.width * wanted)), max(1, int(image.height * wanted))))
+    image.load()
+    with suppress(Exception):  # the pixels are decoded: metadata that is damaged is no reason to lose them
+        image = image if _is_upright(image) else ImageOps.exif_transpose(image)
+    return _to_rgb(image)
+
+
+def _is_animated(image: "Image.Image") -> bool:
+    return image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # MPO: a JPEG with a preview behind it
+
+
+def _is_upright(image: "Image.Image") -> bool:
+    return image.getexif().get(ORIENTATION, 1) == 1
 
 
 def _to_rgb(image: "Image.Image") -> "Image.Image":
@@ -187,6 +197,42 @@ def _reduced(image: "Image.Image", size: int) -> "Image.Image":
         return image
     width, height = (max(MIN_SIDE, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+
+
+def _is_fit(image: "Image.Image", data: bytes, size: int) -> bool:
+    """Whether the file can be stored as it is: a JPEG of three 8-bit components, upright, small enough and plain."""
+    if image.format != "JPEG" or image.mode != "RGB" or jpeg_size(data) != (image.height, image.width):
+        return False
+    if min(image.size) > size or max(image.size) > MAX_STORED_SIDE:
+        return False
+    try:
+        return _is_upright(image)
+    except Exception:  # damaged metadata: stored anew, without it
+        return False
+
+
+def _keep(image: "Image.Image", data: bytes) -> Packed:
+    """What is known of a JPEG that is stored as it is, once all of it could be decoded."""
+    width, height = image.size
+    image.draft(None, (max(1, width // 8), max(1, height // 8)))
+    image.load()
+    return Packed(height, width, zlib.crc32(data), _digest_of_jpeg(data))
+
+
+def _digest_of_jpeg(data: bytes) -> str:
+    """SHA-256 of a file that has a `jpeg_size`, without what says nothing of its pixels."""
+    total = hashlib.sha256()
+    position = 2
+    while (marker := data[position + 1]) != 0xDA:
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = data[position:end]
+        if marker == 0xE0 and segment[4:9] == b"JFIF\0":  # that it is there tells the colours; its density does not
+            total.update(segment[4:9])
+        elif not 0xE0 <= marker <= 0xEF and marker != 0xFE or marker == 0xEE and segment[4:9] == b"Adobe":
+            total.update(segment)
+        position = end
+    total.update(memoryview(data)[position:])
+    return total.hexdigest()
 
 
 def _jpeg(image: "Image.Image", quality: int) -> bytes:

@@ -33,6 +33,7 @@ NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
 BESIDE = {".json": "dataset.beton.json", ".paths.jsonl": "paths.jsonl", ".labels.npy": "labels.npy"}
 BESIDE |= {".quarantine.csv": "quarantine.csv"}  # suffix behind the name of a packed file -> name in a folder
 LINKED = ("dataset.beton", "dataset.beton.json")
+DIGESTS = 2  # what `Packed.digest` is of: a journal with others is not gone on with
 RECORD = np.dtype(
     [
         ("kept", "u1"),
@@ -61,12 +62,12 @@ class Ingested:
     bad: int  # images that could not be used: rows of quarantine.csv
     animated: int  # images of which only the first frame was taken
     warned: int  # images that the decoder complained about, but decoded
-    duplicates: int  # images whose pixels equal an earlier one's, exactly, in whatever part that is
+    duplicates: int  # images of which the same is stored as of an earlier one, exactly, in whatever part that is
     dropped: int  # how many of them were left out
     extra: int  # images that only train stages 1 and 3, after the clustered ones
     held_out: int  # images that train nothing and are scored, after those
     listing: str  # of the source and the settings: whether they are the same
-    fingerprint: str  # of names, pixels and their order: see `fingerprint_of`
+    fingerprint: str  # of names, what is stored and their order: see `fingerprint_of`
 
     @property
     def clustered(self) -> int:
@@ -137,7 +138,7 @@ def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: in
 
 def _call(source: Source, packing: Packing, drop_duplicates: bool) -> str:
     """The same for calls that give the same data set."""
-    return hashlib.sha256(json.dumps([listing(source), asdict(packing), drop_duplicates]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([listing(source), asdict(packing), drop_duplicates, DIGESTS]).encode()).hexdigest()
 
 
 def _finished(out_dir: Path, called: str) -> Ingested | None:
@@ -307,7 +308,7 @@ class _Journal:
 
 
 def _copies(records: np.ndarray, part: np.ndarray) -> dict[int, int]:
-    """Candidate of `part` -> the first one there with the same shape and pixels."""
+    """Candidate of `part` -> the first one there of which the same is stored: see `Packed.digest`."""
     _, first, group = np.unique(records[["height", "width", "digest"]][part], return_index=True, return_inverse=True)
     original = part[first[group]]
     different = original != part
@@ -447,7 +448,7 @@ def _read_paths(path: Path) -> list[str]:
 
 
 def fingerprint_of(names: list[str], digests: Any) -> str:
-    """SHA-256 over, for each image: length of its name, its name, SHA-256 of its pixels (32 bytes)."""
+    """SHA-256 over, for each image: length of its name, its name, its `Packed.digest` (32 bytes)."""
     total = hashlib.sha256()
     for name, digest in zip(names, digests, strict=True):
         encoded = os.fsencode(name)

@@ -35,6 +35,7 @@ from spice_dist.pipeline import usable_cores
 
 CPU = torch.device("cpu")
 PHOTO_SIDES = (400, 500)  # height, width
+PARTS = ("ingest", "small", "photos", "verify", "memory")
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--small", type=int, default=5_000, help="CIFAR-10 images to load")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -53,11 +55,18 @@ def main() -> None:
         cifar = np.load(options.cifar / "cifar10.npz")["train_images"][: options.small]
         print(f"{usable_cores()} cores, {len(cifar)} images of 32 px, {len(files)} photos of {PHOTO_SIDES}\n")
         print(f"{'':<44}{'peer/s':>10}{'ours/s':>10}{'ratio':>8}{'wanted':>8}")
-        bench_ingest(root, files, options.repeats)
-        bench_small(root, cifar, options.repeats)
-        bench_photos(root, options.repeats)
-        bench_verify(root)
-        bench_memory(root)
+        if {"photos", "memory"} & set(options.parts):
+            ingest(open_source(str(root / "photos")), root / "jpg", size=224, jpeg_side=400, format="jpg")
+        parts = {
+            "ingest": partial(bench_ingest, root, files, options.repeats),
+            "small": partial(bench_small, root, cifar, options.repeats),
+            "photos": partial(bench_photos, root, options.repeats),
+            "verify": partial(bench_verify, root),
+            "memory": partial(bench_memory, root),
+        }
+        for part in PARTS:
+            if part in options.parts:
+                parts[part]()
 
 
 def row(name: str, count: int, peer: Callable[[], Any], ours: Callable[[], Any], repeats: int, wanted: float) -> None:
@@ -132,7 +141,6 @@ def bench_ingest(root: Path, files: list[Path], repeats: int) -> None:
         with tempfile.TemporaryDirectory(dir=root) as out:
             ingest(source, Path(out), size=224, jpeg_side=jpeg_side, format=format, workers=cores)
 
-    ingest(source, root / "jpg", size=224, jpeg_side=400, format="jpg", workers=cores)
     kept, small, squares = partial(ours, "jpg", 400), partial(ours, "jpg"), partial(ours, "raw")
     for name, work, mine in (
         ("ingest, kept as they are / decoding", decode, kept),

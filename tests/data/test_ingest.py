@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -341,23 +340,23 @@ def test_without_the_second_try_a_child_that_dies_would_cost_its_whole_chunk(mon
 
 
 def test_a_child_killed_from_outside_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pids = []
+    started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
     class Watched(popen):
         def __init__(self, *args: object, **options: object):
             super().__init__(*args, **options)  # type: ignore
-            pids.append(self.pid)
+            started.append(self)
 
     monkeypatch.setattr(decode_pool.subprocess, "Popen", Watched)
     data = [encoded(random_image(i)) for i in range(200)]
 
     def progress(done: int, _total: int) -> None:
         if done in (1, 100):
-            os.kill(pids[-1], signal.SIGKILL)
+            started[-1].kill()
 
     result = ingest(source_of(*data), tmp_path, size=8, format="raw", workers=2, progress=progress)
-    assert len(pids) > 2
+    assert len(started) > 2
     assert (result.n, result.bad) == (200, 0)
     assert np.array_equal(stored(tmp_path), np.stack([np.asarray(random_image(i)) for i in range(200)]))
 
@@ -478,6 +477,20 @@ def test_an_animation_gives_its_first_frame_and_is_counted(tmp_path: Path):
     assert [image[0, 0].tolist() for image in stored(tmp_path)] == [[255, 0, 0]] * 3 + [[0, 255, 0]]
 
 
+def test_nothing_but_the_look_at_further_frames_counts_an_animation(monkeypatch: pytest.MonkeyPatch):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    moving = [encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("GIF", "PNG", "WEBP")]
+
+    def counted() -> int:
+        with decode.strict_pillow():
+            results = [pack_image(data, Packing("raw", 4)) for data in moving]
+        return sum(not isinstance(result, str) and result[0].animated for result in results)
+
+    assert counted() == 3
+    monkeypatch.setattr(decode, "_is_animated", lambda _: False)
+    assert counted() == 0
+
+
 def test_a_photo_with_a_preview_behind_it_is_no_animation(tmp_path: Path):
     """Cameras and phones store a second picture (MPO) in a JPEG."""
     two = encoded(random_image(0), "MPO", save_all=True, append_images=[random_image(1)])
@@ -532,6 +545,97 @@ def test_a_jpeg_that_is_fit_already_is_kept_byte_for_byte_and_any_other_is_not(p
             about, pixels = result[0], np.asarray(Image.open(io.BytesIO(result[1])))
             assert pixels.shape == (about.height, about.width, 3), name
             assert min(pixels.shape[:2]) == size, name
+
+
+def kept_jpegs() -> list[bytes]:
+    image = random_image(4, 61, 43)
+    kinds = [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"restart_marker_rows": 1},
+        {"keep_rgb": True},
+        {"optimize": True, "comment": b"with tables of its own"},
+    ]
+    return [
+        encoded(image.resize(size), "JPEG", quality=q, **o) for o in kinds for size, q in (((61, 43), 90), ((9, 8), 50))
+    ]
+
+
+def test_a_damaged_jpeg_that_would_be_kept_is_judged_as_if_it_were_decoded_whole(monkeypatch: pytest.MonkeyPatch):
+    """Only an eighth of its pixels is made, but all of its compressed data is read."""
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    rng = np.random.default_rng(3)
+    damaged = []
+    for data in kept_jpegs():
+        for how in range(40):
+            at = int(rng.integers(2, len(data) - 2))
+            new = [
+                data[:at],
+                data[:at] + b"\xff\xd9",
+                data[: at - 9] + data[at:],
+                data[: at - 1] + rng.bytes(2) + data[at + 1 :],
+            ]
+            damaged.append(new[how % 4])
+
+    def judged() -> list[str | bytes]:
+        with decode.strict_pillow():
+            results = [pack_image(data, Packing("jpg", 64)) for data in damaged]
+        return [result if isinstance(result, str) else result[1] for result in results]
+
+    def refused(results: list[str | bytes]) -> int:
+        return sum(isinstance(result, str) for result in results)
+
+    quick = judged()
+    kept = [result == data for result, data in zip(quick, damaged, strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(JpegImageFile, "draft", lambda *_: None)
+        assert judged() == quick
+    assert refused(quick) > 100
+    assert sum(kept) > 100
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_is_fit", lambda *_: False)
+        whole = judged()
+    assert [isinstance(result, str) for result in whole] == [isinstance(result, str) for result in quick]
+    monkeypatch.setattr(JpegImageFile, "load", lambda *_: None)  # by the header alone
+    unread = [
+        pack_image(data, Packing("jpg", 64))
+        for data, result in zip(damaged, quick, strict=True)
+        if isinstance(result, str) and beton.jpeg_size(data)
+    ]
+    assert unread
+    assert any(not isinstance(result, str) for result in unread)
+
+
+def test_kept_jpegs_that_differ_in_metadata_alone_are_duplicates_and_others_are_not():
+    image, exif = random_image(4, 61, 43), Image.Exif()
+    exif[0x010F] = "a camera"
+    plain = encoded(image, "JPEG")
+
+    def digest(data: bytes) -> str:
+        result = pack_image(data, Packing("jpg", 64))
+        assert not isinstance(result, str)
+        assert result[1] == data
+        return result[0].digest
+
+    options = [{"exif": exif}, {"comment": b"x"}, {"icc_profile": b"x" * 100}, {"dpi": (300, 300)}]
+    same = [plain, *(encoded(image, "JPEG", **option) for option in options)]
+    assert len(set(same)) == 5
+    assert len({digest(data) for data in same}) == 1
+    other = [encoded(random_image(5, 61, 43), "JPEG"), encoded(random_image(4, 61, 43), "JPEG", quality=76)]
+    frame = plain.index(b"\xff\xe0")
+    without_jfif = plain[:frame] + plain[frame + 18 :]
+    as_rgb = plain[:frame] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0" + plain[frame + 18 :]  # other colours
+    assert not np.array_equal(np.asarray(Image.open(io.BytesIO(as_rgb))), np.asarray(Image.open(io.BytesIO(plain))))
+    assert len({digest(data) for data in (*same, *other, without_jfif, as_rgb)}) == 5
+
+
+def test_equal_pixels_are_duplicates_where_they_are_encoded_anew(tmp_path: Path):
+    image = random_image(4, 61, 43)
+    files = [encoded(image), encoded(image, "TIFF"), encoded(image, "BMP"), encoded(random_image(5, 61, 43))]
+    assert ingest(source_of(*files), tmp_path, size=30, format="jpg").duplicates == 2
 
 
 def test_a_stored_jpeg_looks_like_its_source_at_every_size(tmp_path: Path, photos: list[np.ndarray]):
