@@ -28,6 +28,7 @@ from spice_dist.evaluate import kmeans
 from spice_dist.inference import outputs
 from spice_dist.methods.plumbing import open_dataset, place
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
+from spice_dist.neighbors import search
 from spice_dist.task import Task
 
 KINDS = ("knn", "kmeans", "linear")
@@ -262,27 +263,9 @@ def _knn(
     for start in range(0, len(test), block):
         rows = test[start : start + block]
         own = torch.arange(start, start + len(rows), device=train.device) if leave_one_out else None
-        cosines, found = _nearest(train, rows, own, k, block)
+        cosines, found = search(train, rows, k, own, block)
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # over the best one's weight: cannot overflow
         votes = weights.new_zeros(len(rows), len(classes)).scatter_add_(1, ids[found], weights)
         predicted = classes[votes.argmax(1).cpu().numpy()]
         right += int((predicted == test_labels[start : start + block]).sum())
     return right / len(test)
-
-
-def _nearest(
-    train: Float[Tensor, "N D"], rows: Float[Tensor, "B D"], own: Int[Tensor, " B"] | None, k: int, block: int
-) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
-    """The k largest cosines of each row, best first, and whose they are; never that of train row `own` of it."""
-    cosines = torch.empty((len(rows), 0), device=train.device)
-    found = torch.empty((len(rows), 0), dtype=torch.long, device=train.device)
-    for start in range(0, len(train), block):
-        others = train[start : start + block]
-        here = torch.arange(start, start + len(others), device=train.device)
-        part = rows.float() @ others.float().T
-        if own is not None:
-            part.masked_fill_(own[:, None] == here, -torch.inf)
-        cosines, found = torch.cat([cosines, part], 1), torch.cat([found, here.expand(len(rows), -1)], 1)
-        cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        found = found.gather(1, best)
-    return cosines, found
