@@ -90,7 +90,8 @@ def evaluate(
         "reliable": {
             "count": summary["count"],
             "fraction": summary["count"] / manifest.clustered,
-            "acc": _reliable_accuracy(y_true, selected, reliable, manifest.clustered),
+            "acc": None if y_true is None else reliable_accuracy(y_true, selected, reliable),
+            "advice": summary["advice"],
         },
     }
     publish_json(run / "spice_self/eval.json", score(selected))
@@ -131,14 +132,17 @@ def _true_labels(run: Path) -> np.ndarray | None:
     return np.load(path) if path.exists() else None
 
 
-def _reliable_accuracy(
-    y_true: np.ndarray | None, selected: np.ndarray, reliable: np.ndarray, clustered: int
-) -> float | None:
-    """Share of the reliable labels that are right, clusters matched to classes over all images that are clustered."""
-    kept = reliable != UNRELIABLE
-    if y_true is None or not kept.any():
+def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:
+    """Share of the reliable labels (N,) that are right, -100 meaning none; None if there is none at all.
+
+    Clusters are matched to classes over all images that `assigned` gives a cluster, -100 meaning none there too: that
+    is the matching behind the accuracy of the clustering, which this number is to be compared with. `assigned` =
+    `reliable` matches over the reliable images alone, which can only give as much or more.
+    """
+    kept, known = reliable != UNRELIABLE, assigned != UNRELIABLE
+    if not kept.any():
         return None
-    to_class = metrics.match(y_true[:clustered], selected[:clustered])
+    to_class = metrics.match(y_true[known], assigned[known])
     return float(
         np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[kept], y_true[kept], strict=True)])
     )

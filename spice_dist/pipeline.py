@@ -317,6 +317,7 @@ def _check_settings(config: Config, images: Source | Ingested, data: str) -> Non
     if config.pretext == "byol":
         byol.check(config, config.byol, images.training)
     spice_self.check(config, config.spice_self, num_images)
+    reliable.check(config.reliable)
     spice_semi.check(config, config.spice_semi)
 
 

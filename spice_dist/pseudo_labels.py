@@ -60,24 +60,74 @@ def selection_loss(
 
 
 def reliable_images(
+    agreement: Float[Tensor, " N"], confidence: Float[Tensor, " N"], ratio: float, min_confidence: float
+) -> Bool[Tensor, " N"]:
+    """SPICE eq. (7) as its code has it: agreement (6) of at least `ratio` and confidence above `min_confidence`.
+
+    The paper writes agreement > lambda and asks for no confidence: ratio = lambda + 1 / N_s, min_confidence = 0.
+    """
+    return (agreement >= ratio - 1e-6) & (confidence > min_confidence)  # 0.95 in float32 is below 0.95
+
+
+def balanced(
+    labels: Int[Tensor, " N"], reliable: Bool[Tensor, " N"], clusters: int, order: Int[Tensor, " N"]
+) -> Bool[Tensor, " N"]:
+    """As many reliable images of each cluster as the smallest has, those that come first in `order`: one that has none
+    leaves none to any other."""
+    chosen = order[reliable[order]]
+    smallest = torch.bincount(labels[chosen], minlength=clusters).min()
+    kept = torch.zeros_like(reliable)
+    kept[chosen[_places(labels[chosen], clusters) < smallest]] = True
+    return kept
+
+
+def agreement_depth(labels: Int[Tensor, " N"], neighbors: Int[Tensor, "N S"]) -> Int[Tensor, " N"]:
+    """How many of an image's neighbours, nearest first, carry its label before one does not: 0 .. S.
+
+    The k nearest neighbours all agree where the depth is at least k.
+    """
+    return (labels[neighbors] == labels[:, None]).long().cumprod(1).sum(1)
+
+
+def adaptive_depth(depth: Int[Tensor, " N"], largest: int) -> tuple[int, Int[Tensor, " S"]]:
+    """DCBoost eq. (1): the k in 2 .. `largest` of largest k n_k, and n_k, the images of depth k or more, for k from 1.
+
+    Of equal products the largest k is taken, the strictest. k is 1 where there is only one neighbour, or none.
+    """
+    passing = torch.bincount(depth, minlength=largest + 1).flip(0).cumsum(0).flip(0)[1:]
+    products = passing * torch.arange(1, largest + 1, device=depth.device)
+    if largest < 2:
+        return 1, passing
+    return largest - int(products[1:].flip(0).argmax()), passing
+
+
+def raised_to_floor(
     labels: Int[Tensor, " N"],
-    agreement: Float[Tensor, " N"],
+    reliable: Bool[Tensor, " N"],
+    score: Float[Tensor, " N"],
     confidence: Float[Tensor, " N"],
     clusters: int,
-    ratio: float,
-    min_confidence: float,
-    floor_fraction: float,
+    fraction: float,
 ) -> Bool[Tensor, " N"]:
-    """SPICE eq. (7): images whose neighbours agree with them, agreement > ratio, with confidence > min_confidence.
+    """The reliable images, and in a cluster of n with fewer than max(1, ceil(fraction n)) of them the best others.
 
-    A cluster left with fewer than `floor_fraction` of its images gets its best-agreeing ones up to that number (ties:
-    the more confident first), so that no cluster vanishes before joint training; 0 is the paper's rule alone.
+    Best is the highest `score`, of equal ones the more confident: every cluster that has an image keeps one.
     """
-    reliable = (agreement > ratio) & (confidence > min_confidence)
-    order = torch.argsort(agreement + 1e-3 * confidence, descending=True, stable=True)
-    for cluster in range(clusters):
-        members = order[labels[order] == cluster]
-        wanted = int(-(-floor_fraction * len(members) // 1))
-        if int(reliable[members].sum()) < wanted:
-            reliable[members[:wanted]] = True
-    return reliable
+    order = torch.argsort(confidence, descending=True, stable=True)
+    order = order[torch.argsort(score[order], descending=True, stable=True)]
+    order = order[torch.argsort(reliable[order].int(), descending=True, stable=True)]
+    sizes = torch.bincount(labels, minlength=clusters)
+    wanted = (fraction * sizes.double() - 1e-9).ceil().clamp(min=1)  # 0.1 * 30 is above 3 in floating point
+    kept = reliable.clone()
+    kept[order[_places(labels[order], clusters) < wanted[labels[order]]]] = True
+    return kept
+
+
+def _places(labels: Int[Tensor, " M"], clusters: int) -> Int[Tensor, " M"]:
+    """For each image the number of earlier ones with its label."""
+    order = torch.argsort(labels, stable=True)
+    sizes = torch.bincount(labels, minlength=clusters)
+    starts = sizes.cumsum(0) - sizes
+    places = torch.empty_like(labels)
+    places[order] = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
+    return places

@@ -33,7 +33,7 @@ def digits(num_images: int = 1797) -> Config:
         moco=MoCoConfig(epochs=200, batch=256, lr=0.06, momentum=0.99, queue=1024, view=view),
         byol=BYOLConfig(epochs=200, hidden=512, dim=128, view=view),
         spice_self=SpiceSelfConfig(epochs=30, weak=weak, strong=view),
-        reliable=ReliableConfig(neighbors=20, ratio=0.75),  # a ninth of a cluster: its rarer shapes count too
+        reliable=ReliableConfig(max_neighbors=10),  # a twentieth of a cluster: its rarer shapes count too
         spice_semi=SpiceSemiConfig(steps=400, ema=0.99, init="scratch", weak=weak, strong=view),
     )
 
@@ -64,7 +64,6 @@ def photos(num_images: int) -> Config:
         ),
         byol=BYOLConfig(epochs=epochs, batch=batch, hidden=512, dim=128),
         spice_self=SpiceSelfConfig(epochs=30, strong=strong),
-        reliable=ReliableConfig(ratio=0.9),
         spice_semi=SpiceSemiConfig(steps=300, labelled=32, ratio=3, ema=0.99, init="stage2", strong=strong),
     )
 
@@ -81,7 +80,6 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
         moco=MoCoConfig(epochs=15, batch=256, lr=0.06, momentum=0.99, temperature=0.1, queue=4096, view=view),
         byol=BYOLConfig(epochs=15, hidden=512, dim=128, view=view),
         spice_self=SpiceSelfConfig(epochs=2, strong=strong),
-        reliable=ReliableConfig(ratio=0.95),
         spice_semi=SpiceSemiConfig(steps=300, ema=0.99, init="stage2", strong=strong),
     )
 
@@ -96,7 +94,7 @@ def cifar10(num_images: int = 60_000) -> Config:
         data=DataConfig(size=32),
         backbone=BackboneConfig(name="resnet34", stem="pooled"),
         spice_self=SpiceSelfConfig(epochs=30),
-        reliable=ReliableConfig(ratio=0.99, min_confidence=0.99),
+        reliable=ReliableConfig("official", ratio=0.99),
     )
 
 
@@ -138,7 +136,7 @@ def stl10(num_images: int = 113_000) -> Config:
         backbone=BackboneConfig(name="resnet34", stem="pooled"),
         moco=MoCoConfig(queue=65_536),
         spice_self=SpiceSelfConfig(strong=strong),
-        reliable=ReliableConfig(ratio=0.9, min_confidence=0.99),
+        reliable=ReliableConfig("official", ratio=0.9),
     )
 
 
@@ -150,7 +148,7 @@ def imagenet_10(num_images: int = 13_000) -> Config:
         backbone=BackboneConfig(name="resnet34", stem="native"),
         moco=MoCoConfig(epochs=5000),
         spice_self=SpiceSelfConfig(strong=replace(SCAN_STRONG, cutout=32 / 224)),
-        reliable=ReliableConfig(ratio=0.9, min_confidence=0.99),
+        reliable=ReliableConfig("official", ratio=0.9),
     )
 
 
@@ -166,7 +164,7 @@ def tiny_imagenet(num_images: int = 100_000) -> Config:
         clusters=200,
         data=DataConfig(size=64),
         spice_self=SpiceSelfConfig(),
-        reliable=ReliableConfig(ratio=0.9, min_confidence=0.99),
+        reliable=ReliableConfig("official", ratio=0.9),
     )
 
 

@@ -69,7 +69,7 @@ def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
     assert set(metrics["baselines"]) == {"kmeans_pixels", "kmeans_features"}
     assert all(set(baseline) == scores for baseline in metrics["baselines"].values())
     assert all(set(head) == {"select_loss", "acc"} for head in metrics["heads"])
-    assert set(metrics["reliable"]) == {"count", "fraction", "acc"}
+    assert set(metrics["reliable"]) == {"count", "fraction", "acc", "advice"}
     assert set(metrics["seconds"]) == {"data", "moco", "features", "spice_self", "reliable", "spice_semi"}
 
 

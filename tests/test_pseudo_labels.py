@@ -1,11 +1,11 @@
-"""The E-step and the reliable labels against loops, by hand and under relabelling."""
+"""The E-step against loops, by hand and under relabelling."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.pseudo_labels import cluster_centers, prototype_labels, reliable_images, selection_loss
+from spice_dist.pseudo_labels import cluster_centers, prototype_labels, selection_loss
 
 
 def random_case(heads: int = 3, images: int = 24, clusters: int = 4, dim: int = 5, seed: int = 0):
@@ -84,26 +84,3 @@ def test_selection_prefers_the_head_that_agrees_with_the_features():
     merged = 12.0 * F.one_hot(truth.clamp(max=2), 4).float()  # two clusters share one output, one is empty
     loss = selection_loss(features, torch.stack([merged, good]), 0.5)
     assert loss[1] < loss[0]
-
-
-AGREEMENT = torch.tensor([1.0, 0.96, 0.95, 0.2, 0.5, 0.4, 0.3, 0.1])
-LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-
-
-def reliable(floor: float, min_confidence: float = 0.0, confidence: torch.Tensor | None = None) -> list[int]:
-    confidence = torch.ones(8) if confidence is None else confidence
-    kept = reliable_images(LABELS, AGREEMENT, confidence, 3, 0.95, min_confidence, floor)
-    return kept.nonzero()[:, 0].tolist()
-
-
-def test_the_papers_rule_is_strictly_above_the_ratio():
-    assert reliable(floor=0.0) == [0, 1]
-
-
-def test_the_floor_keeps_the_best_images_of_a_cluster_that_would_vanish():
-    assert reliable(floor=0.5) == [0, 1, 4, 5]
-
-
-def test_confidence_is_asked_for_when_set():
-    confidence = torch.tensor([1.0, 0.5, 1, 1, 1, 1, 1, 1])
-    assert reliable(0.0, 0.99, confidence) == [0]

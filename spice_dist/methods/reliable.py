@@ -1,64 +1,199 @@
 """Between stages 2 and 3: which labels of SPICE-Self are reliable enough to teach the whole network (III-C, eqs. 6-7).
 
-An image is reliable when nearly all of its nearest neighbours, in the features of stage 1, carry its label.
+An image is reliable when its nearest neighbours, in the features of stage 1, carry its label. Two rules say when:
+
+adaptive (DCBoost, eq. 1): all of its k nearest other images do, with the k that maximises k n_k, n_k being how many
+images pass at k. Below a floor every cluster is given its best-agreeing images, so that none vanishes.
+official (the published code): of N_s neighbours, itself included, a share of at least `ratio` does, the label has a
+probability above `min_confidence`, and of every cluster as many are drawn as the smallest has; one cluster without any
+leaves nothing.
+
+Images with exactly the same features are copies. Under the adaptive rule they are one image: a copy vouches for
+nothing, neither for its original nor twice for a third, and all copies are reliable or none. The published rule counts
+them like any other neighbour.
 """
 
+import sys
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.ingest import read_manifest
+from spice_dist.errors import UserError
 from spice_dist.methods.spice_self import load_heads
 from spice_dist.neighbors import label_agreement, nearest
-from spice_dist.pseudo_labels import UNRELIABLE, reliable_images
-from spice_dist.task import Task
+from spice_dist.pseudo_labels import (
+    UNRELIABLE,
+    adaptive_depth,
+    agreement_depth,
+    balanced,
+    raised_to_floor,
+    reliable_images,
+)
+from spice_dist.task import Task, require_positive
+
+RULES = ("adaptive", "official")
+DRAW = 30  # stream of random numbers
+FEW = 0.05  # share of reliable labels below which advice is given
 
 
 @dataclass(frozen=True)
 class ReliableConfig:
+    rule: str = "adaptive"  # or "official"
+    # of the adaptive rule
+    max_neighbors: int = 50  # largest k, itself not counted; at most N / K
+    floor_fraction: float = 0.1  # every cluster keeps its best-agreeing images up to this share, and at least one
+    # of the official rule; as the paper has it: ratio=0.96, min_confidence=0, balance=False
     neighbors: int = 100  # N_s, the image itself included; at most N / K, or no cluster could fill it
     ratio: float = 0.95  # lambda, share of neighbours that must agree
-    min_confidence: float = 0.0  # smallest probability of the label; the published code asks for 0.99
-    floor_fraction: float = 0.1  # every cluster keeps its best-agreeing images up to this share; 0 is the paper's rule
+    min_confidence: float = 0.99  # the label's probability must be above it
+    balance: bool = True  # as many of every cluster as the smallest has
 
 
 @torch.no_grad()
 def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, progress: Progress) -> None:
-    """Leaves `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`."""
+    """Leaves `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`.
+
+    Raises:
+        UserError: no label is reliable. The summary is there then, the labels are not.
+    """
+    check(config)
     manifest = read_manifest(run / "data")
-    features = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
-    features = torch.from_numpy(features.astype(np.float32)).to(device)
+    stored = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
+    first, copy_of = distinct(stored) if config.rule == "adaptive" else (np.arange(len(stored)), np.arange(len(stored)))
+    features = torch.from_numpy(stored[first].astype(np.float32)).to(device)
     heads, loss = load_heads(task, run, features.shape[1])
     probs = heads.select(int(loss.argmin())).to(device)(features)[0].softmax(1)
     confidence, labels = probs.max(1)
 
-    count = max(2, min(config.neighbors, len(features) // task.clusters))
-    agreement = label_agreement(labels, nearest(features, count, progress=progress))
-    by_rule = reliable_images(labels, agreement, confidence, task.clusters, config.ratio, config.min_confidence, 0.0)
-    kept = reliable_images(
-        labels, agreement, confidence, task.clusters, config.ratio, config.min_confidence, config.floor_fraction
-    )
+    rule = _adaptive if config.rule == "adaptive" else _official
+    passed, kept, numbers = rule(task, config, features, labels, confidence, progress)
+    labels, confidence, passed, kept = (part.cpu()[copy_of] for part in (labels, confidence, passed, kept))
 
     (run / "reliable").mkdir(exist_ok=True)
+    sizes, passing, per_cluster = (
+        torch.bincount(part, minlength=task.clusters).tolist() for part in (labels, labels[passed], labels[kept])
+    )
+    summary = {
+        "rule": config.rule,
+        "settings": asdict(config),
+        "images": len(labels),
+        "copies": len(labels) - len(first),
+        **numbers,
+        "count": int(kept.sum()),
+        "passed": int(passed.sum()),
+        "added_to_reach_floor": int((kept & ~passed).sum()),
+        "dropped_for_balance": int((passed & ~kept).sum()),
+        "refused": int((~passed & ~kept).sum()),
+        "clusters": sum(count > 0 for count in per_cluster),
+        "clusters_that_passed": sum(count > 0 for count in passing),
+        "per_cluster": per_cluster,
+        "passed_per_cluster": passing,
+        "cluster_sizes": sizes,
+    }
+    summary["advice"] = advice(summary)
+    publish_json(run / "reliable/summary.json", summary)
+    if not summary["count"]:
+        raise UserError(summary["advice"])
+    if summary["advice"]:
+        tqdm.write(summary["advice"], sys.stderr)
     everywhere = np.full(manifest.n, UNRELIABLE)  # images that are not clustered teach no label
-    everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).cpu().numpy()
+    everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).numpy()
     with publish(run / "reliable/labels.npy") as file:
         np.save(file, everywhere)
-    sizes = torch.bincount(labels, minlength=task.clusters)
-    publish_json(
-        run / "reliable/summary.json",
-        {
-            **asdict(config),
-            "neighbors": count,
-            "count": int(kept.sum()),
-            "by_rule": int(by_rule.sum()),
-            "by_floor": int((kept & ~by_rule).sum()),
-            "refused_for_agreement": int((~kept & (agreement <= config.ratio)).sum()),
-            "refused_for_confidence": int((~kept & (agreement > config.ratio)).sum()),
-            "per_cluster": torch.bincount(labels[kept], minlength=task.clusters).tolist(),
-            "cluster_sizes": sizes.tolist(),
-        },
+
+
+def _adaptive(
+    task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
+    largest = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
+    neighbors = others(nearest(features, largest + 1, progress=progress))
+    depth = agreement_depth(labels, neighbors)
+    k, passing = adaptive_depth(depth, largest)
+    passed = depth >= k
+    # depth first, then the share of all neighbours that agree: it is 1 only at the largest depth, so the sum orders so
+    score = depth + label_agreement(labels, neighbors).nan_to_num()
+    kept = raised_to_floor(labels, passed, score, confidence, task.clusters, config.floor_fraction)
+    return passed, kept, {"k": k, "passing_at_k": passing.tolist()}
+
+
+def _official(
+    task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Which of N images pass and which are kept, (N,) bool, and numbers for the summary."""
+    count = min(len(features), max(2, min(config.neighbors, len(features) // task.clusters)))
+    agreement = label_agreement(labels, nearest(features, count, progress=progress))
+    agreeing = reliable_images(agreement, confidence, config.ratio, -1.0)
+    passed = kept = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
+    if config.balance:
+        order = np.random.default_rng([task.seed, DRAW]).permutation(len(labels))
+        kept = balanced(labels, passed, task.clusters, torch.from_numpy(order).to(labels.device))
+    refused = {"refused_for_agreement": ~agreeing, "refused_for_confidence": agreeing & ~passed}
+    return passed, kept, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
+
+
+def others(neighbors: Tensor) -> Tensor:
+    """(N, S) of (N, S + 1): each row without the image itself, or without the last where it is not among them.
+
+    Rounding can put another image before the image itself, so it is looked for by its number.
+    """
+    itself = neighbors == torch.arange(len(neighbors), device=neighbors.device)[:, None]
+    itself[:, -1] |= ~itself.any(1)
+    return neighbors[~itself].view(len(neighbors), neighbors.shape[1] - 1)
+
+
+def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first (M,), copy_of (N,)): the first image of each kind of equal rows, and every image's place among those."""
+    seen: dict[bytes, int] = {}
+    digests = (blake2b(row.tobytes(), digest_size=16).digest() for row in np.asarray(features))
+    copy_of = np.array([seen.setdefault(digest, len(seen)) for digest in digests])
+    return np.unique(copy_of, return_index=True)[1], copy_of
+
+
+def advice(summary: dict[str, Any]) -> str:
+    """What to do when few labels are reliable, or not from all clusters, in one or two sentences; "" if all is well."""
+    clusters, settings = len(summary["cluster_sizes"]), summary["settings"]
+    if not summary["passed"] and not summary["count"]:
+        return (
+            f"no label is reliable: nowhere do {settings['ratio']:.0%} of {summary['neighbors']} neighbours agree with "
+            f"a label of probability above {settings['min_confidence']:g}; use --set reliable.rule=adaptive"
+        )
+    if not summary["count"]:
+        missing = [str(cluster) for cluster, count in enumerate(summary["passed_per_cluster"]) if not count]
+        named = ("s " if len(missing) > 1 else " ") + ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        return (
+            f"no label is reliable: {summary['passed']:,} pass, none of cluster{named}, and the official rule takes "
+            "as many of every cluster as the smallest has; use --set reliable.rule=adaptive or reliable.balance=False"
+        )
+    share, passed = summary["passed"] / summary["images"], summary["clusters_that_passed"]
+    if share >= FEW and passed == clusters:
+        return ""
+    by_floor, empty = summary["clusters"] - passed, summary["cluster_sizes"].count(0)
+    text = (
+        f"{'only ' * (share < FEW)}{summary['passed']:,} of {summary['images']:,} labels ({share:.0%}) from {passed} "
+        f"of {clusters} clusters are reliable by agreement"
     )
+    text += f"; of {by_floor} more only the best-agreeing images are kept" * (by_floor > 0)
+    text += f"; {empty} {'is' if empty == 1 else 'are'} empty" * (empty > 0)
+    remedies = ["train stage 1 longer, as the features may be too weak"] * (share < FEW)
+    remedies += ["use --set reliable.rule=adaptive"] * (summary["rule"] == "official")
+    remedies += ["ask for fewer clusters"] * (passed < clusters)
+    return f"{text}. To have more, {', or '.join(remedies)}."
+
+
+def check(config: ReliableConfig) -> None:
+    """UserError if these settings cannot select."""
+    if config.rule not in RULES:
+        raise UserError(f'reliable.rule is "{config.rule}"; it can be {", ".join(RULES)}')
+    require_positive("reliable", max_neighbors=config.max_neighbors, neighbors=config.neighbors, ratio=config.ratio)
+    for name in ("floor_fraction", "ratio", "min_confidence"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"reliable.{name} is {getattr(config, name)}; it must be between 0 and 1")

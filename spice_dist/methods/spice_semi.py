@@ -50,6 +50,7 @@ class SpiceSemiConfig:
     lr: float = 0.03
     weight_decay: float = 5e-4  # on kernels only
     ema: float = 0.999  # momentum of the evaluated network
+    balanced_draw: bool = True  # every cluster gives as many labelled images, however few it has; False: every image
     init: str = "scratch"  # "scratch", as published, or "stage2": the network that stages 1 and 2 trained
     weak: View = FIXMATCH_WEAK
     strong: View = FIXMATCH_STRONG
@@ -59,9 +60,9 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`."""
     images, manifest = open_dataset(task, worker.run, worker.device)
     labels = np.load(worker.run / "reliable/labels.npy")
-    reliable = np.flatnonzero(labels != UNRELIABLE)
-    if not len(reliable):
-        raise UserError("no image has a reliable label; lower reliable.ratio or raise reliable.floor_fraction")
+    teachers = groups_of_teachers(labels, config.balanced_draw)
+    if not teachers:
+        raise UserError("no image has a reliable label; use --set reliable.rule=adaptive")
     groups = task.bn_groups // worker.world  # on this worker
     check(task, config)
 
@@ -82,7 +83,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     targets = torch.from_numpy(labels)
     labelled = config.labelled // worker.world
     position = own_positions(config, worker)
-    stream = images_of_steps(images, reliable, manifest.training, config, task.seed, start, worker)
+    stream = images_of_steps(images, teachers, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK), task.backbone.statistics)
@@ -119,6 +120,18 @@ def own_positions(config: SpiceSemiConfig, worker: Worker) -> Tensor:
     return torch.cat([part.chunk(worker.world)[worker.rank] for part in (labelled, others)])
 
 
+def groups_of_teachers(labels: np.ndarray, balanced: bool) -> list[np.ndarray]:
+    """The images with a reliable label, by label or all in one: every group is drawn from as often.
+
+    A labelled image of a cluster of n_c among N then counts as if its loss had the weight N / (K n_c), of mean 1 over
+    these images, but no single step sees such a weight: a cluster of one image in 5,000, K = 10, would have 500.
+    """
+    clusters = np.unique(labels[labels != UNRELIABLE])
+    if not balanced and len(clusters):
+        return [np.flatnonzero(labels != UNRELIABLE)]
+    return [np.flatnonzero(labels == cluster) for cluster in clusters]
+
+
 def by_group(parts: list[Tensor], groups: int) -> Tensor:
     """(G, V, ...): what each BatchNorm group sees, its share of every part (labelled, weak, strong) in turn."""
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
@@ -134,7 +147,7 @@ def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
 
 def images_of_steps(
     images: Images,
-    reliable: np.ndarray,
+    teachers: list[np.ndarray],
     num_images: int,
     config: SpiceSemiConfig,
     seed: int,
@@ -144,13 +157,18 @@ def images_of_steps(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's images of every step from `start` on: labelled ones first, then the others, with replacement.
 
-    Both draws are functions of (seed, step); the loader is asked for `span` steps at a time.
+    A labelled one comes from any group of `teachers` with the same probability, then from any image of it alike. All
+    draws are functions of (seed, step); the loader is asked for `span` steps at a time.
     """
+    reliable = np.concatenate(teachers)
+    sizes = np.array([len(group) for group in teachers])
+    starts = sizes.cumsum() - sizes
     for first in range(start, config.steps, span):
         order = []
         for step in range(first, min(first + span, config.steps)):
             generator = np.random.default_rng([seed, step, DRAW])
-            labelled = reliable[generator.integers(len(reliable), size=config.labelled)]
+            group = generator.integers(len(sizes), size=config.labelled)
+            labelled = reliable[starts[group] + generator.integers(sizes[group])]
             others = generator.integers(num_images, size=config.labelled * config.ratio)
             order += [part.reshape(worker.world, -1)[worker.rank] for part in (labelled, others)]
         yield from images.batches(np.concatenate(order), config.labelled * (1 + config.ratio) // worker.world)

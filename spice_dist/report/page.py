@@ -231,6 +231,7 @@ def score_rows(run: Run) -> list[dict]:
 
 def label_free(run: Run) -> list[tuple[str, str, str]]:
     found = []
+    advice = mapping(run.metrics.get("reliable")).get("advice")
     for name, value in mapping(run.metrics.get("select")).items():
         text = number(value)
         key = str(name).rsplit("/", 1)[-1]
@@ -240,7 +241,8 @@ def label_free(run: Run) -> list[tuple[str, str, str]]:
         (
             "reliable images",
             f"{reliable_images(run)[0]:,}",
-            "images with a confident label on which their neighbours agree",
+            "images on whose group their nearest neighbours agree"
+            + (f". Advice: {advice}" if isinstance(advice, str) and advice else ""),
         )
     )
     found.append(("mean confidence", charts.short(float(run.confidence.mean())), EXPLANATIONS["mean_confidence"]))

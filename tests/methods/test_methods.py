@@ -261,14 +261,40 @@ class Recorder:
 
 def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(small_run):
     def drawn(start: int) -> np.ndarray:
-        images, worker = Recorder(), LocalWorker(small_run, "none", CPU)
-        list(spice_semi.images_of_steps(images, np.array([3, 5]), 9, SMALL.spice_semi, 0, start, worker, span=3))
+        images, worker, teachers = Recorder(), LocalWorker(small_run, "none", CPU), [np.array([3]), np.array([5])]
+        list(spice_semi.images_of_steps(images, teachers, 9, SMALL.spice_semi, 0, start, worker, span=3))
         return np.concatenate(images.orders)
 
     whole = drawn(0)
     assert whole.shape == (8, 16 * 8)
     assert set(whole[:, :16].ravel()) == {3, 5}
     assert np.array_equal(drawn(5), whole[5:])
+
+
+LABELS = np.array([0] * 90 + [4] * 9 + [7] + [UNRELIABLE] * 50)
+
+
+def test_the_teachers_are_grouped_by_cluster_or_all_in_one():
+    by_cluster = spice_semi.groups_of_teachers(LABELS, balanced=True)
+    assert [group.tolist() for group in by_cluster] == [list(range(90)), list(range(90, 99)), [99]]
+    assert [group.tolist() for group in spice_semi.groups_of_teachers(LABELS, balanced=False)] == [list(range(100))]
+    for balanced in (True, False):
+        assert spice_semi.groups_of_teachers(np.full(3, UNRELIABLE), balanced) == []
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_an_image_is_drawn_in_proportion_to_a_weight_of_mean_one(small_run, balanced):
+    config = spice_semi.SpiceSemiConfig(steps=700)
+    images, worker = Recorder(), LocalWorker(small_run, "none", CPU)
+    list(spice_semi.images_of_steps(images, spice_semi.groups_of_teachers(LABELS, balanced), 150, config, 0, 0, worker))
+    drawn = np.concatenate(images.orders)[:, : config.labelled]
+    counts = np.bincount(drawn.ravel(), minlength=150)
+    assert counts.sum() == counts[:100].sum()
+    weights = 100 * counts[:100] / counts.sum()
+    assert weights.mean() == pytest.approx(1)
+    for cluster, size in ((0, 90), (4, 9), (7, 1)):
+        expected = 100 / (3 * size) if balanced else 1.0
+        assert weights[LABELS[:100] == cluster].mean() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("stage", ["moco", "byol", "spice_semi"])
