@@ -16,7 +16,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.methods.plumbing import finished, open_dataset, place
-from spice_dist.methods.spice_self import load_heads
+from spice_dist.methods.spice_self import head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
@@ -47,9 +47,10 @@ def evaluate(
     assigned, confidence = probs.argmax(1), probs.max(1)
     write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable != UNRELIABLE)
 
-    heads, loss = load_heads(task, run, features.shape[1])
+    heads, loss = load_heads(run)
     with torch.no_grad():
-        chunks = np.array_split(features, -(-len(features) // 4096))
+        seen = np.load(head_features(run), mmap_mode="r")
+        chunks = np.array_split(seen, -(-len(seen) // 4096))
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
 

@@ -31,7 +31,7 @@ def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, 
     manifest = read_manifest(run / "data")
     features = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
     features = torch.from_numpy(features.astype(np.float32)).to(device)
-    heads, loss = load_heads(task, run, features.shape[1])
+    heads, loss = load_heads(run)
     probs = heads.select(int(loss.argmin())).to(device)(features)[0].softmax(1)
     confidence, labels = probs.max(1)
 
