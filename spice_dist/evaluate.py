@@ -16,7 +16,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.methods.plumbing import finished, open_dataset, place
-from spice_dist.methods.spice_self import load_heads
+from spice_dist.methods.spice_self import followed_images, head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
@@ -47,9 +47,10 @@ def evaluate(
     assigned, confidence = probs.argmax(1), probs.max(1)
     write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable != UNRELIABLE)
 
-    heads, loss = load_heads(task, run, features.shape[1])
+    heads, loss = load_heads(run)
     with torch.no_grad():
-        chunks = np.array_split(features, -(-len(features) // 4096))
+        seen = np.load(head_features(run), mmap_mode="r")
+        chunks = np.array_split(seen, -(-len(seen) // 4096))
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
 
@@ -94,10 +95,30 @@ def evaluate(
             "advice": summary["advice"],
         },
     }
+    _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(run / "spice_self/eval.json", score(selected))
     publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
+
+
+def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
+    """SPICE's Fig. 6, `spice_self/head_selection.jsonl`: after every epoch the accuracy of the head that the loss
+    selects, of all so far, and that of the epoch's best head, which takes labels to find; on the images followed."""
+    path = run / "spice_self/head_selection.jsonl"
+    if y_true is None:
+        path.unlink(missing_ok=True)
+        return
+    saved = finished(run / "spice_self").tensors("select")
+    losses, followed = saved["losses"].numpy(), saved["followed"].numpy()
+    known = y_true[followed_images(task, clustered, followed.shape[2])]
+    accuracy = np.array([[metrics.accuracy(known, labels) for labels in heads] for heads in followed])
+    lines = []
+    for epoch in range(len(losses)):
+        selected = accuracy.flat[losses[: epoch + 1].argmin()]
+        lines.append({"step": epoch + 1, "selected": float(selected), "best": float(accuracy[epoch].max())})
+    with publish(path) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 def write_assignments(

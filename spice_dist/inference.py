@@ -146,7 +146,7 @@ def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
     save_file(weights, temporary)
     temporary.rename(folder / "model.safetensors")
     about = {
-        "version": 1,
+        "version": 2,
         "clusters": task.clusters,
         "data": asdict(task.data),
         "backbone": asdict(replace(task.backbone, weights="")),  # what it started from, on some machine
@@ -165,6 +165,8 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
+    if about["version"] != 2:
+        raise UserError(f"{folder} was written by another version of spice_dist; make the model again with fit")
     widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths", "mean", "std")}
     task = Task(
         clusters=about["clusters"],
@@ -172,7 +174,8 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
         backbone=BackboneConfig(**{**about["backbone"], **widths}),
     )
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
-    net = ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
+    head = {name.removeprefix("head."): weight for name, weight in weights.items() if name.startswith("head.")}
+    net = ClusterNet(backbone, ClusterHeads.holding(head))
     net.load_state_dict(weights)
     place(net, device)
     return net.eval(), task

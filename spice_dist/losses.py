@@ -57,8 +57,27 @@ def double_softmax_cross_entropy(
     The second softmax bounds the loss to [ln(e + K - 1) - 1, ln(e + K - 1)], so that a confidently wrong pseudo-label
     hardly pulls: it is robust to label noise. Compute it in float32; at K clusters its gradient starts K times smaller.
     """
-    log_probs = F.log_softmax(F.softmax(logits.float(), dim=-1), dim=-1)
+    return cross_entropy(F.softmax(logits.float(), dim=-1), labels)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch B K"], labels: Int[Tensor, "*batch B"], temperature: float = 1.0
+) -> Float[Tensor, "*batch"]:
+    """-log softmax(logits / temperature)[label], the mean over B, one value per leading index (head).
+
+    SPICE's ablation has it as CE, and with a temperature below 1, which sharpens predictions, as TCE.
+    """
+    log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
     return -log_probs.gather(-1, labels[..., None])[..., 0].mean(-1)
+
+
+def entropy_of_mean(logits: Float[Tensor, "*batch B K"]) -> Float[Tensor, "*batch"]:
+    """H(mean over B of softmax(logits)), in [0, ln K]: high when the batch is spread over all clusters.
+
+    Probabilities are clamped at 1e-5, so that an empty cluster's gradient stays finite.
+    """
+    mean = F.softmax(logits.float(), dim=-1).mean(-2).clamp(min=1e-5)
+    return -(mean * mean.log()).sum(-1)
 
 
 def consistency(

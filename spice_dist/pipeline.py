@@ -123,12 +123,12 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
         "data": lambda bar: pack(run, bar),
         **{name: partial(_train, run, train, own, name) for name, train, own in _pretext(config)},
         "features": lambda bar: _embed(run, bar),
-        "spice_self": lambda bar: _train_here(run, brief, spice_self.train, config.spice_self, "spice_self", bar),
-        "reliable": lambda bar: reliable.select(config, config.reliable, folder, device, bar.show),
+        "spice_self": lambda bar: _cluster_features(run, bar),
+        "reliable": lambda bar: _select_labels(run, bar),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
     }
     finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
-    with _ray_session(run, needed={config.pretext, "features", "spice_semi"} & set(stages) - finished):
+    with _ray_session(run, needed=set(stages) - {"data"} - finished):
         for stage, work in stages.items():
             if stage in finished:
                 print(f"{stage:<11} finished before", file=sys.stderr)
@@ -197,6 +197,21 @@ def _embed(run: Run, bar: "Bar") -> None:
         _train_here(run, _brief(run), inference.embed, None, "features", bar)
     else:
         _train(run, inference.embed, None, "features", bar)
+
+
+def _cluster_features(run: Run, bar: "Bar") -> None:
+    config = run.config.spice_self
+    if len(run.source.paths) < SMALL or config.encodes_anew:
+        _train_here(run, _brief(run), spice_self.train, config, "spice_self", bar)
+    else:
+        _train(run, spice_self.train, config, "spice_self", bar)
+
+
+def _select_labels(run: Run, bar: "Bar") -> None:
+    if len(run.source.paths) < SMALL:
+        _train_here(run, run.config, reliable.select, run.config.reliable, "reliable", bar)
+    else:
+        _train(run, reliable.select, run.config.reliable, "reliable", bar)
 
 
 def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:

@@ -1,62 +1,140 @@
 """Pseudo-labels: the E-step of SPICE-Self and the reliable labels of SPICE-Semi. Tensors in, tensors out.
 
-H = heads, M = images of one E-step, N = all images, K = clusters, D = feature width.
+H = heads, M = images of one E-step, N = all images, K = clusters, D = feature width, n[k] = images wanted of cluster k.
+The E-step goes over the images in blocks: it holds BLOCK numbers, H K max(n) indices, and the features.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spice_dist.losses import double_softmax_cross_entropy
-
 UNRELIABLE = -100  # the label of an image that has no reliable one; torch's cross-entropy ignores it by default
+BLOCK = 1 << 26  # probabilities held at once, 256 MB
+Outputs = Callable[[slice | Tensor], Float[Tensor, "H B K"]]
+"""Outputs of all heads for some images: a slice of them, or (H, B) numbers of images, each head's own."""
+Loss = Callable[[Float[Tensor, "H B K"], Int[Tensor, "H B"]], Float[Tensor, " H"]]
 
 
-def cluster_centers(
-    features: Float[Tensor, "M D"], probs: Float[Tensor, "H M K"], count: int
-) -> Float[Tensor, "H K D"]:
-    """SPICE eqs. (2) and (3): the mean feature of the `count` images that give cluster k the highest probability.
-
-    for h, k: mean(features[argsort(-probs[h, :, k])[:count]])
-    """
-    confident = probs.topk(count, dim=1).indices  # H count K
-    return features[confident].mean(1)
-
-
-def nearest_to_centers(
-    features: Float[Tensor, "M D"], centers: Float[Tensor, "H K D"], count: int
-) -> tuple[Int[Tensor, "H P"], Int[Tensor, "H P"]]:
-    """SPICE eq. (4): (image index, label) of the `count` images nearest to each center, by cluster; P = K count.
-
-    Assignments may overlap: an image near two centers appears twice with two labels, one near none never appears. Rows
-    of `features` have unit norm, so the dot product ranks like the cosine: a center's length is one factor per cluster.
-    """
-    heads, clusters, _ = centers.shape
-    similarity = torch.einsum("md,hkd->hkm", features, centers)
-    chosen = similarity.topk(count, dim=2).indices.flatten(1)
-    labels = torch.arange(clusters, device=features.device).repeat_interleave(count).expand(heads, -1)
-    return chosen, labels
+def quotas(images: int, clusters: int, prior: Sequence[float] = ()) -> list[int]:
+    """How many of `images` each cluster is given, n[k] = floor(prior[k] images); without a prior all the same."""
+    if not prior:
+        return [images // clusters] * clusters
+    return [int(share / sum(prior) * images) for share in prior]
 
 
 def prototype_labels(
-    features: Float[Tensor, "M D"], probs: Float[Tensor, "H M K"], center_fraction: float
+    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], center_fraction: float, overlap: bool = True
 ) -> tuple[Int[Tensor, "H P"], Int[Tensor, "H P"]]:
-    """The E-step, eqs. (2)-(4): floor(M/K) images per cluster, centers from `center_fraction` of that many."""
-    images, clusters = probs.shape[1:]
-    per_cluster = images // clusters
-    if per_cluster < 1:
-        raise ValueError(f"{images} images cannot give {clusters} clusters one image each")
-    centers = cluster_centers(features, probs, max(1, int(center_fraction * per_cluster)))
-    return nearest_to_centers(features, centers, per_cluster)
+    """The E-step, SPICE eqs. (2)-(4): (number of an image, its label), by cluster; P = sum of `wanted`, which is n[k].
+
+    A cluster's center is the mean feature of the images to which the head gives its highest probabilities of that
+    cluster, `center_fraction` of n[k]; the n[k] images nearest to it get the label. Rows of `features` have unit norm,
+    so the dot product ranks like the cosine: a center's length is one factor per cluster.
+
+    With overlap, as published, an image near two centers appears twice with two labels, one near none never appears.
+    Without, clusters choose in order of their number among what the ones before left: of images for centers, and of
+    images to label. That holds H M K probabilities.
+    """
+    if min(wanted) < 1:
+        raise ValueError(f"{len(features)} images cannot give {len(wanted)} clusters one image each")
+    confident = [max(1, int(center_fraction * count)) for count in wanted]
+    labels = torch.arange(len(wanted), device=features.device).repeat_interleave(
+        torch.tensor(wanted, device=features.device)
+    )
+    if not len(probs(slice(0, 1))):  # of more workers than heads, some have none
+        return labels[None][:0], labels[None][:0]
+    choose = _overlapping if overlap else _disjoint
+    members = choose(features, probs, wanted, confident)
+    return members, labels.expand(len(members), -1)
+
+
+def _overlapping(
+    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], confident: Sequence[int]
+) -> Int[Tensor, "H P"]:
+    columns = (block.transpose(1, 2) for block in _blocks(probs, features, len(wanted)))
+    found = largest(columns, max(confident))
+    centers = cluster_centers(features, found, confident)
+    heads, clusters, _ = centers.shape
+    rows = max(1, BLOCK // (heads * clusters))
+    similarities = (torch.einsum("hkd,md->hkm", centers, part) for part in features.split(rows))
+    members = largest(similarities, max(wanted))
+    return members.flatten(1)[:, _first(wanted, members).flatten()]
+
+
+def _disjoint(
+    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], confident: Sequence[int]
+) -> Int[Tensor, "H P"]:
+    columns = torch.cat(list(_blocks(probs, features, len(wanted))), 1)
+    heads = len(columns)
+    used = torch.zeros(heads, len(features), dtype=torch.bool, device=features.device)
+    labelled = used.clone()
+    members = []
+    for k, (count, of_center) in enumerate(zip(wanted, confident, strict=True)):
+        found = columns[:, :, k].masked_fill(used, -1).topk(of_center).indices
+        used.scatter_(1, found, True)
+        center = features[found].mean(1)
+        members.append((center @ features.T).masked_fill(labelled, -torch.inf).topk(count).indices)
+        labelled.scatter_(1, members[-1], True)
+    return torch.cat(members, 1)
+
+
+def cluster_centers(
+    features: Float[Tensor, "M D"], confident: Int[Tensor, "H K C"], counts: Sequence[int]
+) -> Float[Tensor, "H K D"]:
+    """SPICE eq. (3): the mean feature of the first counts[k] images of every cluster's list."""
+    weight = _first(counts, confident) / torch.tensor(counts, device=features.device)[:, None]
+    weights = weight.expand(len(confident), -1, -1).flatten(0, 1)
+    centers = F.embedding_bag(confident.flatten(0, 1), features, mode="sum", per_sample_weights=weights)
+    return centers.unflatten(0, confident.shape[:2])
 
 
 def selection_loss(
-    features: Float[Tensor, "N D"], logits: Float[Tensor, "H N K"], center_fraction: float
+    features: Float[Tensor, "N D"], logits: Outputs, wanted: Sequence[int], center_fraction: float, loss: Loss
 ) -> Float[Tensor, " H"]:
     """Label-free quality of every head: its loss (5) on its own prototype labels of the whole set, lower is better."""
-    chosen, labels = prototype_labels(features, logits.softmax(2), center_fraction)
-    rows = logits.gather(1, chosen[:, :, None].expand(-1, -1, logits.shape[2]))
-    return double_softmax_cross_entropy(rows, labels)
+    chosen, labels = prototype_labels(features, lambda rows: logits(rows).softmax(2), wanted, center_fraction)
+    rows = max(1, BLOCK // (max(1, len(chosen)) * max(features.shape[1], len(wanted))))
+    total = torch.zeros(len(chosen), dtype=torch.float64, device=features.device)
+    for images, label in zip(chosen.split(rows, 1), labels.split(rows, 1), strict=True):
+        total += loss(logits(images), label) * images.shape[1]
+    return (total / chosen.shape[1]).float()
+
+
+def largest(blocks: Iterable[Tensor], count: int) -> Int[Tensor, "*rows {count}"]:
+    """Where each row of (*rows, N) has its `count` largest values, best first; the blocks (*rows, B) are columns."""
+    values = positions = None
+    start = 0
+    for block in blocks:
+        size = min(count, block.shape[-1])
+        if values is not None and values.shape[-1] == count:  # only what is better than some of these may enter
+            size = min(size, int((block > values[..., -1:]).sum(-1).max()))
+        best, where = block.topk(size)
+        where += start
+        start += block.shape[-1]
+        values = best if values is None else torch.cat([values, best], -1)
+        positions = where if positions is None else torch.cat([positions, where], -1)
+        values, order = values.topk(min(count, values.shape[-1]))
+        positions = positions.gather(-1, order)
+    if positions is None or positions.shape[-1] < count:
+        raise ValueError(f"{start} values have no {count} largest ones")
+    return positions
+
+
+def _blocks(outputs: Outputs, features: Float[Tensor, "M D"], clusters: int) -> Iterator[Float[Tensor, "H B K"]]:
+    """Outputs for all images; in a block neither they nor what heads hold inside are more than BLOCK numbers."""
+    heads = len(outputs(slice(0, 1)))
+    rows = max(1, BLOCK // (heads * max(clusters, features.shape[1])))
+    for start in range(0, len(features), rows):
+        yield outputs(slice(start, start + rows))
+
+
+def _first(counts: Sequence[int], lists: Int[Tensor, "H K C"]) -> Bool[Tensor, "K C"]:
+    """Which entries of the lists are among the first counts[k] of cluster k."""
+    limit = torch.tensor(counts, device=lists.device)
+    return torch.arange(lists.shape[2], device=lists.device) < limit[:, None]
 
 
 def reliable_images(
@@ -81,12 +159,15 @@ def balanced(
     return kept
 
 
-def agreement_depth(labels: Int[Tensor, " N"], neighbors: Int[Tensor, "N S"]) -> Int[Tensor, " N"]:
-    """How many of an image's neighbours, nearest first, carry its label before one does not: 0 .. S.
+def agreement_depth(
+    labels: Int[Tensor, " N"], neighbors: Int[Tensor, "R S"], rows: range | None = None
+) -> Int[Tensor, " R"]:
+    """How many neighbours of each of `rows`, nearest first, carry its label before one does not: 0 .. S.
 
     The k nearest neighbours all agree where the depth is at least k.
     """
-    return (labels[neighbors] == labels[:, None]).long().cumprod(1).sum(1)
+    own = labels if rows is None else labels[rows.start : rows.stop]
+    return (labels[neighbors] == own[:, None]).long().cumprod(1).sum(1)
 
 
 def adaptive_depth(depth: Int[Tensor, " N"], largest: int) -> tuple[int, Int[Tensor, " S"]]:

@@ -170,6 +170,7 @@ STRATEGIES = {
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(),
     tuple[int, ...]: st.lists(st.integers()).map(tuple),
+    tuple[float, ...]: st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple),
     tuple[float, float]: st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
 }
 

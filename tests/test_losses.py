@@ -99,6 +99,62 @@ def test_double_softmax_starts_with_a_gradient_k_times_smaller_than_one_softmax(
     torch.testing.assert_close(twice.grad[0] * clusters, once.grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("clusters", [2, 10, 1000])
+def test_double_softmax_takes_the_papers_share_of_one_softmax_gradient(clusters):
+    """Equation (A-11): r_i = (dL2/dz_i) / (dL1/dz_i); r_c in (0, 1), r_i <= 1, 1/K at the uniform prediction."""
+    z = torch.randn(1, 1, clusters, dtype=torch.float64, generator=torch.Generator().manual_seed(clusters)).float()
+    p = z.double()[0, 0].softmax(0)
+    q, c = p.softmax(0), 1
+    expected = q + p[c] - (p * q).sum()
+    expected[c] = p[c] * (1 - q[c] - p[c] + (p * q).sum()) / (1 - p[c])
+    grads = []
+    for loss in (losses.double_softmax_cross_entropy, losses.cross_entropy):
+        logits = z.clone().requires_grad_()
+        loss(logits, torch.tensor([[c]])).sum().backward()
+        assert logits.grad is not None
+        grads.append(logits.grad[0, 0].double())
+    ratio = grads[0] / grads[1]
+    torch.testing.assert_close(ratio, expected, rtol=2e-2 if clusters == 1000 else 1e-3, atol=1e-5)
+    assert 0 < ratio[c] < 1
+    assert (ratio <= 1).all()
+
+
+def test_double_softmax_lifts_what_is_nearly_impossible():
+    """K = 10, a wrong class at .98: the gradient of a third class changes its sign, r = -0.14."""
+    p = torch.full((10,), 0.02 / 9)
+    p[3] = 0.98
+    q = p.double().softmax(0)
+    ratio = q[5] + p[0].double() - (p * q).sum()
+    assert ratio.item() == pytest.approx(-0.14, abs=0.01)
+    logits = p.log()[None, None].requires_grad_()
+    losses.double_softmax_cross_entropy(logits, torch.tensor([[0]])).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 0, 5] < 0
+    assert logits.grad[0, 0, 0].item() == pytest.approx(-0.0025, abs=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2, 5.0])
+def test_cross_entropy_is_torchs_of_every_head(temperature):
+    logits, labels = torch.randn(3, 7, 4), torch.randint(0, 4, (3, 7))
+    expected = torch.stack([F.cross_entropy(logits[h].double() / temperature, labels[h]) for h in range(3)])
+    torch.testing.assert_close(losses.cross_entropy(logits, labels, temperature).double(), expected)
+
+
+def test_entropy_of_the_mean_is_highest_for_even_batches_and_finite_for_empty_clusters():
+    even = 100 * torch.eye(4)[None]
+    assert losses.entropy_of_mean(even).item() == pytest.approx(math.log(4), rel=1e-5)
+    one = (100 * torch.eye(4))[:1].repeat(2, 5, 1).requires_grad_()
+    found = losses.entropy_of_mean(one)
+    assert found.shape == (2,)
+    assert found[0].item() == pytest.approx(-3e-5 * math.log(1e-5), rel=1e-3)
+    found.sum().backward()
+    assert one.grad is not None
+    assert one.grad.isfinite().all()
+    logits = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0))
+    mean = logits.double().softmax(2).mean(1)[0]
+    assert losses.entropy_of_mean(logits).item() == pytest.approx(-float((mean * mean.log()).sum()), rel=1e-5)
+
+
 def test_double_softmax_keeps_heads_apart():
     logits, labels = torch.randn(3, 7, 4), torch.randint(0, 4, (3, 7))
     together = losses.double_softmax_cross_entropy(logits, labels)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
 from spice_dist.evaluate import reliable_accuracy
 from spice_dist.methods import reliable
@@ -56,7 +57,7 @@ def test_depth_and_k_are_the_loops_of_their_docstrings(clusters: int, share: flo
     features, labels = blobs([200 // clusters] * clusters, 0.4)
     labels = noisy(labels, clusters, share)
     largest = min(50, 200 // clusters)
-    neighbors = others(nearest(features, largest + 1))
+    neighbors = others(nearest(features, largest + 1), range(200))
     depth = agreement_depth(labels, neighbors)
     for image in range(200):
         ranked = sorted((j for j in range(200) if j != image), key=lambda j: -float(features[image] @ features[j]))
@@ -197,7 +198,7 @@ def selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         says = Says(stored.float(), labels, clusters, confidence)
         monkeypatch.setattr(reliable, "load_heads", lambda *_: (says, torch.zeros(1)))
         task = Task(clusters=clusters, seed=seed)
-        reliable.select(task, config, tmp_path, CPU, lambda done, total: None)
+        reliable.select(task, config, LocalWorker(tmp_path, "reliable", CPU))
         return np.load(tmp_path / "reliable/labels.npy"), json.loads((tmp_path / "reliable/summary.json").read_text())
 
     return run
@@ -322,7 +323,7 @@ def test_copies_do_not_vouch_for_each_other(selected):
     found, summary = selected(features, labels, 2, ReliableConfig())
     assert summary["copies"] == 9
     assert (found[-10:] == UNRELIABLE).all()
-    counting_them = others(nearest(features, 10))
+    counting_them = others(nearest(features, 10), range(len(features)))
     assert (agreement_depth(labels, counting_them)[-10:] == 9).all(), "they would have passed at k = 9"
 
 
@@ -349,7 +350,8 @@ def test_distinct_names_the_first_image_of_each_kind():
 
 def test_the_image_itself_is_left_out_by_its_number_not_by_its_place():
     neighbors = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 0, 3], [3, 0, 2]])  # the third was pushed out by rounding
-    assert others(neighbors).tolist() == [[1, 2], [2, 0], [1, 0], [0, 2]]
+    assert others(neighbors, range(4)).tolist() == [[1, 2], [2, 0], [1, 0], [0, 2]]
+    assert others(neighbors[1:], range(1, 4)).tolist() == [[2, 0], [1, 0], [0, 2]]
 
 
 # settings and words
@@ -412,7 +414,7 @@ def test_the_report_shows_the_advice():
     empty: dict = {}
     run = Run(
         *(Path("none"), empty, metrics, 2, np.array([0, 1, 1, 0]), np.ones(4), np.array([True, True, False, False])),
-        *(None, {}, {}, {}, [], 0),
+        *(None, {}, {}, {}, {}, [], 0),
     )
     rows = {name: (value, explained) for name, value, explained in label_free(run)}
     assert rows["reliable images"][0] == "2"

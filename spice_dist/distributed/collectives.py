@@ -19,6 +19,27 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def share(total: int) -> range:
+    """Which of `total` things are this worker's: consecutive ones, as numpy.array_split cuts them."""
+    if alone():
+        return range(total)
+    each, more = divmod(total, dist.get_world_size())
+    rank = dist.get_rank()
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
+
+
+def gather_shares(own: Tensor, total: int) -> Tensor:
+    """All `total` rows, of which `own` are those of this worker's `share`."""
+    if alone():
+        return own
+    world = dist.get_world_size()
+    largest = -(-total // world)
+    padded = torch.cat([own, own.new_zeros(largest - len(own), *own.shape[1:])])
+    parts = all_gather(padded).chunk(world)
+    return torch.cat([part[: (total + world - 1 - rank) // world] for rank, part in enumerate(parts)])
+
+
 @torch.no_grad()
 def mean(x: Tensor) -> Tensor:
     """Average over workers, elementwise."""

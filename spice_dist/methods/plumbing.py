@@ -139,8 +139,11 @@ def load_backbone(task: Task, run: Path) -> Backbone:
 
 def state_of(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Tensors:
     """Everything a checkpoint needs of these modules and their optimizer."""
-    tensors: Tensors = {name: module.state_dict() for name, module in parts.items()}
-    return {**tensors, "optimizer": optimizer_tensors(optimizer)}
+    return {**modules_state(parts), "optimizer": optimizer_tensors(optimizer)}
+
+
+def modules_state(parts: dict[str, nn.Module]) -> Tensors:
+    return {name: module.state_dict() for name, module in parts.items()}
 
 
 def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:

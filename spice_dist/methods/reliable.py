@@ -15,19 +15,23 @@ them like any other neighbour.
 
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
 from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.ingest import read_manifest
+from spice_dist.distributed import collectives
+from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.spice_self import load_heads
+from spice_dist.methods.spice_self import head_features, load_heads
 from spice_dist.neighbors import label_agreement, nearest
 from spice_dist.pseudo_labels import (
     UNRELIABLE,
@@ -41,6 +45,7 @@ from spice_dist.task import Task, require_positive
 
 RULES = ("adaptive", "official")
 DRAW = 30  # stream of random numbers
+CHUNK = 65_536  # images that a head is asked about at once
 FEW = 0.05  # share of reliable labels below which advice is given
 
 
@@ -58,26 +63,26 @@ class ReliableConfig:
 
 
 @torch.no_grad()
-def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, progress: Progress) -> None:
+def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     """Leaves `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`.
+
+    Every worker searches the neighbours of its share of the images.
 
     Raises:
         UserError: no label is reliable. The summary is there then, the labels are not.
     """
     check(config)
+    run, progress = worker.run, partial(_show, worker)
     manifest = read_manifest(run / "data")
     stored = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
     first, copy_of = distinct(stored) if config.rule == "adaptive" else (np.arange(len(stored)), np.arange(len(stored)))
-    features = torch.from_numpy(stored[first].astype(np.float32)).to(device)
-    heads, loss = load_heads(task, run, features.shape[1])
-    probs = heads.select(int(loss.argmin())).to(device)(features)[0].softmax(1)
-    confidence, labels = probs.max(1)
+    features = torch.from_numpy(stored[first].astype(np.float32)).to(worker.device)
+    labels, confidence = _predicted(run, first, worker.device)
 
     rule = _adaptive if config.rule == "adaptive" else _official
     passed, kept, numbers = rule(task, config, features, labels, confidence, progress)
     labels, confidence, passed, kept = (part.cpu()[copy_of] for part in (labels, confidence, passed, kept))
 
-    (run / "reliable").mkdir(exist_ok=True)
     sizes, passing, per_cluster = (
         torch.bincount(part, minlength=task.clusters).tolist() for part in (labels, labels[passed], labels[kept])
     )
@@ -99,9 +104,13 @@ def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, 
         "cluster_sizes": sizes,
     }
     summary["advice"] = advice(summary)
-    publish_json(run / "reliable/summary.json", summary)
+    if worker.rank == 0:
+        (run / "reliable").mkdir(exist_ok=True)
+        publish_json(run / "reliable/summary.json", summary)
     if not summary["count"]:
         raise UserError(summary["advice"])
+    if worker.rank > 0:
+        return
     if summary["advice"]:
         tqdm.write(summary["advice"], sys.stderr)
     everywhere = np.full(manifest.n, UNRELIABLE)  # images that are not clustered teach no label
@@ -110,17 +119,34 @@ def select(task: Task, config: ReliableConfig, run: Path, device: torch.device, 
         np.save(file, everywhere)
 
 
+def _predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the selected head says of these images: (M,) labels and their probabilities."""
+    heads, loss = load_heads(run)
+    head = heads.select(int(loss.argmin())).to(device)
+    features = np.load(head_features(run), mmap_mode="r")
+    chunks = np.array_split(index, -(-len(index) // CHUNK))
+    probs = (head(torch.from_numpy(features[chunk].astype(np.float32)).to(device))[0].softmax(1) for chunk in chunks)
+    best = [part.max(1) for part in probs]
+    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+
+
+def _show(worker: Worker, done: int, total: int) -> None:
+    worker.progress(done, total, None)
+
+
 def _adaptive(
     task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
     largest = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
-    neighbors = others(nearest(features, largest + 1, progress=progress))
-    depth = agreement_depth(labels, neighbors)
+    rows = collectives.share(len(features))
+    neighbors = others(nearest(features, largest + 1, rows, progress=progress), rows)
+    depth = collectives.gather_shares(agreement_depth(labels, neighbors, rows), len(features))
+    agreement = collectives.gather_shares(label_agreement(labels, neighbors, rows), len(features))
     k, passing = adaptive_depth(depth, largest)
     passed = depth >= k
     # depth first, then the share of all neighbours that agree: it is 1 only at the largest depth, so the sum orders so
-    score = depth + label_agreement(labels, neighbors).nan_to_num()
+    score = depth + agreement.nan_to_num()
     kept = raised_to_floor(labels, passed, score, confidence, task.clusters, config.floor_fraction)
     return passed, kept, {"k": k, "passing_at_k": passing.tolist()}
 
@@ -130,7 +156,9 @@ def _official(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Which of N images pass and which are kept, (N,) bool, and numbers for the summary."""
     count = min(len(features), max(2, min(config.neighbors, len(features) // task.clusters)))
-    agreement = label_agreement(labels, nearest(features, count, progress=progress))
+    rows = collectives.share(len(features))
+    own = label_agreement(labels, nearest(features, count, rows, progress=progress), rows)
+    agreement = collectives.gather_shares(own, len(features))
     agreeing = reliable_images(agreement, confidence, config.ratio, -1.0)
     passed = kept = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
     if config.balance:
@@ -140,12 +168,12 @@ def _official(
     return passed, kept, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
 
 
-def others(neighbors: Tensor) -> Tensor:
-    """(N, S) of (N, S + 1): each row without the image itself, or without the last where it is not among them.
+def others(neighbors: Tensor, rows: range) -> Tensor:
+    """(R, S) of (R, S + 1): each of `rows` without the image itself, or without the last where it is not among them.
 
     Rounding can put another image before the image itself, so it is looked for by its number.
     """
-    itself = neighbors == torch.arange(len(neighbors), device=neighbors.device)[:, None]
+    itself = neighbors == torch.arange(rows.start, rows.stop, device=neighbors.device)[:, None]
     itself[:, -1] |= ~itself.any(1)
     return neighbors[~itself].view(len(neighbors), neighbors.shape[1] - 1)
 

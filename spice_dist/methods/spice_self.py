@@ -3,111 +3,223 @@
 E-step: per cluster, the mean feature of the most confident images is its center, and the images nearest to it get its
 label; confidence comes from weak views, similarity from the images as they are. M-step: the heads learn these labels on
 strong views. Several heads differ by their initial weights only; the one with the lowest loss over the whole set is
-kept, which needs no labels. The backbone stays in eval mode, as the paper says (the published code lets its BatchNorm
-drift), so the strong view's features are computed once per E-step.
+kept, which needs no labels.
+
+The backbone stays in eval mode, as the paper says, so every view's features are computed once per E-step: an epoch
+costs 2 N forward passes of the backbone and the training of the heads on vectors. The published code costs
+(2 + R H) N: its M-step encodes the strong images of every head in every minibatch, with the backbone in train mode, so
+that BatchNorm takes the batch's statistics and its running ones drift away from those that the features were made with.
+`backbone_bn="train"` does that, and `joint` trains the backbone too, as the paper's ablation does. Both compute
+confidence with the backbone as it is now and similarity on the features of stage 1, in one process.
+
+Each worker trains its share of the heads, on views of which every worker encoded its share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.data.augment import SCAN_STRONG, SCAN_WEAK, Key, View
+from spice_dist.data.augment import PLAIN, SCAN_STRONG, SCAN_WEAK, Key, View
+from spice_dist.data.files import publish
 from spice_dist.data.images import Images
+from spice_dist.distributed import collectives
+from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods.plumbing import autocast, finished, load_backbone, load_state, open_dataset, place, state_of
+from spice_dist.losses import cross_entropy, double_softmax_cross_entropy, entropy_of_mean
+from spice_dist.methods.plumbing import autocast, finished, load_backbone, modules_state, open_dataset, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
-from spice_dist.pseudo_labels import prototype_labels, selection_loss
+from spice_dist.models.split_batch_norm import set_groups, update_statistics
+from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
+from spice_dist.pseudo_labels import Loss, Outputs, prototype_labels, quotas, selection_loss
 from spice_dist.task import Task, require_positive
 
-WEAK, STRONG, ORDER, SHUFFLE = 10, 11, 12, 13  # streams of random numbers
+WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
+MANY = 100  # clusters from which the entropy term is on by default: SPICE found it necessary for 200, useless for 10
+FOLLOWED = 4096  # images whose labels by every head are kept for every epoch, for the curve of the report
+CHOICES = {
+    "assignment": ("overlap", "disjoint"),
+    "loss": ("double_softmax", "cross_entropy", "tempered"),
+    "score_view": ("weak", "strong"),
+    "learn_view": ("weak", "strong"),
+    "backbone_bn": ("eval", "train"),
+}
 
 
 @dataclass(frozen=True)
 class SpiceSelfConfig:
     heads: int = 10  # H
+    layers: int = 2  # linear layers of a head
     epochs: int = 100
     samples_per_cluster: int = 500  # M / K, images of one E-step per cluster; fewer if the data set is smaller
     center_fraction: float = 0.5  # share of them that make up a center
+    assignment: str = "overlap"  # "disjoint": an image has one label at most, clusters choose in turn
+    prior: tuple[float, ...] = ()  # expected sizes of the clusters, in any unit; none: all the same
+    loss: str = "double_softmax"  # "cross_entropy" (CE), "tempered" (TCE): of the ablation
+    temperature: float = 0.2  # of "tempered"
+    entropy_weight: float = -1.0  # of the entropy of a minibatch's clusters; below 0: 1 from 100 clusters on, else 0
     repeats: int = 8  # R, passes over the labels of one E-step
     minibatch: int = 128  # labelled images per head and Adam step
     lr: float = 0.005
+    score_view: str = "weak"  # the view that confidence comes from
+    learn_view: str = "strong"  # the view that the heads learn from
+    view_epochs: int = 0  # epochs after which earlier views come again, from memory; 0: never
+    backbone_bn: str = "eval"  # "train" as in the published code
+    joint: bool = False  # train the backbone with the heads
     weak: View = SCAN_WEAK
     strong: View = SCAN_STRONG
 
+    @property
+    def encodes_anew(self) -> bool:
+        """Whether the backbone changes within an E-step, so that no view's features can be kept."""
+        return self.joint or self.backbone_bn == "train"
+
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
-    """Leaves, in the last checkpoint, `heads` (all, as trained last), `best` (the selected head) and `select`."""
+    """Leaves, in the last checkpoint, `heads` (all, as trained last) and `select` (see `Selection`).
+
+    With a backbone that changed also `spice_self/features.npy`, of the backbone at the moment of the selected head.
+    """
     images, manifest = open_dataset(task, worker.run, worker.device)
     num_images = manifest.clustered
     check(task, config, num_images)
     features = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
     features = torch.from_numpy(features.astype(np.float32)).to(worker.device)
     batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
+    wanted = quotas(batch, task.clusters, config.prior)
     steps_per_epoch = num_images // batch
     total = config.epochs * steps_per_epoch
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
-    heads = ClusterHeads(config.heads, backbone.dim, task.clusters).to(worker.device)
-    selection = Selection(heads, task.clusters)
-    # at K clusters the first gradients are K times smaller than plain cross-entropy's; Adam's eps must not hide them
-    optimizer = torch.optim.Adam(heads.parameters(), lr=config.lr, eps=1e-8 / task.clusters)
-
+    heads = ClusterHeads(config.heads, backbone.dim, task.clusters, config.layers).to(worker.device)
+    selection = Selection(heads, backbone if config.encodes_anew else None, config.epochs, min(num_images, FOLLOWED))
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection}
+    if config.encodes_anew:
+        parts["backbone"] = backbone
     start = 0
     if saved := worker.resume():
         start = saved.step
-        load_state(parts, optimizer, saved)
+        for name, module in parts.items():
+            module.load_state_dict(saved.tensors(name))
+    share = collectives.share(config.heads)
+    own = heads.part(share.start, share.stop)
+    trained = [*own.parameters(), *(backbone.parameters() if config.joint else ())]
+    # at K clusters the first gradients are K times smaller than plain cross-entropy's; Adam's eps must not hide them
+    optimizer = torch.optim.Adam(trained, lr=config.lr, eps=1e-8 / task.clusters, fused=True)
+    if saved:
+        load_optimizer_tensors(optimizer, _part_of(saved.tensors("optimizer"), share, config.heads))
 
+    followed = followed_images(task, num_images, selection.followed.shape[2])
+    encode = partial(_encode, task, backbone)
+    learn = _loss_of(task, config)
+    drawn: dict[int, list[Tensor]] = {}
     for step in range(start, total):
-        chosen = np.random.default_rng([task.seed, step, ORDER]).permutation(num_images)[:batch]
-        views = [(config.weak, (task.seed, step, WEAK)), (config.strong, (task.seed, step, STRONG))]
-        weak, strong = view_features(task, backbone, images, chosen, views)
+        number = step % (config.view_epochs * steps_per_epoch) if config.view_epochs else step  # of these views
+        chosen = np.random.default_rng([task.seed, number, ORDER]).permutation(num_images)[:batch]
+        if number not in drawn:
+            drawn[number] = _views(task, config, encode, images, chosen, number)
+        views = drawn[number] if config.view_epochs else drawn.pop(number)
+        scored, learned = (x.to(worker.device).float() for x in views)
 
         with torch.no_grad():  # E-step
-            probs = heads(weak).softmax(2)
-            members, labels = prototype_labels(features[chosen], probs, config.center_fraction)
+            probs = outputs(own, scored, torch.softmax)
+            overlap = config.assignment == "overlap"
+            members, labels = prototype_labels(features[chosen], probs, wanted, config.center_fraction, overlap)
 
-        losses = torch.zeros((), device=worker.device)  # M-step
         order = _shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
-        for positions in order:
-            rows = members[:, positions]
-            per_head = double_softmax_cross_entropy(heads(strong[rows]), labels[:, positions])
-            optimizer.zero_grad()
-            per_head.sum().backward()  # heads share no weight: the sum gives each its own gradient
-            optimizer.step()
-            losses += per_head.detach().mean()
+        inputs = partial(_encode_again, task, config, backbone, learned) if config.encodes_anew else learned.__getitem__
+        with autocast(worker.device, task.precision):
+            losses = m_step(own, optimizer, inputs, members, labels, order, learn)
+        for everyone, mine in zip(heads.parameters(), own.parameters(), strict=True):
+            everyone.data.copy_(collectives.gather_shares(mine.data, config.heads))
 
         if (step + 1) % steps_per_epoch == 0:
-            selection.update(heads, features, config.center_fraction)
+            seen = features
+            if config.encodes_anew:  # the heads see what the backbone makes of the images now
+                (seen,) = view_features(task, images, np.arange(num_images), [(PLAIN, (0, 0, 0))], [encode])
+            whole = quotas(num_images, task.clusters, config.prior)
+            with torch.no_grad():
+                loss = selection_loss(features, outputs(own, seen), whole, config.center_fraction, _plain_loss(config))
+                labels = heads(seen[followed]).argmax(2)
+            loss = collectives.gather_shares(loss, config.heads)
+            selection.update(step // steps_per_epoch, heads, backbone, loss, labels)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
-        worker.report(step + 1, total, {"loss": losses / len(order)}, lambda: state_of(parts, optimizer), probes)
+        state = partial(_state, parts, _gathered(optimizer, config.heads))
+        mean = losses.sum() * worker.world / config.heads  # the workers' means are averaged, of unlike shares too
+        worker.report(step + 1, total, {"loss": mean}, state, probes)
+    if selection.backbone is not None:
+        _write_features(task, selection.backbone, images, worker.run / "spice_self/features.npy")
     images.close()
 
 
-class Selection(nn.Module):
-    """The lowest label-free loss that each head has had, with its weights and labels at that moment."""
+def m_step(
+    heads: ClusterHeads,
+    optimizer: torch.optim.Optimizer,
+    inputs: Callable[[Int[Tensor, "H B"]], Float[Tensor, "H B D"]],
+    members: Int[Tensor, "H P"],
+    labels: Int[Tensor, "H P"],
+    order: Int[Tensor, "S B"],
+    loss: Loss,
+) -> Float[Tensor, " H"]:
+    """One optimizer step per row of `order`, on the pairs (image, label) at these positions; each head's mean loss.
 
-    def __init__(self, heads: ClusterHeads, clusters: int):
+    `inputs` gives the features of each head's images.
+    """
+    sums = torch.zeros(len(members), device=members.device)
+    for positions in order:
+        per_head = loss(heads(inputs(members[:, positions])), labels[:, positions])
+        optimizer.zero_grad()
+        per_head.sum().backward()  # heads share no weight: the sum gives each its own gradient
+        optimizer.step()
+        sums += per_head.detach()
+    return sums / len(order)
+
+
+def outputs(
+    heads: ClusterHeads, features: Float[Tensor, "N D"], then: Callable[[Tensor, int], Tensor] = lambda x, axis: x
+) -> Outputs:
+    """What the heads say of some of the images; `then` is applied to the last axis."""
+    return lambda rows: then(heads(features[rows]), 2)
+
+
+class Selection(nn.Module):
+    """The lowest label-free loss that each head has had, with its weights at that moment, and what led there."""
+
+    def __init__(self, heads: ClusterHeads, backbone: Backbone | None, epochs: int, followed: int):
+        """`backbone`, if it changes, is kept too: as it was when the lowest loss of all was reached."""
         super().__init__()
-        count = len(heads.out_weight)
-        self.best = ClusterHeads(count, heads.hidden_weight.shape[1], clusters).requires_grad_(False)
-        self.best.load_state_dict(heads.state_dict())
-        self.best.to(heads.out_weight.device)
+        count, device = len(heads.out_weight), heads.out_weight.device
+        self.best = heads.part(0, count).requires_grad_(False)
+        self.backbone = deepcopy(backbone).requires_grad_(False) if backbone else None
         self.loss: Tensor
-        self.register_buffer("loss", torch.full((count,), torch.inf, device=heads.out_weight.device))
+        self.register_buffer("loss", torch.full((count,), torch.inf, device=device))
+        self.losses: Tensor  # of every epoch and head
+        self.register_buffer("losses", torch.full((epochs, count), torch.inf, device=device))
+        self.followed: Tensor  # labels of some images by every epoch's heads
+        self.register_buffer("followed", torch.zeros(epochs, count, followed, dtype=torch.int16, device=device))
 
     @torch.no_grad()
-    def update(self, heads: ClusterHeads, features: Tensor, center_fraction: float) -> None:
-        loss = selection_loss(features, heads(features), center_fraction)
+    def update(
+        self,
+        epoch: int,
+        heads: ClusterHeads,
+        backbone: Backbone,
+        loss: Float[Tensor, " H"],
+        labels: Int[Tensor, "H S"],
+    ) -> None:
+        self.losses[epoch], self.followed[epoch] = loss, labels
+        if self.backbone is not None and loss.min() < self.loss.min():
+            self.backbone.load_state_dict(backbone.state_dict())
         better = loss < self.loss
         self.loss[better] = loss[better]
         for kept, new in zip(self.best.parameters(), heads.parameters(), strict=True):
@@ -117,38 +229,153 @@ class Selection(nn.Module):
 @torch.no_grad()
 def view_features(
     task: Task,
-    backbone: Backbone,
     images: Images,
     index: np.ndarray,
     views: Sequence[tuple[View, Key]],
+    uses: Sequence[Callable[[Float[Tensor, "B C H W"]], Tensor]],
     chunk: int = 512,
 ) -> list[Tensor]:
-    """For each kind of random view the unit-norm features (M, D), in the order of `index`; every image is read once."""
+    """What each of `uses` makes of its kind of random view, (M, ...), in the order of `index`; an image is read once.
+
+    Every worker computes its share and gets all.
+    """
+    share = collectives.share(len(index))
     found: list[list[Tensor]] = [[] for _ in views]
-    for batch, _ in augment.view_batches(images, index, chunk, views, task.backbone.statistics):
-        for features, view in zip(found, batch, strict=True):
-            with autocast(view.device, task.precision):
-                features.append(unit(backbone(view).float()))
-    return [torch.cat(features) for features in found]
+    for batch, _ in augment.view_batches(
+        images, index[share.start : share.stop], chunk, views, task.backbone.statistics
+    ):
+        for made, use, view in zip(found, uses, batch, strict=True):
+            made.append(use(view))
+    return [collectives.gather_shares(torch.cat(made), len(index)) for made in found]
 
 
-def load_heads(task: Task, run: Path, dim: int) -> tuple[ClusterHeads, Tensor]:
-    """Every head at its best moment, and their label-free losses (H,): the lowest one is the one to use."""
+def followed_images(task: Task, num_images: int, count: int) -> Int[np.ndarray, " S"]:
+    """The numbers of the images whose labels `Selection.followed` holds."""
+    return np.random.default_rng([task.seed, SAMPLE]).permutation(num_images)[:count]
+
+
+def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:
+    """Every head at its best moment, and their label-free losses: the lowest one is the one to use."""
     saved = finished(run / "spice_self").tensors("select")
-    loss = saved.pop("loss")
-    heads = ClusterHeads(len(loss), dim, task.clusters)
-    heads.load_state_dict({name.removeprefix("best."): value for name, value in saved.items()})
-    return heads, loss
+    return ClusterHeads.holding(_named(saved, "best.")), saved["loss"]
+
+
+def head_features(run: Path) -> Path:
+    """The file of the features that the heads of stage 2 were made for: stage 1's, unless the backbone changed."""
+    own = run / "spice_self/features.npy"
+    return own if own.exists() else run / "features/features.npy"
 
 
 def stage2_network(task: Task, run: Path) -> ClusterNet:
-    """The backbone of stage 1 with the selected head of stage 2."""
+    """The backbone of stage 1, or what stage 2 made of it, with the selected head."""
     backbone = load_backbone(task, run)
-    heads, loss = load_heads(task, run, backbone.dim)
+    if changed := _named(finished(run / "spice_self").tensors("select"), "backbone."):
+        backbone.load_state_dict(changed)
+    heads, loss = load_heads(run)
     return ClusterNet(backbone, heads.select(int(loss.argmin())))
 
 
-def _shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int]) -> Tensor:
+def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
+    """UserError if these settings cannot train on so many images."""
+    sizes = {"heads": config.heads, "layers": config.layers, "repeats": config.repeats, "minibatch": config.minibatch}
+    positive = {"epochs": config.epochs, "temperature": config.temperature, "center_fraction": config.center_fraction}
+    require_positive("spice_self", **sizes, **positive)
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f'spice_self.{name} is "{getattr(config, name)}"; it can be {", ".join(choices)}')
+    if config.center_fraction > 1:
+        raise UserError(f"spice_self.center_fraction is {config.center_fraction}; it is a share, at most 1")
+    if config.samples_per_cluster < 2:
+        raise UserError(
+            f"spice_self.samples_per_cluster is {config.samples_per_cluster}; a center needs at least 2 images"
+        )
+    if num_images < 2 * task.clusters:
+        raise UserError(
+            f"{num_images} images are too few for {task.clusters} clusters: prototypes need at least two images each; "
+            f"ask for {num_images // 2} clusters or fewer"
+        )
+    if config.prior:
+        _check_prior(task, config, min(num_images, config.samples_per_cluster * task.clusters))
+    if config.view_epochs < 0 or (config.view_epochs and config.encodes_anew):
+        raise UserError(
+            f"spice_self.view_epochs is {config.view_epochs}; give 0 or more, and 0 with a backbone that changes: its "
+            f"features of earlier views would be those of another network"
+        )
+
+
+def _check_prior(task: Task, config: SpiceSelfConfig, batch: int) -> None:
+    if len(config.prior) != task.clusters or not min(config.prior) > 0:
+        raise UserError(
+            f"spice_self.prior has {len(config.prior)} sizes, the smallest {min(config.prior)}; give one above 0 for "
+            f"each of the {task.clusters} clusters"
+        )
+    if min(wanted := quotas(batch, task.clusters, config.prior)) < 2:
+        raise UserError(
+            f"spice_self.prior leaves a cluster {min(wanted)} of the {batch} images of an E-step, and a center needs "
+            f"at least 2; raise the smallest size, or spice_self.samples_per_cluster"
+        )
+
+
+def _views(
+    task: Task, config: SpiceSelfConfig, encode: Callable, images: Images, chosen: np.ndarray, number: int
+) -> list[Tensor]:
+    """Of these images what confidence comes from, and what the heads learn from; half precision if they are kept."""
+    kinds = {"weak": (config.weak, WEAK), "strong": (config.strong, STRONG)}
+    (score, score_stream), (learn, learn_stream) = kinds[config.score_view], kinds[config.learn_view]
+    # the same view twice is two draws of it
+    streams = (score_stream, learn_stream if learn_stream != score_stream else learn_stream + AGAIN)
+    views = [(view, (task.seed, number, stream)) for view, stream in zip((score, learn), streams, strict=True)]
+    made = view_features(task, images, chosen, views, [encode, _as_it_is if config.encodes_anew else encode])
+    return [x.half() for x in made] if config.view_epochs else made
+
+
+def _as_it_is(view: Tensor) -> Tensor:
+    return view
+
+
+def _encode(task: Task, backbone: Backbone, view: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+    with autocast(view.device, task.precision):
+        return unit(backbone(view).float())
+
+
+def _encode_again(
+    task: Task,
+    config: SpiceSelfConfig,
+    backbone: Backbone,
+    views: Float[Tensor, "M C H W"],
+    rows: Int[Tensor, "heads B"],
+) -> Float[Tensor, "heads B D"]:
+    """The features of each head's images by the backbone as it is now; all heads' images are one BatchNorm batch."""
+    set_groups(backbone, 1)
+    backbone.train(config.backbone_bn == "train")
+    with torch.set_grad_enabled(config.joint):
+        features = _encode(task, backbone, views[rows.flatten()])
+    update_statistics(backbone)
+    backbone.eval()
+    return features.unflatten(0, rows.shape)
+
+
+def _write_features(task: Task, backbone: Backbone, images: Images, path: Path) -> None:
+    encode = partial(_encode, task, backbone.eval())
+    (features,) = view_features(task, images, np.arange(images.n), [(PLAIN, (0, 0, 0))], [encode])
+    with publish(path) as file:
+        np.save(file, features.half().cpu().numpy())
+
+
+def _plain_loss(config: SpiceSelfConfig) -> Loss:
+    if config.loss == "double_softmax":
+        return double_softmax_cross_entropy
+    return partial(cross_entropy, temperature=config.temperature if config.loss == "tempered" else 1.0)
+
+
+def _loss_of(task: Task, config: SpiceSelfConfig) -> Loss:
+    """What the heads learn by: eq. (5), less the entropy of a minibatch's mean prediction where clusters are many."""
+    plain = _plain_loss(config)
+    weight = config.entropy_weight if config.entropy_weight >= 0 else float(task.clusters >= MANY)
+    return (lambda logits, labels: plain(logits, labels) - weight * entropy_of_mean(logits)) if weight else plain
+
+
+def _shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int]) -> Int[Tensor, "S B"]:
     """(steps, minibatch) positions: R shuffles, each cut into whole minibatches, shared by all heads as published."""
     size = min(config.minibatch, positions)
     generator = np.random.default_rng(key)
@@ -156,12 +383,22 @@ def _shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int]
     return torch.from_numpy(np.concatenate(rounds).reshape(-1, size))
 
 
-def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
-    """UserError if these settings cannot train on so many images."""
-    sizes = {"heads": config.heads, "repeats": config.repeats, "minibatch": config.minibatch}
-    require_positive("spice_self", epochs=config.epochs, samples_per_cluster=config.samples_per_cluster, **sizes)
-    if num_images < 2 * task.clusters:
-        raise UserError(
-            f"{num_images} images are too few for {task.clusters} clusters: prototypes need at least two images each; "
-            f"ask for {num_images // 2} clusters or fewer"
-        )
+def _gathered(optimizer: torch.optim.Optimizer, heads: int) -> dict[str, Tensor]:
+    """The optimizer's state of all workers' heads."""
+    found = optimizer_tensors(optimizer)
+    return {name: collectives.gather_shares(value, heads) if value.ndim else value for name, value in found.items()}
+
+
+def _state(parts: dict[str, nn.Module], optimizer: dict[str, Tensor]) -> Tensors:
+    return {**modules_state(parts), "optimizer": optimizer}
+
+
+def _part_of(state: dict[str, Tensor], share: range, heads: int) -> dict[str, Tensor]:
+    """This worker's part of what `_gathered` gave."""
+    if len(share) == heads:
+        return state
+    return {name: value[share.start : share.stop] if value.ndim else value for name, value in state.items()}
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

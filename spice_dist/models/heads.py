@@ -35,32 +35,46 @@ class MLP(nn.Sequential):
 
 
 class ClusterHeads(nn.Module):
-    """H independent heads Linear(D, D)-ReLU-Linear(D, K), computed as two batched matrix products.
+    """H independent heads of `layers` linear layers, Linear(D, D)-ReLU-...-Linear(D, K), as batched matrix products.
 
-    Features have unit norm and are shared, (B, D), or a head's own, (H, B, D); the logits are (H, B, K). Initialised as
-    nn.Linear is, which expects entries of size one: unit vectors are scaled by the root of D first.
+    Features have unit norm and are shared, (B, D), or a head's own, (H, B, D); the logits are (H, B, K), in float32
+    also under autocast, as losses of many clusters need. Initialised as nn.Linear is, which expects entries of size
+    one: unit vectors are scaled by the root of D first.
     """
 
-    def __init__(self, heads: int, dim: int, clusters: int):
+    def __init__(self, heads: int, dim: int, clusters: int, layers: int = 2):
         super().__init__()
-        self.hidden_weight = nn.Parameter(torch.empty(heads, dim, dim))
-        self.hidden_bias = nn.Parameter(torch.empty(heads, 1, dim))
+        self.hidden_weight = nn.Parameter(torch.empty(heads, layers - 1, dim, dim))
+        self.hidden_bias = nn.Parameter(torch.empty(heads, layers - 1, 1, dim))
         self.out_weight = nn.Parameter(torch.empty(heads, dim, clusters))
         self.out_bias = nn.Parameter(torch.empty(heads, 1, clusters))
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
+    @classmethod
+    def holding(cls, tensors: dict[str, Tensor]) -> "ClusterHeads":
+        """The heads whose state these tensors are."""
+        heads, dim, clusters = tensors["out_weight"].shape
+        found = cls(heads, dim, clusters, tensors["hidden_weight"].shape[1] + 1)
+        found.load_state_dict(tensors)
+        return found
+
     def forward(self, features: Float[Tensor, "*shared B D"]) -> Float[Tensor, "H B K"]:
-        scaled = features * math.sqrt(features.shape[-1])
-        hidden = torch.relu(torch.matmul(scaled, self.hidden_weight) + self.hidden_bias)
-        return torch.baddbmm(self.out_bias, hidden, self.out_weight)
+        x = features * math.sqrt(features.shape[-1])
+        for layer in range(self.hidden_weight.shape[1]):
+            x = torch.relu(torch.matmul(x, self.hidden_weight[:, layer]) + self.hidden_bias[:, layer])
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.baddbmm(self.out_bias, x.float().expand(len(self.out_weight), -1, -1), self.out_weight)
+
+    def part(self, start: int, stop: int) -> "ClusterHeads":
+        """A copy of the heads start .. stop - 1, on the same device."""
+        return self.holding({name: value[start:stop] for name, value in self.state_dict().items()}).to(
+            self.out_weight.device
+        )
 
     def select(self, head: int) -> "ClusterHeads":
         """A copy that holds only the given head."""
-        _, dim, clusters = self.out_weight.shape
-        one = ClusterHeads(1, dim, clusters)
-        one.load_state_dict({name: value[head : head + 1] for name, value in self.state_dict().items()})
-        return one
+        return self.part(head, head + 1)
 
 
 class ClusterNet(nn.Module):

@@ -49,7 +49,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> 
     TRAIN["byol"](SMALL, LocalWorker(run, "byol", CPU))
     inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
     TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
-    reliable.select(SMALL, SMALL.reliable, run, CPU, lambda done, total: None)
+    reliable.select(SMALL, SMALL.reliable, LocalWorker(run, "reliable", CPU))
     TRAIN["spice_semi"](SMALL, LocalWorker(run, "spice_semi", CPU))
     return run
 

@@ -45,20 +45,45 @@ def test_what_cannot_be_built_is_said_in_one_line(config, message):
         Backbone(config, channels=3, size=32)
 
 
-def test_batched_heads_are_independent_linear_networks():
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_batched_heads_are_independent_linear_networks(layers):
     torch.manual_seed(0)
-    heads = ClusterHeads(3, 6, 4)
+    heads = ClusterHeads(3, 6, 4, layers)
     features = torch.nn.functional.normalize(torch.randn(5, 6), dim=1)
     logits = heads(features)
     own = heads(features.expand(3, 5, 6))
     for h in range(3):
-        network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
-        state = [heads.hidden_weight[h].T, heads.hidden_bias[h, 0], heads.out_weight[h].T, heads.out_bias[h, 0]]
+        hidden = [part for _ in range(layers - 1) for part in (nn.Linear(6, 6), nn.ReLU())]
+        network = nn.Sequential(*hidden, nn.Linear(6, 4))
+        state = []
+        for layer in range(layers - 1):
+            state += [heads.hidden_weight[h, layer].T, heads.hidden_bias[h, layer, 0]]
+        state += [heads.out_weight[h].T, heads.out_bias[h, 0]]
         network.load_state_dict(dict(zip(network.state_dict(), state, strict=True)))
         expected = network(features * 6**0.5)
         torch.testing.assert_close(logits[h], expected)
         torch.testing.assert_close(own[h], expected)
         torch.testing.assert_close(heads.select(h)(features)[0], expected)
+
+
+def test_logits_are_float32_also_under_autocast():
+    torch.manual_seed(0)
+    heads = ClusterHeads(2, 16, 4)
+    features = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = heads(features)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, heads(features), atol=0.02, rtol=0.02)
+    assert not torch.equal(rounded, heads(features)), "the hidden layer is in half precision"
+
+
+def test_parts_of_heads_are_copies():
+    torch.manual_seed(0)
+    heads = ClusterHeads(5, 6, 4)
+    part = heads.part(1, 3)
+    torch.testing.assert_close(part(torch.eye(6)), heads(torch.eye(6))[1:3])
+    part.out_bias.data += 1
+    assert not torch.equal(part.out_bias, heads.out_bias[1:3])
 
 
 def test_heads_start_like_linear_layers_and_differ():
