@@ -42,8 +42,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def decay_kernels_only(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: kernels (two axes or more, biases of stacked heads excepted) decay, the rest does not."""
     named = list(module.named_parameters())
-    kernels = [p for name, p in named if p.ndim >= 2 and not name.endswith("bias")]
-    rest = [p for name, p in named if p.ndim < 2 or name.endswith("bias")]
+    kernels = [p for name, p in named if p.ndim >= 2 and "bias" not in name]
+    rest = [p for name, p in named if p.ndim < 2 or "bias" in name]
     return [{"params": kernels, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 

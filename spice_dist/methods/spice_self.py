@@ -198,7 +198,7 @@ class Selection(nn.Module):
     def __init__(self, heads: ClusterHeads, backbone: Backbone | None, epochs: int, followed: int):
         """`backbone`, if it changes, is kept too: as it was when the lowest loss of all was reached."""
         super().__init__()
-        count, device = len(heads.out_weight), heads.out_weight.device
+        count, device = len(heads), heads.biases[0].device
         self.best = heads.part(0, count).requires_grad_(False)
         self.backbone = deepcopy(backbone).requires_grad_(False) if backbone else None
         self.loss: Tensor

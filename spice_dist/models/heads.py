@@ -1,5 +1,6 @@
 """Small networks on top of features: projections of stage 1 and SPICE's clustering heads."""
 
+import itertools
 import math
 
 import torch
@@ -44,32 +45,37 @@ class ClusterHeads(nn.Module):
 
     def __init__(self, heads: int, dim: int, clusters: int, layers: int = 2):
         super().__init__()
-        self.hidden_weight = nn.Parameter(torch.empty(heads, layers - 1, dim, dim))
-        self.hidden_bias = nn.Parameter(torch.empty(heads, layers - 1, 1, dim))
-        self.out_weight = nn.Parameter(torch.empty(heads, dim, clusters))
-        self.out_bias = nn.Parameter(torch.empty(heads, 1, clusters))
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+        widths = [dim] * layers + [clusters]
+        bound = 1 / math.sqrt(dim)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for before, after in itertools.pairwise(widths):
+            self.weights.append(nn.Parameter(torch.empty(heads, before, after).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(heads, 1, after).uniform_(-bound, bound)))
+
+    def __len__(self) -> int:
+        return len(self.biases[0])
 
     @classmethod
     def holding(cls, tensors: dict[str, Tensor]) -> "ClusterHeads":
         """The heads whose state these tensors are."""
-        heads, dim, clusters = tensors["out_weight"].shape
-        found = cls(heads, dim, clusters, tensors["hidden_weight"].shape[1] + 1)
+        layers = len(tensors) // 2
+        heads, dim, clusters = tensors[f"weights.{layers - 1}"].shape
+        found = cls(heads, dim, clusters, layers)
         found.load_state_dict(tensors)
         return found
 
     def forward(self, features: Float[Tensor, "*shared B D"]) -> Float[Tensor, "H B K"]:
         x = features * math.sqrt(features.shape[-1])
-        for layer in range(self.hidden_weight.shape[1]):
-            x = torch.relu(torch.matmul(x, self.hidden_weight[:, layer]) + self.hidden_bias[:, layer])
+        *hidden, (out_weight, out_bias) = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden:
+            x = torch.relu(torch.matmul(x, weight) + bias)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.baddbmm(self.out_bias, x.float().expand(len(self.out_weight), -1, -1), self.out_weight)
+            return torch.baddbmm(out_bias, x.float().expand(len(self), -1, -1), out_weight)
 
     def part(self, start: int, stop: int) -> "ClusterHeads":
         """A copy of the heads start .. stop - 1, on the same device."""
         return self.holding({name: value[start:stop] for name, value in self.state_dict().items()}).to(
-            self.out_weight.device
+            self.biases[0].device
         )
 
     def select(self, head: int) -> "ClusterHeads":

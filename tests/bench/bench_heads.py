@@ -138,11 +138,11 @@ class Published:
 
 def separate(heads: ClusterHeads) -> list[nn.Sequential]:
     """The same heads of two layers as networks of their own."""
-    count, dim, clusters = heads.out_weight.shape
+    _, dim, clusters = heads.weights[1].shape
     networks = []
-    for h in range(count):
+    for h in range(len(heads)):
         network = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, clusters))
-        state = (heads.hidden_weight[h, 0].T, heads.hidden_bias[h, 0, 0], heads.out_weight[h].T, heads.out_bias[h, 0])
+        state = (heads.weights[0][h].T, heads.biases[0][h, 0], heads.weights[1][h].T, heads.biases[1][h, 0])
         network.load_state_dict(dict(zip(network.state_dict(), state, strict=True)))
         networks.append(network)
     return networks
@@ -151,13 +151,10 @@ def separate(heads: ClusterHeads) -> list[nn.Sequential]:
 def together(networks: Iterable[nn.Sequential]) -> ClusterHeads:
     """The inverse of `separate`."""
     states = [network.state_dict() for network in networks]
+    layers = {"weights.0": "0.weight", "biases.0": "0.bias", "weights.1": "2.weight", "biases.1": "2.bias"}
+    stacked = {ours: torch.stack([state[theirs] for state in states]) for ours, theirs in layers.items()}
     return ClusterHeads.holding(
-        {
-            "hidden_weight": torch.stack([state["0.weight"].T[None] for state in states]),
-            "hidden_bias": torch.stack([state["0.bias"][None, None] for state in states]),
-            "out_weight": torch.stack([state["2.weight"].T for state in states]),
-            "out_bias": torch.stack([state["2.bias"][None] for state in states]),
-        }
+        {name: x.transpose(1, 2) if "weights" in name else x[:, None] for name, x in stacked.items()}
     )
 
 

@@ -58,8 +58,8 @@ def test_every_choice_of_the_ablations_trains_and_changes_the_heads(small_run, w
     heads, loss = load_heads(run)
     assert loss.isfinite().all()
     usual, _ = load_heads(small_run)
-    same = len(loss) == 3 and heads.hidden_weight.shape == usual.hidden_weight.shape
-    assert not (same and torch.equal(heads.out_weight, usual.out_weight))
+    same = len(loss) == 3 and len(heads.weights) == len(usual.weights)
+    assert not (same and torch.equal(heads.weights[-1], usual.weights[-1]))
 
 
 @pytest.mark.parametrize("changes", [{}, {"assignment": "disjoint"}, {"loss": "cross_entropy"}], ids=name_of)
@@ -75,7 +75,7 @@ def test_an_epoch_is_that_of_the_published_procedure(small_run, without_stage, c
     torch.testing.assert_close(load_heads(run)[1], loss, atol=1e-4, rtol=0)
     torch.manual_seed(SMALL.seed)
     start = ClusterHeads(3, 32, 10)
-    assert (expected.out_weight - start.out_weight).abs().max() > 0.02, "they learned, so the test can fail"
+    assert (expected.weights[1] - start.weights[1]).abs().max() > 0.02, "they learned, so the test can fail"
 
 
 @pytest.mark.parametrize(("workers", "changes"), [(2, {}), (3, {"heads": 2, "view_epochs": 1})], ids=str)
@@ -170,7 +170,7 @@ def test_selection_keeps_each_heads_best_moment_and_the_backbone_of_the_best_of_
             parameter.data.fill_(epoch)
         selection.update(epoch, heads, backbone, torch.tensor(loss), labels)
     assert selection.loss.tolist() == [1.0, 1.5]
-    assert selection.best.out_bias[:, 0, 0].tolist() == [1.0, 2.0]
+    assert selection.best.biases[1][:, 0, 0].tolist() == [1.0, 2.0]
     assert selection.backbone is not None
     assert all((parameter == 1).all() for parameter in selection.backbone.parameters())
 
@@ -226,5 +226,5 @@ def test_few_and_many_clusters_train(small_run: Path, without_stage, clusters: i
     run = without_stage("spice_self")
     TRAIN["spice_self"](override(SMALL, {"clusters": clusters}), LocalWorker(run, "spice_self", CPU))
     heads, loss = load_heads(run)
-    assert heads.out_weight.shape[2] == clusters
+    assert heads.weights[1].shape[2] == clusters
     assert loss.isfinite().all()

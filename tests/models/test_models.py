@@ -56,9 +56,8 @@ def test_batched_heads_are_independent_linear_networks(layers):
         hidden = [part for _ in range(layers - 1) for part in (nn.Linear(6, 6), nn.ReLU())]
         network = nn.Sequential(*hidden, nn.Linear(6, 4))
         state = []
-        for layer in range(layers - 1):
-            state += [heads.hidden_weight[h, layer].T, heads.hidden_bias[h, layer, 0]]
-        state += [heads.out_weight[h].T, heads.out_bias[h, 0]]
+        for weight, bias in zip(heads.weights, heads.biases, strict=True):
+            state += [weight[h].T, bias[h, 0]]
         network.load_state_dict(dict(zip(network.state_dict(), state, strict=True)))
         expected = network(features * 6**0.5)
         torch.testing.assert_close(logits[h], expected)
@@ -82,16 +81,16 @@ def test_parts_of_heads_are_copies():
     heads = ClusterHeads(5, 6, 4)
     part = heads.part(1, 3)
     torch.testing.assert_close(part(torch.eye(6)), heads(torch.eye(6))[1:3])
-    part.out_bias.data += 1
-    assert not torch.equal(part.out_bias, heads.out_bias[1:3])
+    part.biases[1].data += 1
+    assert not torch.equal(part.biases[1], heads.biases[1][1:3])
 
 
 def test_heads_start_like_linear_layers_and_differ():
     torch.manual_seed(0)
     heads = ClusterHeads(2, 100, 10)
-    assert heads.hidden_weight.abs().max() <= 0.1
-    assert heads.hidden_weight.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
-    assert not torch.equal(heads.hidden_weight[0], heads.hidden_weight[1])
+    assert heads.weights[0].abs().max() <= 0.1
+    assert heads.weights[0].std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert not torch.equal(heads.weights[0][0], heads.weights[0][1])
 
 
 def test_a_cluster_net_sees_features_of_unit_norm():
