@@ -340,6 +340,14 @@ def test_images_that_are_all_the_same_keep_a_label_by_the_floor(selected):
     assert summary["passed"] == 0
 
 
+def test_an_index_finds_the_same_reliable_images(selected):
+    features, truth = blobs([60, 60, 60], 0.45)
+    labels = noisy(truth, 3, 0.2)
+    exact, _ = selected(features, labels, 3, ReliableConfig())
+    found, _ = selected(features, labels, 3, ReliableConfig(search="index"))  # so few images: every list is visited
+    assert np.array_equal(found, exact)
+
+
 def test_distinct_names_the_first_image_of_each_kind():
     rows = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4]], np.float16)
     first, copy_of = distinct(rows)

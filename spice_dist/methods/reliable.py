@@ -32,7 +32,7 @@ from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.spice_self import head_features, load_heads
-from spice_dist.neighbors import label_agreement, nearest
+from spice_dist.neighbors import label_agreement, nearest, nearest_by_index
 from spice_dist.pseudo_labels import (
     UNRELIABLE,
     adaptive_depth,
@@ -44,6 +44,7 @@ from spice_dist.pseudo_labels import (
 from spice_dist.task import Task, require_positive
 
 RULES = ("adaptive", "official")
+SEARCHES = ("exact", "index")
 DRAW = 30  # stream of random numbers
 CHUNK = 65_536  # images that a head is asked about at once
 FEW = 0.05  # share of reliable labels below which advice is given
@@ -52,6 +53,7 @@ FEW = 0.05  # share of reliable labels below which advice is given
 @dataclass(frozen=True)
 class ReliableConfig:
     rule: str = "adaptive"  # or "official"
+    search: str = "exact"  # of neighbours; "index": by faiss, for tens of millions of images, approximate
     # of the adaptive rule
     max_neighbors: int = 50  # largest k, itself not counted; at most N / K
     floor_fraction: float = 0.1  # every cluster keeps its best-agreeing images up to this share, and at least one
@@ -140,7 +142,7 @@ def _adaptive(
     """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
     largest = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    neighbors = others(nearest(features, largest + 1, rows, progress=progress), rows)
+    neighbors = others(_nearest(config, features, largest + 1, rows, progress), rows)
     depth = collectives.gather_shares(agreement_depth(labels, neighbors, rows), len(features))
     agreement = collectives.gather_shares(label_agreement(labels, neighbors, rows), len(features))
     k, passing = adaptive_depth(depth, largest)
@@ -157,7 +159,7 @@ def _official(
     """Which of N images pass and which are kept, (N,) bool, and numbers for the summary."""
     count = min(len(features), max(2, min(config.neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    own = label_agreement(labels, nearest(features, count, rows, progress=progress), rows)
+    own = label_agreement(labels, _nearest(config, features, count, rows, progress), rows)
     agreement = collectives.gather_shares(own, len(features))
     agreeing = reliable_images(agreement, confidence, config.ratio, -1.0)
     passed = kept = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
@@ -166,6 +168,12 @@ def _official(
         kept = balanced(labels, passed, task.clusters, torch.from_numpy(order).to(labels.device))
     refused = {"refused_for_agreement": ~agreeing, "refused_for_confidence": agreeing & ~passed}
     return passed, kept, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
+
+
+def _nearest(config: ReliableConfig, features: Tensor, count: int, rows: range, progress: Progress) -> Tensor:
+    if config.search == "index":
+        return nearest_by_index(features.cpu(), count, rows, progress=progress).to(features.device)
+    return nearest(features, count, rows, progress=progress)
 
 
 def others(neighbors: Tensor, rows: range) -> Tensor:
@@ -219,8 +227,9 @@ def advice(summary: dict[str, Any]) -> str:
 
 def check(config: ReliableConfig) -> None:
     """UserError if these settings cannot select."""
-    if config.rule not in RULES:
-        raise UserError(f'reliable.rule is "{config.rule}"; it can be {", ".join(RULES)}')
+    for name, value, choices in (("rule", config.rule, RULES), ("search", config.search, SEARCHES)):
+        if value not in choices:
+            raise UserError(f'reliable.{name} is "{value}"; it can be {", ".join(choices)}')
     require_positive("reliable", max_neighbors=config.max_neighbors, neighbors=config.neighbors, ratio=config.ratio)
     for name in ("floor_fraction", "ratio", "min_confidence"):
         if not 0 <= getattr(config, name) <= 1:

@@ -44,7 +44,7 @@ from spice_dist.pseudo_labels import Loss, Outputs, prototype_labels, quotas, se
 from spice_dist.task import Task, require_positive
 
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
-MANY = 100  # clusters from which the entropy term is on by default: SPICE found it necessary for 200, useless for 10
+MANY = 100  # clusters from which the entropy term is on by default: SPICE found it needed for 200, useless for 10
 FOLLOWED = 4096  # images whose labels by every head are kept for every epoch, for the curve of the report
 CHOICES = {
     "assignment": ("overlap", "disjoint"),
@@ -66,7 +66,7 @@ class SpiceSelfConfig:
     prior: tuple[float, ...] = ()  # expected sizes of the clusters, in any unit; none: all the same
     loss: str = "double_softmax"  # "cross_entropy" (CE), "tempered" (TCE): of the ablation
     temperature: float = 0.2  # of "tempered"
-    entropy_weight: float = -1.0  # of the entropy of a minibatch's clusters; below 0: 1 from 100 clusters on, else 0
+    entropy_weight: float = -1.0  # of the entropy of a minibatch's clusters; below 0: 1 / K from K = 100 on, else 0
     repeats: int = 8  # R, passes over the labels of one E-step
     minibatch: int = 128  # labelled images per head and Adam step
     lr: float = 0.005
@@ -371,7 +371,10 @@ def _plain_loss(config: SpiceSelfConfig) -> Loss:
 def _loss_of(task: Task, config: SpiceSelfConfig) -> Loss:
     """What the heads learn by: eq. (5), less the entropy of a minibatch's mean prediction where clusters are many."""
     plain = _plain_loss(config)
-    weight = config.entropy_weight if config.entropy_weight >= 0 else float(task.clusters >= MANY)
+    usual = (
+        1 / task.clusters if task.clusters >= MANY else 0.0
+    )  # the double softmax's first gradients have that factor too
+    weight = config.entropy_weight if config.entropy_weight >= 0 else usual
     return (lambda logits, labels: plain(logits, labels) - weight * entropy_of_mean(logits)) if weight else plain
 
 

@@ -21,7 +21,7 @@ from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import moco, plumbing, spice_semi
+from spice_dist.methods import moco, plumbing, reliable, spice_semi
 from spice_dist.methods.plumbing import finished
 from spice_dist.models.backbone import unit
 from spice_dist.models.split_batch_norm import set_groups
@@ -131,6 +131,8 @@ def run_rank(rank: int, world: int, port: int, config: Config, run: Path, stage:
     worker = GlooWorker(run, stage, rank, world)
     if stage == "features":
         inference.embed(config, None, worker)
+    elif stage == "reliable":
+        reliable.select(config, config.reliable, worker)
     else:
         TRAIN[stage](config, worker)
     torch.distributed.barrier()
@@ -174,6 +176,19 @@ def test_two_workers_embed_what_one_does(small_run, without_stage):
     run = without_stage("features")
     on_workers(2, SMALL, run, "features")
     assert np.array_equal(np.load(run / "features/features.npy"), np.load(small_run / "features/features.npy"))
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "official"])
+def test_two_workers_select_the_labels_that_one_does(without_stage, tmp_path, rule):
+    config = override(SMALL, {"reliable.rule": rule, "reliable.balance": False, "reliable.min_confidence": 0.0})
+    one, two = without_stage("reliable"), tmp_path / "two"
+    shutil.copytree(one, two)
+    reliable.select(config, config.reliable, LocalWorker(one, "reliable", CPU))
+    on_workers(2, config, two, "reliable")
+    labels = np.load(one / "reliable/labels.npy")
+    assert (labels != UNRELIABLE).any()
+    assert np.array_equal(np.load(two / "reliable/labels.npy"), labels)
+    assert (two / "reliable/summary.json").read_text() == (one / "reliable/summary.json").read_text()
 
 
 def test_features_are_the_unit_vectors_of_plain_images_in_order(small_run):
