@@ -91,7 +91,9 @@ def evaluate(
         "reliable": {
             "count": summary["count"],
             "fraction": summary["count"] / manifest.clustered,
-            "acc": None if y_true is None else reliable_accuracy(y_true, selected, reliable),
+            "acc": None
+            if y_true is None
+            else reliable_accuracy(*(x[: manifest.clustered] for x in (y_true, selected, reliable))),
             "advice": summary["advice"],
         },
     }
