@@ -16,6 +16,7 @@ from torch import Tensor
 from spice_dist.errors import UserError
 
 BLOCK = 2048  # rows of a tile: its scores, 16 MiB, stay in the cache of most CPUs
+BLOCK_GPU = 16_384  # 1 GiB: a launch of kernels costs more than a product of small tiles
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def nearest(
     count: int,
     rows: range | None = None,
     precision: str = "auto",
-    block: int = BLOCK,
+    block: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Int[Tensor, "R count"]:
     """The `count` rows of `features` of largest dot product with each of `rows`, best first; a row is its own too.
@@ -41,6 +42,7 @@ def nearest(
     ValueError if `count` is not in 1 .. N, `rows` not in 0 .. N, a feature not finite, or `precision` unknown.
     """
     rows = range(len(features)) if rows is None else rows
+    block = _block_of(features) if block is None else block
     _check(features, count, block, rows)
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
@@ -77,13 +79,14 @@ def search(
     queries: Float[Tensor, "M D"],
     count: int,
     skip: Int[Tensor, " M"] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[Float[Tensor, "M count"], Int[Tensor, "M count"]]:
     """The `count` largest float32 dot products of each query with rows of `features`, best first, and the int32 rows.
 
     Row skip[i] of `features` is never found by query i; `count` is then at most N - 1. ValueError as in `nearest`.
     Memory beyond the arguments: M (28 count + 80) + 40 block^2 bytes.
     """
+    block = _block_of(features) if block is None else block
     _check(features, count, block, spare=int(skip is not None))
     best = _Best(len(queries), count, features.device)
     tile = _Tile(features, block, queries)
@@ -172,6 +175,10 @@ class _Tile:
         if len(self.rough):
             return out.copy_(torch.mm(a, b.T, out=self.rough[: out.numel()].view(shape)))
         return torch.mm(a.float(), b.float().T, out=out)
+
+
+def _block_of(features: Float[Tensor, "N D"]) -> int:
+    return BLOCK if features.device.type == "cpu" else BLOCK_GPU
 
 
 def _gains_by_bf16(features: Float[Tensor, "N D"]) -> bool:

@@ -1,7 +1,7 @@
 """Pseudo-labels: the E-step of SPICE-Self and the reliable labels of SPICE-Semi. Tensors in, tensors out.
 
 H = heads, M = images of one E-step, N = all images, K = clusters, D = feature width, n[k] = images wanted of cluster k.
-The E-step goes over the images in blocks: it holds BLOCK numbers, H K max(n) indices, and the features.
+The E-step goes over the images in blocks: it holds NUMBERS numbers, 2 H M indices at most, and the features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 UNRELIABLE = -100  # the label of an image that has no reliable one; torch's cross-entropy ignores it by default
-BLOCK = 1 << 26  # probabilities held at once, 256 MB
+NUMBERS = 1 << 26  # probabilities held at once, 256 MB
+ROWS = 1 << 16  # of neighbours looked up at once
 Outputs = Callable[[slice | Tensor], Float[Tensor, "H B K"]]
 """Outputs of all heads for some images: a slice of them, or (H, B) numbers of images, each head's own."""
 Loss = Callable[[Float[Tensor, "H B K"], Int[Tensor, "H B"]], Float[Tensor, " H"]]
@@ -22,7 +23,7 @@ def quotas(images: int, clusters: int, prior: Sequence[float] = ()) -> list[int]
     """How many of `images` each cluster is given, n[k] = floor(prior[k] images); without a prior all the same."""
     if not prior:
         return [images // clusters] * clusters
-    return [int(share / sum(prior) * images) for share in prior]
+    return [int(share * images / sum(prior) + 1e-9) for share in prior]  # 0.57 of 100 is below 57 in floating point
 
 
 def prototype_labels(
@@ -54,14 +55,29 @@ def prototype_labels(
 def _overlapping(
     features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], confident: Sequence[int]
 ) -> Int[Tensor, "H P"]:
-    columns = (block.transpose(1, 2) for block in _blocks(probs, features, len(wanted)))
-    found = largest(columns, max(confident))
-    centers = cluster_centers(features, found, confident)
-    heads, clusters, _ = centers.shape
-    rows = max(1, BLOCK // (heads * clusters))
-    similarities = (torch.einsum("hkd,md->hkm", centers, part) for part in features.split(rows))
-    members = largest(similarities, max(wanted))
-    return members.flatten(1)[:, _first(wanted, members).flatten()]
+    members: dict[int, Int[Tensor, "H n"]] = {}
+    for group in _alike(wanted):
+        of = slice(None) if len(group) == len(wanted) else group
+        columns = (block[:, :, of].transpose(1, 2) for block in _blocks(probs, features, len(wanted)))
+        counts = [confident[k] for k in group]
+        centers = cluster_centers(features, largest(columns, max(counts)), counts)
+        rows = max(1, NUMBERS // centers[:, :, 0].numel())
+        similarities = (torch.einsum("hkd,md->hkm", centers, part) for part in features.split(rows))
+        nearest = largest(similarities, max(wanted[k] for k in group))
+        members |= {k: found[:, : wanted[k]] for k, found in zip(group, nearest.unbind(1), strict=True)}
+    return torch.cat([members[k] for k in range(len(wanted))], 1)
+
+
+def _alike(wanted: Sequence[int]) -> list[list[int]]:
+    """The clusters in groups whose numbers differ by a factor of two at most: lists of a group are as long as its
+    longest."""
+    groups: list[list[int]] = []
+    for k in sorted(range(len(wanted)), key=lambda k: wanted[k]):
+        if groups and wanted[k] <= 2 * wanted[groups[-1][0]]:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
 
 
 def _disjoint(
@@ -96,7 +112,7 @@ def selection_loss(
 ) -> Float[Tensor, " H"]:
     """Label-free quality of every head: its loss (5) on its own prototype labels of the whole set, lower is better."""
     chosen, labels = prototype_labels(features, lambda rows: logits(rows).softmax(2), wanted, center_fraction)
-    rows = max(1, BLOCK // (max(1, len(chosen)) * max(features.shape[1], len(wanted))))
+    rows = max(1, NUMBERS // (max(1, len(chosen)) * max(features.shape[1], len(wanted))))
     total = torch.zeros(len(chosen), dtype=torch.float64, device=features.device)
     for images, label in zip(chosen.split(rows, 1), labels.split(rows, 1), strict=True):
         total += loss(logits(images), label) * images.shape[1]
@@ -124,9 +140,9 @@ def largest(blocks: Iterable[Tensor], count: int) -> Int[Tensor, "*rows {count}"
 
 
 def _blocks(outputs: Outputs, features: Float[Tensor, "M D"], clusters: int) -> Iterator[Float[Tensor, "H B K"]]:
-    """Outputs for all images; in a block neither they nor what heads hold inside are more than BLOCK numbers."""
+    """Outputs for all images; in a block neither they nor what heads hold inside are more than NUMBERS numbers."""
     heads = len(outputs(slice(0, 1)))
-    rows = max(1, BLOCK // (heads * max(clusters, features.shape[1])))
+    rows = max(1, NUMBERS // (heads * max(clusters, features.shape[1])))
     for start in range(0, len(features), rows):
         yield outputs(slice(start, start + rows))
 
@@ -167,7 +183,8 @@ def agreement_depth(
     The k nearest neighbours all agree where the depth is at least k.
     """
     own = labels if rows is None else labels[rows.start : rows.stop]
-    return (labels[neighbors] == own[:, None]).long().cumprod(1).sum(1)
+    parts = zip(own.split(ROWS), neighbors.split(ROWS), strict=True)
+    return torch.cat([(labels[found] == label[:, None]).long().cumprod(1).sum(1) for label, found in parts])
 
 
 def adaptive_depth(depth: Int[Tensor, " N"], largest: int) -> tuple[int, Int[Tensor, " S"]]:

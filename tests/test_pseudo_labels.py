@@ -52,7 +52,7 @@ def pairs_of(members: Tensor, labels: Tensor) -> list[set]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("wanted", [[6, 6, 6, 6], [2, 9, 5, 8]])
+@pytest.mark.parametrize("wanted", [[6, 6, 6, 6], [2, 9, 5, 8], [20, 1, 2, 1]])
 @pytest.mark.parametrize("fraction", [0.5, 1.0, 0.01])
 def test_labels_are_those_of_the_equations(overlap, wanted, fraction):
     features, probs = random_case()
@@ -67,7 +67,7 @@ def test_blocks_of_any_size_find_the_same(monkeypatch, block, heads, clusters):
     wanted = quotas(97, clusters)
     whole = prototype_labels(features, given(probs), wanted, 0.5)
     loss = selection_loss(features, given(probs.log()), wanted, 0.5, double_softmax_cross_entropy)
-    monkeypatch.setattr(pseudo_labels, "BLOCK", block)
+    monkeypatch.setattr(pseudo_labels, "NUMBERS", block)
     members, labels = prototype_labels(features, given(probs), wanted, 0.5)
     assert pairs_of(members, labels) == pairs_of(*whole)
     in_blocks = selection_loss(features, given(probs.log()), wanted, 0.5, double_softmax_cross_entropy)
@@ -163,6 +163,8 @@ def test_quotas_follow_the_prior():
     assert quotas(103, 4) == [25, 25, 25, 25]
     assert quotas(100, 3, (1, 2, 1)) == [25, 50, 25]
     assert quotas(10, 3, (0.3, 0.3, 0.4)) == [3, 3, 4]
+    assert quotas(100, 2, (29, 71)) == [29, 71]
+    assert quotas(10_000, 2, (0.57, 0.43)) == [5700, 4300]
 
 
 @pytest.mark.parametrize("loss", [double_softmax_cross_entropy, cross_entropy])

@@ -365,11 +365,18 @@ def test_the_image_itself_is_left_out_by_its_number_not_by_its_place():
 # settings and words
 
 
+def test_an_index_without_faiss_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(reliable, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
+        reliable.check(ReliableConfig(search="index"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (ReliableConfig("paper"), 'reliable.rule is "paper"; it can be adaptive, official'),
-        (ReliableConfig(max_neighbors=0), "reliable.max_neighbors is 0; it must be above 0"),
+        (ReliableConfig(max_neighbors=1), "reliable.max_neighbors is 1; it must be at least 2"),
+        (ReliableConfig(search="ivf"), 'reliable.search is "ivf"; it can be exact, index'),
         (ReliableConfig(floor_fraction=1.5), "reliable.floor_fraction is 1.5; it must be between 0 and 1"),
         (ReliableConfig(ratio=95), "reliable.ratio is 95; it must be between 0 and 1"),
         (ReliableConfig(min_confidence=float("nan")), "reliable.min_confidence is nan"),

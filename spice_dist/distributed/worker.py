@@ -43,11 +43,18 @@ class Worker(Protocol):
         ...
 
     def report(
-        self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors], probes: Probes = NO_PROBES
+        self,
+        step: int,
+        total: int,
+        metrics: dict[str, Tensor],
+        save: Callable[[], Tensors],
+        probes: Probes = NO_PROBES,
+        every: int = 10,
     ) -> None:
-        """Tell that `step` of `total` optimizer steps are done; may save, and raises Interrupted when asked to stop.
+        """Tell that `step` of `total` steps are done; may save, and raises Interrupted when asked to stop.
 
-        The metrics are averaged over steps; `probes`, which cost more, are computed only where a line is written.
+        The metrics are averaged over steps; `probes`, which cost more, are computed only where a line is written. On a
+        GPU, which must not wait for every step, saving and stopping are considered `every` so many.
         """
         ...
 
@@ -93,7 +100,13 @@ class LocalWorker:
         return found
 
     def report(
-        self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors], probes: Probes = NO_PROBES
+        self,
+        step: int,
+        total: int,
+        metrics: dict[str, Tensor],
+        save: Callable[[], Tensors],
+        probes: Probes = NO_PROBES,
+        every: int = 10,
     ) -> None:
         for name, value in metrics.items():  # summed on the device: reading a number each step would stall it
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
@@ -102,7 +115,7 @@ class LocalWorker:
         if step % max(1, total // 100) == 0 or step == total:
             self._require_finite(step, metrics["loss"])
             self._write_means(step, probes)
-        if self.device.type == "cpu" or step % 10 == 0 or step == total:
+        if self.device.type == "cpu" or step % every == 0 or step == total:
             self._save_or_stop(step, total, metrics["loss"], save)
 
     def _show(self, step: int, total: int, metrics: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,12 @@ def _adaptive(
     task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
-    largest = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
+    most = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    neighbors = others(_nearest(config, features, largest + 1, rows, progress), rows)
+    neighbors = others(_nearest(config, features, most + 1, rows, progress), rows)
     depth = collectives.gather_shares(agreement_depth(labels, neighbors, rows), len(features))
     agreement = collectives.gather_shares(label_agreement(labels, neighbors, rows), len(features))
-    k, passing = adaptive_depth(depth, largest)
+    k, passing = adaptive_depth(depth, most)
     passed = depth >= k
     # depth first, then the share of all neighbours that agree: it is 1 only at the largest depth, so the sum orders so
     score = depth + agreement.nan_to_num()
@@ -181,9 +182,14 @@ def others(neighbors: Tensor, rows: range) -> Tensor:
 
     Rounding can put another image before the image itself, so it is looked for by its number.
     """
-    itself = neighbors == torch.arange(rows.start, rows.stop, device=neighbors.device)[:, None]
-    itself[:, -1] |= ~itself.any(1)
-    return neighbors[~itself].view(len(neighbors), neighbors.shape[1] - 1)
+    places = torch.arange(neighbors.shape[1] - 1, device=neighbors.device)
+    kept = []
+    for number, found in enumerate(neighbors.split(CHUNK)):
+        first = rows.start + number * CHUNK
+        itself = found == torch.arange(first, first + len(found), device=neighbors.device)[:, None]
+        itself[:, -1] |= ~itself.any(1)
+        kept.append(found.gather(1, places + (places >= itself.int().argmax(1)[:, None])))
+    return torch.cat(kept)
 
 
 def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +226,8 @@ def advice(summary: dict[str, Any]) -> str:
     text += f"; of {by_floor} more only the best-agreeing images are kept" * (by_floor > 0)
     text += f"; {empty} {'is' if empty == 1 else 'are'} empty" * (empty > 0)
     remedies = ["train stage 1 longer, as the features may be too weak"] * (share < FEW)
-    remedies += ["use --set reliable.rule=adaptive"] * (summary["rule"] == "official")
+    if summary["rule"] == "official":
+        remedies.append("remove the folders reliable and spice_semi of this run and use --set reliable.rule=adaptive")
     remedies += ["ask for fewer clusters"] * (passed < clusters)
     return f"{text}. To have more, {', or '.join(remedies)}."
 
@@ -230,7 +237,12 @@ def check(config: ReliableConfig) -> None:
     for name, value, choices in (("rule", config.rule, RULES), ("search", config.search, SEARCHES)):
         if value not in choices:
             raise UserError(f'reliable.{name} is "{value}"; it can be {", ".join(choices)}')
-    require_positive("reliable", max_neighbors=config.max_neighbors, neighbors=config.neighbors, ratio=config.ratio)
+    for name in ("max_neighbors", "neighbors"):
+        if getattr(config, name) < 2:
+            raise UserError(f"reliable.{name} is {getattr(config, name)}; it must be at least 2")
+    if config.search == "index" and not find_spec("faiss"):
+        raise UserError("reliable.search=index needs faiss: pip install faiss-cpu")
+    require_positive("reliable", ratio=config.ratio)
     for name in ("floor_fraction", "ratio", "min_confidence"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"reliable.{name} is {getattr(config, name)}; it must be between 0 and 1")

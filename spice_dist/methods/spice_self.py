@@ -15,6 +15,7 @@ confidence with the backbone as it is now and similarity on the features of stag
 Each worker trains its share of the heads, on views of which every worker encoded its share.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from spice_dist.pseudo_labels import Loss, Outputs, prototype_labels, quotas, se
 from spice_dist.task import Task, require_positive
 
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
+ROUND = 512  # minibatches between two meetings of the workers
 MANY = 100  # clusters from which the entropy term is on by default: SPICE found it needed for 200, useless for 10
 FOLLOWED = 4096  # images whose labels by every head are kept for every epoch, for the curve of the report
 CHOICES = {
@@ -66,7 +68,9 @@ class SpiceSelfConfig:
     prior: tuple[float, ...] = ()  # expected sizes of the clusters, in any unit; none: all the same
     loss: str = "double_softmax"  # "cross_entropy" (CE), "tempered" (TCE): of the ablation
     temperature: float = 0.2  # of "tempered"
-    entropy_weight: float = -1.0  # of the entropy of a minibatch's clusters; below 0: 1 / K from K = 100 on, else 0
+    entropy_weight: float = (
+        -1.0
+    )  # of the entropy of a minibatch; below 0: 1 / K of double softmax from K = 100 on, else 0
     repeats: int = 8  # R, passes over the labels of one E-step
     minibatch: int = 128  # labelled images per head and Adam step
     lr: float = 0.005
@@ -92,6 +96,8 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     images, manifest = open_dataset(task, worker.run, worker.device)
     num_images = manifest.clustered
     check(task, config, num_images)
+    if config.encodes_anew and worker.world > 1:
+        raise UserError("a backbone that changes in stage 2 is trained by one worker: use --workers 0")
     features = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
     features = torch.from_numpy(features.astype(np.float32)).to(worker.device)
     batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
@@ -138,8 +144,10 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
         order = _shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
         inputs = partial(_encode_again, task, config, backbone, learned) if config.encodes_anew else learned.__getitem__
-        with autocast(worker.device, task.precision):
-            losses = m_step(own, optimizer, inputs, members, labels, order, learn)
+        losses = torch.zeros(len(own), device=worker.device)
+        for part in order.split(ROUND):
+            losses += m_step(own, optimizer, inputs, members, labels, part, learn, task.precision) * len(part)
+            collectives.barrier()  # workers with fewer heads wait here, never longer than the process group allows
         for everyone, mine in zip(heads.parameters(), own.parameters(), strict=True):
             everyone.data.copy_(collectives.gather_shares(mine.data, config.heads))
 
@@ -155,8 +163,10 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
             selection.update(step // steps_per_epoch, heads, backbone, loss, labels)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
         state = partial(_state, parts, _gathered(optimizer, config.heads))
-        mean = losses.sum() * worker.world / config.heads  # the workers' means are averaged, of unlike shares too
-        worker.report(step + 1, total, {"loss": mean}, state, probes)
+        mean = (
+            losses.sum() / len(order) * worker.world / config.heads
+        )  # the workers' means are averaged, of unlike shares too
+        worker.report(step + 1, total, {"loss": mean}, state, probes, every=1)
     if selection.backbone is not None:
         _write_features(task, selection.backbone, images, worker.run / "spice_self/features.npy")
     images.close()
@@ -170,14 +180,19 @@ def m_step(
     labels: Int[Tensor, "H P"],
     order: Int[Tensor, "S B"],
     loss: Loss,
+    precision: str = "fp32",
 ) -> Float[Tensor, " H"]:
     """One optimizer step per row of `order`, on the pairs (image, label) at these positions; each head's mean loss.
 
-    `inputs` gives the features of each head's images.
+    `inputs` gives the features of each head's images. Weights are float32; in bf16 their rounded copies multiply.
     """
     sums = torch.zeros(len(members), device=members.device)
     for positions in order:
-        per_head = loss(heads(inputs(members[:, positions])), labels[:, positions])
+        with autocast(
+            members.device, precision
+        ):  # in the loop: it would keep rounded copies of weights that have moved
+            logits = heads(inputs(members[:, positions]))
+        per_head = loss(logits, labels[:, positions])
         optimizer.zero_grad()
         per_head.sum().backward()  # heads share no weight: the sum gives each its own gradient
         optimizer.step()
@@ -193,10 +208,12 @@ def outputs(
 
 
 class Selection(nn.Module):
-    """The lowest label-free loss that each head has had, with its weights at that moment, and what led there."""
+    """The lowest label-free loss that each head has had, with its weights at that moment, and what led there.
+
+    With a backbone that changes: all heads, and the backbone, at the moment of the lowest loss of all.
+    """
 
     def __init__(self, heads: ClusterHeads, backbone: Backbone | None, epochs: int, followed: int):
-        """`backbone`, if it changes, is kept too: as it was when the lowest loss of all was reached."""
         super().__init__()
         count, device = len(heads), heads.biases[0].device
         self.best = heads.part(0, count).requires_grad_(False)
@@ -206,7 +223,7 @@ class Selection(nn.Module):
         self.losses: Tensor  # of every epoch and head
         self.register_buffer("losses", torch.full((epochs, count), torch.inf, device=device))
         self.followed: Tensor  # labels of some images by every epoch's heads
-        self.register_buffer("followed", torch.zeros(epochs, count, followed, dtype=torch.int16, device=device))
+        self.register_buffer("followed", torch.zeros(epochs, count, followed, dtype=torch.int32, device=device))
 
     @torch.no_grad()
     def update(
@@ -218,9 +235,11 @@ class Selection(nn.Module):
         labels: Int[Tensor, "H S"],
     ) -> None:
         self.losses[epoch], self.followed[epoch] = loss, labels
-        if self.backbone is not None and loss.min() < self.loss.min():
-            self.backbone.load_state_dict(backbone.state_dict())
         better = loss < self.loss
+        if self.backbone is not None:  # heads of other moments would see the features of another network
+            better = (loss.min() < self.loss.min()).expand_as(loss)
+            if better.any():
+                self.backbone.load_state_dict(backbone.state_dict())
         self.loss[better] = loss[better]
         for kept, new in zip(self.best.parameters(), heads.parameters(), strict=True):
             kept[better] = new[better]
@@ -278,11 +297,18 @@ def stage2_network(task: Task, run: Path) -> ClusterNet:
 def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
     sizes = {"heads": config.heads, "layers": config.layers, "repeats": config.repeats, "minibatch": config.minibatch}
-    positive = {"epochs": config.epochs, "temperature": config.temperature, "center_fraction": config.center_fraction}
+    positive = {
+        "epochs": config.epochs,
+        "lr": config.lr,
+        "temperature": config.temperature,
+        "center_fraction": config.center_fraction,
+    }
     require_positive("spice_self", **sizes, **positive)
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f'spice_self.{name} is "{getattr(config, name)}"; it can be {", ".join(choices)}')
+    if not math.isfinite(config.entropy_weight):
+        raise UserError(f"spice_self.entropy_weight is {config.entropy_weight}; it must be finite")
     if config.center_fraction > 1:
         raise UserError(f"spice_self.center_fraction is {config.center_fraction}; it is a share, at most 1")
     if config.samples_per_cluster < 2:
@@ -304,7 +330,7 @@ def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
 
 
 def _check_prior(task: Task, config: SpiceSelfConfig, batch: int) -> None:
-    if len(config.prior) != task.clusters or not min(config.prior) > 0:
+    if len(config.prior) != task.clusters or not 0 < min(config.prior) <= max(config.prior) < math.inf:
         raise UserError(
             f"spice_self.prior has {len(config.prior)} sizes, the smallest {min(config.prior)}; give one above 0 for "
             f"each of the {task.clusters} clusters"
@@ -319,14 +345,14 @@ def _check_prior(task: Task, config: SpiceSelfConfig, batch: int) -> None:
 def _views(
     task: Task, config: SpiceSelfConfig, encode: Callable, images: Images, chosen: np.ndarray, number: int
 ) -> list[Tensor]:
-    """Of these images what confidence comes from, and what the heads learn from; half precision if they are kept."""
+    """Of these images what confidence comes from, and what the heads learn from; half precision on the host if kept."""
     kinds = {"weak": (config.weak, WEAK), "strong": (config.strong, STRONG)}
     (score, score_stream), (learn, learn_stream) = kinds[config.score_view], kinds[config.learn_view]
     # the same view twice is two draws of it
     streams = (score_stream, learn_stream if learn_stream != score_stream else learn_stream + AGAIN)
     views = [(view, (task.seed, number, stream)) for view, stream in zip((score, learn), streams, strict=True)]
     made = view_features(task, images, chosen, views, [encode, _as_it_is if config.encodes_anew else encode])
-    return [x.half() for x in made] if config.view_epochs else made
+    return [x.half().cpu() for x in made] if config.view_epochs else made
 
 
 def _as_it_is(view: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def label_free(run: Run) -> list[tuple[str, str, str]]:
         (
             "reliable images",
             f"{reliable_images(run)[0]:,}",
-            "images on whose group their nearest neighbours agree"
+            "images whose group may teach the whole network: nearly all by agreement of their nearest neighbours"
             + (f". Advice: {advice}" if isinstance(advice, str) and advice else ""),
         )
     )

@@ -2,8 +2,8 @@
 
     python -m tests.bench.ablation runs/digits --seeds 0 1 2
 
-Every row is stage 2 alone, from the stage 1 of the run, with the settings of its --set. The paper's are on STL-10,
-train and test merged, over five trials; ours are on whatever the run is of, so compare rows with rows.
+Every row is stage 2 alone, from the stage 1 and with the settings of the run, but for those of its --set. The paper's
+are on STL-10, train and test merged, over five trials; ours on whatever the run is of, so compare rows with rows.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import spice_self
 from spice_dist.methods.spice_self import head_features, load_heads
 from spice_dist.pipeline import usable_cores
-from spice_dist.recipes import RECIPES, recipe
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS: dict[str, tuple[dict[str, object], tuple[float, float, float]]] = {
     "SPICE-Self": ({}, (0.908, 0.817, 0.812)),
     "Non-overlap": ({"assignment": "disjoint"}, (0.885, 0.788, 0.771)),
@@ -43,13 +43,12 @@ ROWS: dict[str, tuple[dict[str, object], tuple[float, float, float]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run whose images have labels")
-    parser.add_argument("--recipe", default="digits", choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="of stage 2; default: the recipe's")
+    parser.add_argument("--epochs", type=int, help="of stage 2; default: the run's")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
-    config = recipe(options.recipe, len(np.load(options.run / "data/labels.npy")))
+    config = override(Config(), flattened(json.loads((options.run / "config.json").read_text())["config"]))
     if options.epochs:
         config = override(config, {"spice_self.epochs": options.epochs})
     print(f"{'':<26}{'ACC':>14}{'NMI':>7}{'ARI':>7}{'min':>7}   paper, STL-10: ACC, NMI, ARI")
@@ -65,13 +64,20 @@ def main() -> None:
         print(f"{name:<26}{means}{minutes:>7.1f}   {paper[0]:.3f} {paper[1]:.3f} {paper[2]:.3f}", flush=True)
 
 
+def flattened(settings: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for name, value in settings.items():
+        found |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def score(config: Config, run: Path) -> dict[str, float]:
     """Of the selected head, on the images that were clustered."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         copy = Path(folder)
         for part in ("data", "features", config.pretext):
             (copy / part).symlink_to((run / part).resolve())
-        spice_self.train(config, config.spice_self, LocalWorker(copy, "spice_self", torch.device("cpu")))
+        spice_self.train(config, config.spice_self, LocalWorker(copy, "spice_self", DEVICE))
         heads, loss = load_heads(copy)
         features = torch.from_numpy(np.load(head_features(copy)).astype(np.float32))
         with torch.no_grad():

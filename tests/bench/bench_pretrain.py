@@ -89,7 +89,13 @@ class Stopwatch(LocalWorker):
         self.times: list[float] = []
 
     def report(
-        self, step: int, total: int, metrics: dict[str, Tensor], save: Callable[[], Tensors], probes: Probes = NO_PROBES
+        self,
+        step: int,
+        total: int,
+        metrics: dict[str, Tensor],
+        save: Callable[[], Tensors],
+        probes: Probes = NO_PROBES,
+        every: int = 10,
     ) -> None:
         self.times.append(time.perf_counter())
 

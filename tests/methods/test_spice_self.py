@@ -14,9 +14,18 @@ from spice_dist.config import Config, override
 from spice_dist.data.images import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
+from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods import spice_self
 from spice_dist.methods.plumbing import finished, load_backbone
-from spice_dist.methods.spice_self import Selection, SpiceSelfConfig, check, head_features, load_heads, stage2_network
+from spice_dist.methods.spice_self import (
+    Selection,
+    SpiceSelfConfig,
+    check,
+    head_features,
+    load_heads,
+    m_step,
+    stage2_network,
+)
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.task import Task
@@ -157,10 +166,10 @@ def test_the_course_of_the_selection_is_kept(small_run):
     features = torch.from_numpy(np.load(small_run / "features/features.npy").astype(np.float32))
     order = spice_self.followed_images(SMALL, 200, 200)
     assert sorted(order) == list(range(200))
-    assert torch.equal(heads(features[order]).argmax(2).to(torch.int16), followed[-1])
+    assert torch.equal(heads(features[order]).argmax(2).int(), followed[-1])
 
 
-def test_selection_keeps_each_heads_best_moment_and_the_backbone_of_the_best_of_all(small_run):
+def test_selection_keeps_the_best_moment_of_each_head_or_of_a_changing_backbone(small_run):
     backbone = load_backbone(SMALL, small_run)
     heads = ClusterHeads(2, 32, 10)
     selection = Selection(heads, backbone, 3, 5)
@@ -169,10 +178,17 @@ def test_selection_keeps_each_heads_best_moment_and_the_backbone_of_the_best_of_
         for parameter in [*heads.parameters(), *backbone.parameters()]:
             parameter.data.fill_(epoch)
         selection.update(epoch, heads, backbone, torch.tensor(loss), labels)
-    assert selection.loss.tolist() == [1.0, 1.5]
-    assert selection.best.biases[1][:, 0, 0].tolist() == [1.0, 2.0]
+    assert selection.loss.tolist() == [1.0, 4.0]
+    assert selection.best.biases[1][:, 0, 0].tolist() == [1.0, 1.0], "heads of another moment saw another network"
     assert selection.backbone is not None
     assert all((parameter == 1).all() for parameter in selection.backbone.parameters())
+    frozen = Selection(heads, None, 2, 5)
+    for epoch, loss in enumerate([[1.0, 2.0], [3.0, 1.5]]):
+        for parameter in heads.parameters():
+            parameter.data.fill_(epoch)
+        frozen.update(epoch, heads, backbone, torch.tensor(loss), labels)
+    assert frozen.loss.tolist() == [1.0, 1.5]
+    assert frozen.best.biases[1][:, 0, 0].tolist() == [0.0, 1.0]
 
 
 def test_the_entropy_term_is_on_from_a_hundred_clusters():
@@ -198,6 +214,9 @@ def test_the_entropy_term_is_on_from_a_hundred_clusters():
         ({"center_fraction": 1.5}, "at most 1"),
         ({"center_fraction": 0.0}, "must be above 0"),
         ({"layers": 0}, "must be above 0"),
+        ({"lr": 0.0}, "must be above 0"),
+        ({"entropy_weight": float("nan")}, "must be finite"),
+        ({"prior": (float("inf"),) * 10}, "one above 0"),
         ({"samples_per_cluster": 1}, "at least 2 images"),
         ({"prior": (1.0, 2.0)}, "has 2 sizes"),
         ({"prior": (1.0,) * 9 + (0.0,)}, "one above 0 for each of the 10 clusters"),
@@ -210,6 +229,38 @@ def test_settings_that_cannot_work_are_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         check(SMALL, changed(changes).spice_self, 200)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_in_half_precision_every_minibatch_sees_the_weights_of_the_one_before(encodes: bool):
+    """Autocast keeps its rounded copies of weights; if it were entered once, all would see those of the first."""
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(40, 8, generator=generator)
+    rows = torch.randint(40, (2, 40), generator=generator)
+    order = torch.randint(40, (30, 10), generator=generator)
+    labels = torch.randint(3, (2, 40), generator=generator)
+
+    def trained(parts: list[torch.Tensor], precision: str) -> ClusterHeads:
+        torch.manual_seed(0)
+        heads, backbone = ClusterHeads(2, 8, 3), torch.nn.Linear(8, 8)
+        adam = torch.optim.Adam([*heads.parameters(), *backbone.parameters()], 0.01)
+        inputs = (lambda chosen: backbone(views[chosen])) if encodes else views.__getitem__
+        for part in parts:
+            m_step(heads, adam, inputs, rows, labels, part, double_softmax_cross_entropy, precision)
+        return heads
+
+    at_once, one_by_one = trained([order], "bf16"), trained(list(order.split(1)), "bf16")
+    assert_same_bits(dict(at_once.state_dict()), dict(one_by_one.state_dict()))
+    full = trained([order], "fp32")
+    assert not torch.equal(full.weights[0], at_once.weights[0]), "so it is in half precision"
+    torch.testing.assert_close(full.weights[1], at_once.weights[1], atol=0.05, rtol=0.1)
+
+
+def test_a_changing_backbone_has_one_worker(without_stage):
+    worker = LocalWorker(without_stage("spice_self"), "spice_self", CPU)
+    worker.world = 2
+    with pytest.raises(UserError, match="--workers 0"):
+        TRAIN["spice_self"](changed({"joint": True}), worker)
 
 
 @pytest.mark.parametrize("images", [19, 20])
