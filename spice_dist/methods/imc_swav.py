@@ -144,7 +144,9 @@ class Bank(nn.Module):
         self.rows: Tensor
         self.register_buffer("rows", torch.zeros(views, batch, width))
 
-    def push(self, rows: Float[Tensor, "V b width"], positions: np.ndarray, before: int, worker: Worker) -> Tensor | None:
+    def push(
+        self, rows: Float[Tensor, "V b width"], positions: np.ndarray, before: int, worker: Worker
+    ) -> Tensor | None:
         """Add those of a step's rows that belong here; a full batch (V, B, width) if there now is one.
 
         Args:
@@ -278,7 +280,7 @@ def assignments(
     groups: int,
     worker: Worker,
 ) -> Float[Tensor, "T b J"]:
-    """q of eqs. (3) and (4) for this worker's rows of each large view, by Sinkhorn over all workers' and the queue's."""
+    """q of eqs. (3) and (4) for this worker's rows of each large view: Sinkhorn over all workers' and the queue's."""
     parts = scores.unflatten(1, (groups, -1))
     if queue is not None:
         earlier = queue.keys.chunk(worker.world)[worker.rank].unflatten(1, (len(scores), -1)).transpose(0, 1)
@@ -336,9 +338,7 @@ def prototypes_in_use(probs: list[Tensor]) -> Tensor:
     return losses.perplexity(collectives.mean(torch.cat(probs, 1).flatten(0, 1).mean(0)))
 
 
-def saved_state(
-    parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, classifiers: EveryClassifier
-) -> Tensors:
+def saved_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, classifiers: EveryClassifier) -> Tensors:
     return {**state_of(parts, optimizer), "selected": classifiers.selected().state_dict()}
 
 
@@ -376,7 +376,7 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:
-    """UserError if these settings cannot train on so many images, of which the first `clustered` are to be clustered."""
+    """UserError if these settings cannot train on so many images, of which the first `clustered` are clustered."""
     positive = ("epochs", "batch", "lr", "dim", "prototypes", "temperature", "epsilon", "iterations", "hidden")
     positive = (*positive, "classifiers", "balance", "decay", "hinge", "local_views")
     require_positive("imc_swav", **{name: getattr(config, name) for name in positive})

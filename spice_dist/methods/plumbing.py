@@ -98,7 +98,8 @@ def view_pairs(
     task: Task, images: Images, num_images: int, batch: int, epochs: int, view: View, start: int, worker: Worker
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
-    return ((one, other) for one, other in view_lists(task, images, num_images, batch, epochs, [view] * 2, start, worker))
+    pairs = view_lists(task, images, num_images, batch, epochs, [view, view], start, worker)
+    return ((one, other) for one, other in pairs)
 
 
 def view_lists(
