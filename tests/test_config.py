@@ -102,7 +102,7 @@ NEAR = [
     ("cluster", '"clusters"'),
     ("moco-lr", '"moco.lr"'),
     ("moco.lr.x", '"moco.lr"'),
-    ("lr", '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_semi.lr"'),
+    ("lr", '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_semi.lr" or "imc_swav.lr"'),
 ]
 
 
@@ -170,6 +170,7 @@ STRATEGIES = {
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(),
     tuple[int, ...]: st.lists(st.integers()).map(tuple),
+    tuple[float, ...]: st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple),
     tuple[float, float]: st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
 }
 

@@ -277,7 +277,10 @@ def test_with_bank_or_queue_two_workers_equal_one_and_a_resumed_run_an_uninterru
 
 
 def test_two_workers_of_two_passes_equal_one_of_four_up_to_float_tolerance(without_stage):
-    """Gradients of several passes meet those of another worker once. Adam turns rounding of tiny gradients into steps: after three, weights agree in all but a few entries."""
+    """Gradients of several passes meet those of another worker once, in the last pass.
+
+    Adam turns rounding of tiny gradients into steps: after three, weights agree in all but a few entries.
+    """
     config = override(SMALL, {"bn_groups": 4, "imc_swav.epochs": 1})
     run = without_stage(STAGE)
     one = train(config, run)
