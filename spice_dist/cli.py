@@ -208,7 +208,10 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
         published = options.data.partition(":")[0].replace("-", "_")
         hint = f", or the settings for it with --recipe {published}" * (published in RECIPES)
         raise UserError(f"how many clusters? give --clusters, a whole number from 2 up{hint}")
-    changes = {**_network(options.backbone or changes.get("backbone.name"), options.weights), **changes}
+    network = _network(options.backbone or changes.get("backbone.name"), options.weights)
+    if options.method == "imc_swav":
+        network.pop("pretext", None)  # it goes on from trained weights by itself
+    changes = {**network, **changes}
     name = options.recipe or ("digits" if digits else "photos")
     config = override(recipe(name, len(source.paths), options.method), changes)
     trackers.request(options.track)

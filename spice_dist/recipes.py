@@ -219,8 +219,8 @@ def imc_swav(config: Config, name: str) -> Config:
     """The recipe `name` for IMC-SwAV in place of SPICE: where it is published, with the authors' network.
 
     They train on one GPU, so that a batch is one BatchNorm group; several workers need --set bn_groups=...
-    They report, trained on the train and scored on the test part: CIFAR-10 89.1 %, CIFAR-100-20 49.0, STL-10 83.1,
-    Tiny-ImageNet 27.9, all with BatchNorm statistics of the test images (imc_swav.eval_bn).
+    They report, trained on the train and scored on the test part (--split split): CIFAR-10 89.1 %, CIFAR-100-20 49.0,
+    STL-10 83.1, Tiny-ImageNet 27.9; their code scores with imc_swav.eval_bn=adapt_on_test.
     """
     config = replace(config, method="imc_swav", pretext="imc_swav")
     if name not in IMC_BACKBONES:

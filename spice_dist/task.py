@@ -38,7 +38,7 @@ def check_task(task: Task) -> None:
         if (value := getattr(task, name)) not in choices:
             raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
     if task.method == "imc_swav" != task.pretext:
-        raise UserError(f'method "imc_swav" has itself for a pretext, not "{task.pretext}": give --method imc_swav')
+        raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:
         raise UserError(f"--seed is {task.seed}; give 0 or more")
     if task.pretext == "none" and not task.backbone.weights:

@@ -4,8 +4,7 @@ SwAV (Caron et al. 2020) assigns the two large crops of an image softly to proto
 batch, and every other crop must predict that assignment. Beside it a classifier learns clusters from the features: what
 it says of one crop should share information with the prototypes of another, and all clusters be in use. No gradient
 leads from it into the features, so any number of classifiers, also of other K, trains beside one network.
-Sinkhorn and the joint of clusters and prototypes are over the global batch. Written from the formulas; equation numbers
-are those of the paper.
+Sinkhorn and the joint of clusters and prototypes are over the global batch. Equation numbers are the authors'.
 """
 
 from collections.abc import Iterator, Sequence

@@ -23,6 +23,9 @@ from spice_dist.methods import imc_swav
 from spice_dist.methods.imc_swav import Bank, EveryClassifier, SwavNet
 from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_lists
 from spice_dist.models.heads import ClassifierNet, Classifiers
+from spice_dist.pipeline import Launch, fit
+from spice_dist.recipes import recipe
+from spice_dist.task import check_task
 from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, on_workers, weights
 
@@ -326,6 +329,57 @@ def test_assignments_with_a_queue_are_sinkhorn_over_both():
         with torch.no_grad():
             every = torch.cat([scores[t], net(keys[t])]).double()
         torch.testing.assert_close(found[t].double(), sinkhorn(every)[:8], atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the whole run
+
+
+def test_a_run_clusters_predicts_and_is_evaluated_again_with_other_statistics(tmp_path):
+    source = open_source("digits")
+    assert source.labels is not None
+    few = replace(source, paths=source.paths[:200], labels=source.labels[:200])
+    config = replace(SMALL, method=STAGE, pretext=STAGE)
+    run, launch = tmp_path / "run", Launch(workers=0, threads=1)
+    metrics = fit(config, few, run, launch)
+    assert set(metrics["seconds"]) == {"data", "imc_swav", "features"}
+    assert len(metrics["heads"]) == 2
+    assert metrics["select"]["select_loss"] == min(head["select_loss"] for head in metrics["heads"])
+    assert "IMC-SwAV" in (run / "report.html").read_text()
+    inference.predict(run, "digits", tmp_path / "new.csv")
+    ours = (run / "assignments.csv").read_text().splitlines()[1:]
+    again = (tmp_path / "new.csv").read_text().splitlines()[1:201]
+    assert [row.split(",")[2] for row in ours] == [row.split(",")[2] for row in again]
+
+    before = weights(run, STAGE)
+    adapted = fit(override(config, {"imc_swav.eval_bn": "adapt_on_test"}), few, run, launch)
+    assert adapted["eval_bn"] == "adapt_on_test"
+    assert adapted["select"]["mean_confidence"] != metrics["select"]["mean_confidence"]
+    assert_same_bits(weights(run, STAGE), before)
+    with pytest.raises(UserError, match="imc_swav.lr was"):
+        fit(override(config, {"imc_swav.lr": 0.1}), few, run, launch)
+
+
+def test_a_method_that_learns_its_own_features_takes_no_other_pretext():
+    with pytest.raises(UserError, match='not by pretext "moco"'):
+        check_task(replace(SMALL, method=STAGE))
+
+
+def test_published_recipes_are_those_of_the_authors():
+    expected = {
+        "cifar10": (10, 256, 28, 18, "small"),
+        "cifar100_20": (20, 256, 28, 18, "small"),
+        "cifar100": (100, 512, 28, 18, "small"),
+        "stl10": (10, 256, 76, 52, "halved"),
+        "tiny_imagenet": (200, 512, 56, 36, "halved"),
+    }
+    for name, (clusters, batch, large, small, stem) in expected.items():
+        config = recipe(name, 60_000, "imc_swav")
+        own = config.imc_swav
+        assert (config.clusters, own.batch) == (clusters, batch)
+        assert (own.global_view.size, own.local_view.size) == (large, small)
+        assert (config.backbone.name, config.backbone.stem, config.bn_groups) == ("resnet18", stem, 1)
+        assert (own.epochs, own.lr, own.prototypes, own.queue, own.balance) == (500, 5e-4, 1000, 0, 4.0)
+        assert [own.epochs * milestone for milestone in own.milestones] == [150, 300, 400]
 
 
 # ---------------------------------------------------------------- settings
