@@ -18,7 +18,7 @@ from spice_dist.data.sources import Source
 from spice_dist.methods import imc_swav
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
-from spice_dist.methods.spice_self import head_features, load_heads
+from spice_dist.methods.spice_self import followed_images, head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
@@ -94,6 +94,7 @@ def evaluate(
             "acc": _reliable_accuracy(y_true, selected, reliable, manifest.clustered),
         },
     }
+    _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(run / "spice_self/eval.json", score(selected))
     publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
@@ -163,6 +164,25 @@ def evaluate_imc_swav(
 def _scored(manifest: Ingested) -> np.ndarray:
     """Which images the scores are of: those held out, or all that are clustered."""
     return np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
+
+
+def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
+    """SPICE's Fig. 6, `spice_self/head_selection.jsonl`: after every epoch the accuracy of the head that the loss
+    selects, of all so far, and that of the epoch's best head, which takes labels to find; on the images followed."""
+    path = run / "spice_self/head_selection.jsonl"
+    if y_true is None:
+        path.unlink(missing_ok=True)
+        return
+    saved = finished(run / "spice_self").tensors("select")
+    losses, followed = saved["losses"].numpy(), saved["followed"].numpy()
+    known = y_true[followed_images(task, clustered, followed.shape[2])]
+    accuracy = np.array([[metrics.accuracy(known, labels) for labels in heads] for heads in followed])
+    lines = []
+    for epoch in range(len(losses)):
+        selected = accuracy.flat[losses[: epoch + 1].argmin()]
+        lines.append({"step": epoch + 1, "selected": float(selected), "best": float(accuracy[epoch].max())})
+    with publish(path) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 def write_assignments(

@@ -96,6 +96,9 @@ def write_run(folder, with_labels=True):
         lines = [{"step": s, "epoch": s // 10, "loss": 5 / (s + 1), "lr": 0.1, HOSTILE[0]: s} for s in range(500)]
         text = "\n".join(map(json.dumps, lines)) + '\n{"step": 500, "lo'
         (folder / stage / "metrics.jsonl").write_text(text)
+    if with_labels:
+        lines = [{"step": e, "selected": 0.5 + e / 100, "best": 0.6 + e / 100} for e in range(1, 21)]
+        (folder / "spice_self/head_selection.jsonl").write_text("\n".join(map(json.dumps, lines)))
     manifest = {"n": N, "size": SIZE, "source": HOSTILE[6], "bad": 60, "duplicates": 1}
     (folder / "data/manifest.json").write_text(json.dumps(manifest))
     with (folder / "data/quarantine.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -479,3 +482,15 @@ def test_importing_the_report_imports_no_torch():
         "import sys, spice_dist.report; print([m for m in ('torch', 'PIL', 'jinja2', 'sklearn') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_selected_head_is_drawn_beside_the_best_one_where_there_are_labels(tmp_path):
+    for with_labels in (True, False):
+        run = tmp_path / str(with_labels)
+        write_run(run, with_labels)
+        text = write_report(run, images=read_pixels).read_text()
+        assert ("accuracy of the selected head over 20 records up to step 20; last value 0.7" in text) == with_labels
+        if with_labels:
+            figure = text[text.index("Accuracy by epoch") :]
+            assert figure.index('class="reference"') < figure.index("</figure>")
+            assert figure.index('class="line"') < figure.index("</figure>")

@@ -119,7 +119,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     if saved:
         load_optimizer_tensors(optimizer, _part_of(saved.tensors("optimizer"), share, config.heads))
 
-    followed = np.random.default_rng([task.seed, SAMPLE]).permutation(num_images)[: selection.followed.shape[2]]
+    followed = followed_images(task, num_images, selection.followed.shape[2])
     encode = partial(_encode, task, backbone)
     learn = _loss_of(task, config)
     drawn: dict[int, list[Tensor]] = {}
@@ -247,6 +247,11 @@ def view_features(
         for made, use, view in zip(found, uses, batch, strict=True):
             made.append(use(view))
     return [collectives.gather_shares(torch.cat(made), len(index)) for made in found]
+
+
+def followed_images(task: Task, num_images: int, count: int) -> Int[np.ndarray, " S"]:
+    """The numbers of the images whose labels `Selection.followed` holds."""
+    return np.random.default_rng([task.seed, SAMPLE]).permutation(num_images)[:count]
 
 
 def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:

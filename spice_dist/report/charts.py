@@ -47,8 +47,8 @@ def short(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def line_chart(curve: Curve, name: str, width: int, height: int) -> Markup:
-    """A curve over steps with both axes; gaps where the value is not finite."""
+def line_chart(curve: Curve, name: str, width: int, height: int, beside: Curve | None = None) -> Markup:
+    """A curve over steps with both axes, gaps where the value is not finite; another one dotted, to compare it with."""
     known = np.isfinite(curve.values)
     if not known.any():
         return Markup('<p class="muted">{}: no finite values.</p>').format(name)
@@ -59,7 +59,8 @@ def line_chart(curve: Curve, name: str, width: int, height: int) -> Markup:
         (curve.steps[g].mean(), curve.values[g].mean(), curve.values[g].min(), curve.values[g].max()) for g in groups
     ]
     x_low, x_high = _range(curve.steps[0], curve.steps[-1], 0.0)
-    y_low, y_high = _range(curve.values[known].min(), curve.values[known].max(), 0.06)
+    values = curve.values[known] if beside is None else np.concatenate([curve.values[known], beside.values])
+    y_low, y_high = _range(np.nanmin(values), np.nanmax(values), 0.06)
     left, right, top, bottom = 50, 14, 10, 30
 
     def x(step: float) -> float:
@@ -80,6 +81,9 @@ def line_chart(curve: Curve, name: str, width: int, height: int) -> Markup:
     for value, text in zip(x_ticks.tolist(), tick_texts(x_ticks), strict=True):
         parts.append(Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(x(value), height - 11, text))
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(left, height - bottom, width - right))
+    if beside is not None:
+        dots = [f"{x(s):.1f} {y(v):.1f}" for s, v in zip(beside.steps, beside.values, strict=True) if np.isfinite(v)]
+        parts.append(Markup('<path class="reference" d="M{}"/>').format("L".join(dots)))
     for piece in _pieces(points):
         if averaged:
             over = [f"{x(s):.1f} {y(high):.1f}" for s, _, _, high in piece]

@@ -100,6 +100,7 @@ def render(run: Run, images: ReadImages) -> str:
         score_rows=score_rows(run),
         label_free=label_free(run),
         heads=heads(run),
+        head_selection=head_selection(run),
         reliable_acc=number(mapping(run.metrics.get("reliable")).get("acc")),
         sizes=sizes(run),
         curves=curves(run),
@@ -264,6 +265,14 @@ def heads(run: Run) -> list[dict]:
         }
         for place, (head, loss) in enumerate(zip(rows, losses, strict=True))
     ]
+
+
+def head_selection(run: Run) -> Markup | None:
+    """How well the loss selects among heads and epochs, where there are labels to tell."""
+    found = run.head_selection
+    if not {"selected", "best"} <= set(found):
+        return None
+    return charts.line_chart(found["selected"], "accuracy of the selected head", 560, 220, beside=found["best"])
 
 
 def sizes(run: Run) -> dict:

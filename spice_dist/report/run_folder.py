@@ -37,6 +37,7 @@ class Run:
     features: np.ndarray | None  # (N, D) float16, memory-mapped
     scores: dict[str, dict[str, float] | None]  # row of the score table -> scores
     curves: dict[str, dict[str, Curve]]  # stage -> name -> curve
+    head_selection: dict[str, Curve]  # "selected" and "best" accuracy over epochs; empty without labels
     manifest: dict
     quarantine: list[tuple[str, str]]  # (path, reason), the first ones
     num_quarantined: int
@@ -75,6 +76,7 @@ def load(folder: Path, max_quarantined: int = 50) -> Run:
         features=read_features(folder / "features" / "features.npy", len(labels)),
         scores=score_rows(folder, metrics),
         curves={stage: read_curves(folder / stage / "metrics.jsonl") for stage in STAGES},
+        head_selection=read_curves(folder / "spice_self" / "head_selection.jsonl"),
         manifest=read_json(folder / "data" / "manifest.json") or {},
         quarantine=quarantine,
         num_quarantined=num_quarantined,

@@ -171,9 +171,10 @@ def test_a_classifier_is_the_network_of_its_docstring():
     layers = [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()]
     torchs = nn.Sequential(*layers, nn.Linear(8, 3)).double()
     with torch.no_grad():
-        for place, weight in ((0, ours.in_weight), (3, ours.hidden_weight), (6, ours.out_weight)):
-            torchs[place].weight.copy_(weight[0].T)
-        torchs[6].bias.copy_(ours.out_bias[0, 0])
+        linear = [layer for layer in torchs if isinstance(layer, nn.Linear)]
+        for layer, weight in zip(linear, (ours.in_weight, ours.hidden_weight, ours.out_weight), strict=True):
+            layer.weight.copy_(weight[0].T)
+        linear[2].bias.copy_(ours.out_bias[0, 0])
     features = torch.randn(12, 5, dtype=torch.float64)
     torch.testing.assert_close(ours.train()(features)[0], torchs.train()(features))
 

@@ -155,7 +155,8 @@ def test_the_course_of_the_selection_is_kept(small_run):
     assert torch.equal(losses.min(0).values, saved["loss"])
     heads = ClusterHeads.holding(finished(small_run / "spice_self").tensors("heads"))
     features = torch.from_numpy(np.load(small_run / "features/features.npy").astype(np.float32))
-    order = np.random.default_rng([SMALL.seed, spice_self.SAMPLE]).permutation(200)
+    order = spice_self.followed_images(SMALL, 200, 200)
+    assert sorted(order) == list(range(200))
     assert torch.equal(heads(features[order]).argmax(2).to(torch.int16), followed[-1])
 
 
