@@ -150,11 +150,9 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 
 def _evaluated_otherwise(config: Config, metrics: Path) -> bool:
-    """Whether there are no scores yet, or some that were made with another setting that evaluation alone reads."""
-    if not metrics.exists():
-        return True
-    before = json.loads(metrics.read_text()).get("eval_bn")
-    return config.method == "imc_swav" and before != config.imc_swav.eval_bn
+    """Whether there are no scores yet, or those of another method or of BatchNorm statistics made otherwise."""
+    wanted = config.imc_swav.eval_bn if config.method == "imc_swav" else None
+    return not metrics.exists() or json.loads(metrics.read_text()).get("eval_bn") != wanted
 
 
 def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:

@@ -98,7 +98,7 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
         reliable=ReliableConfig(ratio=0.95),
         spice_semi=SpiceSemiConfig(steps=300, ema=0.99, init="stage2", strong=strong),
         imc_swav=ImcSwavConfig(
-            epochs=15,
+            epochs=max(2, 75_000 // num_images),
             batch=128,
             lr=2e-3,
             warmup=50,
@@ -106,6 +106,7 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
             epsilon=0.02,
             hidden=256,
             classifiers=4,
+            local_views=2,
             global_view=replace(view, size=24),
             local_view=replace(view, crop_scale=(0.1, 0.4), size=16),
         ),

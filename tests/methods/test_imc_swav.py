@@ -359,6 +359,11 @@ def test_a_run_clusters_predicts_and_is_evaluated_again_with_other_statistics(tm
     with pytest.raises(UserError, match="imc_swav.lr was"):
         fit(override(config, {"imc_swav.lr": 0.1}), few, run, launch)
 
+    spice = fit(replace(config, method="spice"), few, run, launch)  # goes on from the same features
+    assert set(spice["seconds"]) == {"data", "imc_swav", "features", "spice_self", "reliable", "spice_semi"}
+    assert_same_bits(weights(run, STAGE), before)
+    assert "SPICE-Semi" in (run / "report.html").read_text()
+
 
 def test_a_method_that_learns_its_own_features_takes_no_other_pretext():
     with pytest.raises(UserError, match='not by pretext "moco"'):
