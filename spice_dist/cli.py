@@ -60,8 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument(
         "--pretext",
-        choices=("moco", "byol", "none"),
+        choices=("moco", "byol", "imc_swav", "none"),
         help="how the backbone learns first; none: not at all (default: moco, or none with --weights)",
+    )
+    fit.add_argument(
+        "--method",
+        choices=("spice", "imc_swav"),
+        default="spice",
+        help="imc_swav: learn features and clusters in one stage, from crops of two sizes (default: spice)",
     )
     fit.add_argument("--seed", type=int, help="another seed, another run (default 0)")
     fit.add_argument(
@@ -202,9 +208,12 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
         published = options.data.partition(":")[0].replace("-", "_")
         hint = f", or the settings for it with --recipe {published}" * (published in RECIPES)
         raise UserError(f"how many clusters? give --clusters, a whole number from 2 up{hint}")
-    changes = {**_network(options.backbone or changes.get("backbone.name"), options.weights), **changes}
+    network = _network(options.backbone or changes.get("backbone.name"), options.weights)
+    if options.method == "imc_swav":
+        network.pop("pretext", None)  # it goes on from trained weights by itself
+    changes = {**network, **changes}
     name = options.recipe or ("digits" if digits else "photos")
-    config = override(recipe(name, len(source.paths)), changes)
+    config = override(recipe(name, len(source.paths), options.method), changes)
     trackers.request(options.track)
     launch = Launch(options.workers, options.threads, options.address, options.labels)
     fit(config, source, options.out, launch, ["spice-dist", *given])

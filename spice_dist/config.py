@@ -11,6 +11,7 @@ from typing import Any
 
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
+from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
@@ -27,6 +28,7 @@ class Config(Task):
     spice_self: SpiceSelfConfig = field(default_factory=SpiceSelfConfig)
     reliable: ReliableConfig = field(default_factory=ReliableConfig)
     spice_semi: SpiceSemiConfig = field(default_factory=SpiceSemiConfig)
+    imc_swav: ImcSwavConfig = field(default_factory=ImcSwavConfig)
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -21,7 +21,7 @@ from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import for_pretrained, for_untrained, unit
-from spice_dist.models.heads import ClusterNet
+from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pipeline import Launch, fit
 from spice_dist.recipes import recipe
 from spice_dist.report import write_report
@@ -115,7 +115,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         return write_report(self.run_, Path(out))
 
     @contextmanager
-    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet, Images, Statistics]]:
+    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet | ClassifierNet, Images, Statistics]]:
         check_is_fitted(self, "run_")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, task = inference.load_model(self.run_ / "model", device)

@@ -15,6 +15,8 @@ from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
+from spice_dist.methods import imc_swav
+from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
@@ -55,9 +57,7 @@ def evaluate(
     selected = by_head[int(loss.argmin())]
 
     y_true = _true_labels(run)
-    scored = (
-        np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
-    )
+    scored = _scored(manifest)
 
     def score(y_pred: np.ndarray) -> Scores:
         return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
@@ -102,6 +102,71 @@ def evaluate(
     publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
+
+
+def evaluate_imc_swav(
+    task: Task, config: ImcSwavConfig, run: Path, device: torch.device, seconds: dict[str, float],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `evaluate`, of a run of IMC-SwAV, which has no reliable labels."""
+    images, manifest = open_dataset(task, run, device)
+    scored = _scored(manifest)
+    net = place(imc_swav.network(task, run), device)
+    if config.eval_bn == "adapt_on_test":
+        imc_swav.adapt_statistics(net, task, config, images, scored)
+    inference.save_model(net, task, run / "model")
+    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
+    pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
+    features = np.load(run / "features/features.npy", mmap_mode="r")
+    feature_clusters = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
+    assigned, confidence = probs.argmax(1), probs.max(1)
+    none = np.zeros(manifest.n, bool)
+    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, none)
+
+    classifiers, loss = imc_swav.trained_classifiers(run)
+    place(classifiers, device)
+    every = np.arange(images.n)
+    raw = inference.outputs(net.backbone, images, every, task.backbone.statistics, progress, task.precision)
+    with torch.no_grad():
+        by_head = torch.cat([classifiers(z).argmax(2).cpu() for z in raw], 1).numpy()  # H N
+    images.close()
+    y_true = _true_labels(run)
+
+    def score(y_pred: np.ndarray) -> Scores:
+        return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
+
+    sizes = metrics.cluster_sizes(assigned, task.clusters)
+    result = {
+        "n": len(assigned),
+        "k": task.clusters,
+        "nonempty": int((sizes > 0).sum()),
+        "seconds": seconds,
+        "eval_bn": config.eval_bn,
+        "select": {
+            "select_loss": float(loss.min()),
+            "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
+            "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
+            "mean_confidence": float(confidence.mean()),
+            "size_entropy": metrics.size_entropy(assigned, task.clusters),
+        },
+        "eval": score(assigned),
+        "baselines": {"kmeans_pixels": score(pixel_clusters), "kmeans_features": score(feature_clusters)},
+        "heads": [
+            {
+                "select_loss": float(value),
+                "acc": None if y_true is None else metrics.accuracy(y_true[scored], labels[scored]),
+            }
+            for value, labels in zip(loss, by_head, strict=True)
+        ],
+        "reliable": {"count": 0, "fraction": 0.0, "acc": None},
+    }
+    publish_json(run / "metrics.json", result)
+    return result
+
+
+def _scored(manifest: Ingested) -> np.ndarray:
+    """Which images the scores are of: those held out, or all that are clustered."""
+    return np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
 
 
 def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:

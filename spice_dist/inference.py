@@ -29,7 +29,7 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, load_backbone, open_dataset, place
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
-from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.heads import ClassifierNet, Classifiers, ClusterHeads, ClusterNet
 from spice_dist.task import Task
 
 CHUNK = 512  # images per forward pass
@@ -136,7 +136,7 @@ def probabilities(
     return torch.cat(chunks).numpy()
 
 
-def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
+def save_model(net: ClusterNet | ClassifierNet, task: Task, folder: Path) -> None:
     """`model.safetensors` and `model.json`: all that `load_model` needs, wherever the folder goes."""
     from safetensors.torch import save_file
 
@@ -154,7 +154,7 @@ def save_model(net: ClusterNet, task: Task, folder: Path) -> None:
     publish_json(folder / "model.json", about)
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
+def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet | ClassifierNet, Task]:
     """The network in eval mode and what it was made for; UserError if the folder holds none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -175,7 +175,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet, Task]:
     )
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     head = {name.removeprefix("head."): weight for name, weight in weights.items() if name.startswith("head.")}
-    net = ClusterNet(backbone, ClusterHeads.holding(head))
+    if "in_weight" in head:
+        net = ClassifierNet(backbone, Classifiers.holding(head))
+    else:
+        net = ClusterNet(backbone, ClusterHeads.holding(head))
     net.load_state_dict(weights)
     place(net, device)
     return net.eval(), task

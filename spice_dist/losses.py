@@ -3,6 +3,8 @@
 They know no configuration and no process group.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -92,3 +94,89 @@ def consistency(
     passed = (confidence >= threshold).float()
     loss = (F.cross_entropy(strong_logits.float(), target, reduction="none") * passed).mean()
     return loss, passed.mean()
+
+
+@torch.no_grad()
+def sinkhorn(
+    scores: Float[Tensor, "*parts B J"],
+    epsilon: float,
+    iterations: int,
+    gather: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Float[Tensor, "*parts B J"]:
+    """SwAV's soft assignment of every row to J prototypes that all get the same share; IMC-SwAV eqs. (3) and (4).
+
+    Alternately scales the columns of exp(scores / epsilon) to equal sums over all rows, and the rows to equal sums, in
+    the log domain: finite at any epsilon. Every row of the result sums to one; no gradient. At least float32.
+
+    Args:
+        scores: in [-1, 1]; leading axes are parts of one batch, whose sums are added up in their order.
+        gather: where workers hold a part each, concatenates their column sums (parts, J) along the first axis.
+    """
+    log_kernel = _precise(scores) / epsilon
+    pairs = log_kernel.flatten(0, -3) if log_kernel.ndim > 2 else log_kernel[None]
+    row = pairs.new_zeros(pairs.shape[:2])  # log of each row's factor; those of the columns follow from it
+    column = pairs.new_zeros(pairs.shape[2])
+    for _ in range(iterations):
+        sums = torch.stack([(part + factor[:, None]).logsumexp(0) for part, factor in zip(pairs, row, strict=True)])
+        column = -gather(sums).logsumexp(0)
+        row = -(pairs + column).logsumexp(2)
+    return (log_kernel + column).softmax(-1)
+
+
+def swapped_prediction(
+    targets: Float[Tensor, "T B J"], scores: Float[Tensor, "V B J"], temperature: float
+) -> Float[Tensor, ""]:
+    """SwAV's loss, IMC-SwAV eq. (1): each view predicts the assignments of the others.
+
+    The mean over t < T, over the views s other than t and over B of
+    -sum_j targets[t, b, j] log softmax(scores[s, b] / temperature)[j]. The first T views are those of the targets; at
+    chance it is ln J. At least float32, also under autocast.
+    """
+    log_probs = F.log_softmax(_precise(scores) / temperature, dim=-1)
+    every = (targets.sum(0) * log_probs.sum(0)).sum()
+    itself = (targets * log_probs[: len(targets)]).sum()
+    return (itself - every) / (len(targets) * (len(scores) - 1) * scores.shape[1])
+
+
+def joint_counts(
+    clusters: Float[Tensor, "*heads V B K"], prototypes: Float[Tensor, "W B J"]
+) -> Float[Tensor, "*heads V W K J"]:
+    """sum over b of clusters[v, b, k] prototypes[w, b, j], for every pair of views: divided by B it is their joint.
+
+    Counts of parts of a batch add up, so workers sum theirs. At least float32, also under autocast.
+    """
+    with torch.autocast(clusters.device.type, enabled=False):
+        left = _precise(clusters).transpose(-1, -2)  # *heads V K B
+        right = _precise(prototypes).transpose(0, 1).flatten(1)  # B (W J)
+        counts = (left.flatten(0, -2) @ right).unflatten(1, (len(prototypes), -1))
+        return counts.unflatten(0, left.shape[:-1]).transpose(-3, -2)
+
+
+def entropies(joint: Float[Tensor, "*pairs K J"]) -> tuple[Float[Tensor, "*pairs"], Float[Tensor, "*pairs"]]:
+    """(H(Y), H(Y|U)) in nats of each joint distribution of clusters Y and prototypes U, which sums to one.
+
+    H(Y|U) = H(Y,U) - H(U). H(Y) is ln K where all clusters are used alike, H(Y|U) is 0 where the prototype tells the
+    cluster. IMC-SwAV's eq. (6) is H(Y|U) - b H(Y), which for b = 1 is minus the mutual information.
+    """
+    of_cluster = _entropy(joint.sum(-1), 1)
+    return of_cluster, _entropy(joint, 2) - _entropy(joint.sum(-2), 1)
+
+
+def logit_hinge(logits: Float[Tensor, "*batch B K"], bound: float) -> Float[Tensor, "*batch"]:
+    """IMC-SwAV's regulariser: the mean over B of sum_k max(|logits[b, k]| - bound, 0)."""
+    return (logits.abs() - bound).clamp(min=0).sum(-1).mean(-1)
+
+
+def perplexity(share: Float[Tensor, " J"]) -> Float[Tensor, ""]:
+    """exp of the entropy of a distribution, in [1, J]: how many of J prototypes are in use."""
+    return _entropy(share, 1).exp()
+
+
+def _entropy(p: Tensor, axes: int) -> Tensor:
+    """-sum p ln p over the last axes; entries too small for their logarithm count as the smallest."""
+    log = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+    return -(p * log).flatten(-axes).sum(-1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

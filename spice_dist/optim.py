@@ -22,6 +22,18 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> t
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
+def steps_down(progress: float, milestones: Iterable[float], factor: float) -> float:
+    """The factor on the learning rate that has been multiplied once for each milestone (0 to 1) up to `progress`."""
+    return factor ** sum(progress >= milestone for milestone in milestones)
+
+
+def adam(
+    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Adam:
+    """Weight decay as part of the gradient, one fused kernel; parameters without a gradient rest."""
+    return torch.optim.Adam(parameters, lr, betas, weight_decay=weight_decay, fused=True)
+
+
 def lars(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """You et al. 2017, for batches of thousands: kernels alone decay and have steps in proportion to their norm."""
     from timm.optim.lars import Lars

@@ -24,14 +24,15 @@ from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError, out_of_memory
-from spice_dist.evaluate import evaluate, relabel
-from spice_dist.methods import byol, moco, reliable, spice_self, spice_semi
+from spice_dist.evaluate import evaluate, evaluate_imc_swav, relabel
+from spice_dist.methods import byol, imc_swav, moco, reliable, spice_self, spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
 from spice_dist.task import Task, check_task, require_positive
 
-HARMLESS = ("data.loader", "data.max_bad", "backbone.weights")  # no pixel changes; weights count by their SHA-256
+# no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
+HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn")
 SMALL = 50_000  # images that this process reads once and embeds in less time than FFCV compiles or workers start
 
 
@@ -127,6 +128,7 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
         "reliable": lambda bar: _select_labels(run, bar),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
     }
+    stages = {name: work for name, work in stages.items() if name in settings}
     finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
     with _ray_session(run, needed=set(stages) - {"data"} - finished):
         for stage, work in stages.items():
@@ -136,17 +138,30 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
                 _run_stage(run, stage, settings[stage], work)
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
     relabelled = "data" in finished and relabel(folder, run.source)
-    if relabelled or finished != set(stages) or not (folder / "metrics.json").exists():
+    if relabelled or finished != set(stages) or _evaluated_otherwise(config, folder / "metrics.json"):
         with Bar("evaluate", run.stop) as bar:
-            evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
+            if config.method == "imc_swav":
+                evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
+            else:
+                evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
     write_report(folder)
     return metrics
 
 
+def _evaluated_otherwise(config: Config, metrics: Path) -> bool:
+    """Whether there are no scores yet, or those of another method or of BatchNorm statistics made otherwise."""
+    wanted = config.imc_swav.eval_bn if config.method == "imc_swav" else None
+    return not metrics.exists() or json.loads(metrics.read_text()).get("eval_bn") != wanted
+
+
 def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
     """Stage 1 as (name, train, its settings); none if the backbone is taken as it is."""
-    stages = [("moco", moco.train, config.moco), ("byol", byol.train, config.byol)]
+    stages = [
+        ("moco", moco.train, config.moco),
+        ("byol", byol.train, config.byol),
+        ("imc_swav", imc_swav.train, config.imc_swav),
+    ]
     return [stage for stage in stages if stage[0] == config.pretext]
 
 
@@ -307,10 +322,15 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
         "data": ("data",),
         **{name: ("seed", "bn_groups", "precision", "pretext", "backbone", name) for name, _, _ in _pretext(config)},
         "features": ("precision", "pretext", "backbone"),
-        "spice_self": ("seed", "clusters", "spice_self"),
-        "reliable": ("reliable",),
-        "spice_semi": ("bn_groups", "spice_semi"),
     }
+    if config.pretext == "imc_swav":
+        names["imc_swav"] = ("clusters", *names["imc_swav"])
+    if config.method == "spice":
+        names |= {
+            "spice_self": ("seed", "clusters", "spice_self"),
+            "reliable": ("reliable",),
+            "spice_semi": ("bn_groups", "spice_semi"),
+        }
     flat = flatten(config)
     depends: dict[str, Any] = {"images": images}
     settings = {}
@@ -331,9 +351,12 @@ def _check_settings(config: Config, images: Source | Ingested, data: str) -> Non
         moco.check(config, config.moco, images.training)
     if config.pretext == "byol":
         byol.check(config, config.byol, images.training)
-    spice_self.check(config, config.spice_self, num_images)
-    reliable.check(config.reliable)
-    spice_semi.check(config, config.spice_semi)
+    if config.pretext == "imc_swav":
+        imc_swav.check(config, config.imc_swav, images.training, num_images)
+    if config.method == "spice":
+        spice_self.check(config, config.spice_self, num_images)
+        reliable.check(config.reliable)
+        spice_semi.check(config, config.spice_semi)
 
 
 def _write_config(run: Run, images: str, command: list[str] | None) -> None:

@@ -6,7 +6,8 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
 
-PRETEXTS = ("moco", "byol", "none")
+METHODS = ("spice", "imc_swav")
+PRETEXTS = ("moco", "byol", "imc_swav", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -16,7 +17,8 @@ class Task:
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
     precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
-    pretext: str = "moco"  # stage 1: "moco", "byol", or "none": the backbone's weights as they are
+    method: str = "spice"  # or "imc_swav", whose one stage, which is its pretext, clusters by itself
+    pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
@@ -31,9 +33,12 @@ def require_positive(group: str, **values: float) -> None:
 def check_task(task: Task) -> None:
     """UserError naming the first setting of these that is out of range."""
     require_positive("", bn_groups=task.bn_groups)
-    for name, value, choices in (("precision", task.precision, PRECISIONS), ("pretext", task.pretext, PRETEXTS)):
-        if value not in choices:
+    named = {"precision": PRECISIONS, "method": METHODS, "pretext": PRETEXTS}
+    for name, choices in named.items():
+        if (value := getattr(task, name)) not in choices:
             raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
+    if task.method == "imc_swav" != task.pretext:
+        raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:
         raise UserError(f"--seed is {task.seed}; give 0 or more")
     if task.pretext == "none" and not task.backbone.weights:

@@ -177,3 +177,137 @@ def test_consistency_teaches_the_strong_view_only():
     assert weak.grad is None
     assert strong.grad is not None
     assert strong.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- IMC-SwAV
+
+
+def test_sinkhorn_is_the_loop_over_rows_and_columns():
+    scores = random_unit(12, 4) @ random_unit(5, 4, seed=1).T
+    q = torch.exp(scores.double() / 0.05)
+    q /= q.sum()
+    for _ in range(3):
+        for j in range(5):
+            q[:, j] *= (1 / 5) / q[:, j].sum()
+        for i in range(12):
+            q[i] *= (1 / 12) / q[i].sum()
+    torch.testing.assert_close(losses.sinkhorn(scores.double(), 0.05, 3), q * 12)
+    torch.testing.assert_close(losses.sinkhorn(scores, 0.05, 3).double(), q * 12, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 1.0])
+def test_sinkhorn_gives_every_row_one_and_every_prototype_its_share(epsilon, kind):
+    scores = (random_unit(64, 8) @ random_unit(16, 8, seed=1).T).to(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = losses.sinkhorn(scores, epsilon, 1000)
+    assert q.dtype == torch.float32
+    torch.testing.assert_close(q.sum(1), torch.ones(64))
+    torch.testing.assert_close(q.sum(0), torch.full((16,), 4.0), atol=0.05, rtol=0)
+
+
+def test_sinkhorn_stays_finite_where_exponentials_would_not():
+    scores = torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
+    q = losses.sinkhorn(scores, 1e-3, 3)
+    assert q.isfinite().all()
+    torch.testing.assert_close(q.sum(1), torch.ones(3))
+
+
+def test_sinkhorn_is_that_of_a_transport_solver():
+    """Run to its end, with the marginals 1/J for prototypes and 1/B for rows, it is entropic optimal transport."""
+    ot = pytest.importorskip("ot")
+    scores = (random_unit(40, 8) @ random_unit(12, 8, seed=1).T).double()
+    plan = ot.sinkhorn(
+        np.full(40, 1 / 40), np.full(12, 1 / 12), -scores.numpy(), 0.05, method="sinkhorn_log", stopThr=1e-14
+    )
+    np.testing.assert_allclose(losses.sinkhorn(scores, 0.05, 2000).numpy() / 40, plan, atol=1e-6, rtol=0)
+
+
+def test_sinkhorn_of_parts_is_that_of_the_whole_and_workers_need_only_each_others_sums():
+    scores = random_unit(24, 4) @ random_unit(6, 4, seed=1).T
+    whole = losses.sinkhorn(scores, 0.05, 3)
+    parts = scores.unflatten(0, (4, 6))
+    torch.testing.assert_close(losses.sinkhorn(parts, 0.05, 3).flatten(0, 1), whole)
+    asked: list[torch.Tensor] = []
+
+    def among_workers(sums: torch.Tensor) -> torch.Tensor:
+        asked.append(sums)
+        return torch.cat([sums, sums])
+
+    torch.testing.assert_close(losses.sinkhorn(scores[:12], 0.05, 3, among_workers), twice(scores[:12]))
+    assert [tuple(sums.shape) for sums in asked] == [(1, 6)] * 3
+
+
+def twice(scores: torch.Tensor) -> torch.Tensor:
+    """Sinkhorn of these rows where another worker has the same."""
+    return losses.sinkhorn(torch.cat([scores, scores]), 0.05, 3)[: len(scores)]
+
+
+def test_swapped_prediction_is_the_loop_of_equation_1():
+    targets = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).softmax(2)
+    scores = random_unit(6, 5, 7, seed=1)
+    total = 0.0
+    for t in range(2):
+        for s in range(6):
+            if s != t:
+                u = (scores[s].double() / 0.1).softmax(1)
+                total += -float((targets[t].double() * u.log()).sum(1).mean()) / 10
+    assert losses.swapped_prediction(targets, scores, 0.1).item() == pytest.approx(total, rel=1e-5)
+    even = torch.zeros(6, 5, 7)
+    assert losses.swapped_prediction(targets, even, 0.1).item() == pytest.approx(math.log(7), rel=1e-5)
+
+
+def probs(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def test_the_joint_of_every_pair_of_views_is_the_loop_over_images():
+    y, u = probs(3, 2, 9, 4), probs(5, 9, 6, seed=1)
+    counts = losses.joint_counts(y, u)
+    assert counts.shape == (3, 2, 5, 4, 6)
+    for h, v, w in ((0, 0, 0), (2, 1, 4), (1, 0, 3)):
+        expected = sum(torch.outer(y[h, v, b], u[w, b]) for b in range(9))
+        torch.testing.assert_close(counts[h, v, w], expected)
+    torch.testing.assert_close(counts.sum((-1, -2)), torch.full((3, 2, 5), 9.0, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses.joint_counts(y.bfloat16(), u.bfloat16()).double(), counts, atol=0.05, rtol=0)
+
+
+def test_entropies_are_those_of_the_definitions_and_know_their_ends():
+    p = probs(3, 20).unflatten(1, (4, 5))
+    of_cluster, conditional = losses.entropies(p)
+    for one, h, c in zip(p.numpy(), of_cluster, conditional, strict=True):
+        y, u = one.sum(1), one.sum(0)
+        assert h.item() == pytest.approx(-(y * np.log(y)).sum())
+        given = [-(one[:, j] * np.log(one[:, j] / u[j])).sum() for j in range(5)]  # H(Y|U) itself
+        assert c.item() == pytest.approx(sum(given))
+    told = torch.eye(4)[None] / 4  # the prototype tells the cluster
+    assert losses.entropies(told)[0].item() == pytest.approx(math.log(4), rel=1e-5)
+    assert losses.entropies(told)[1].item() == pytest.approx(0, abs=1e-6)
+    unrelated = torch.full((1, 4, 5), 1 / 20)
+    assert losses.entropies(unrelated)[1].item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_gradients_of_equation_6_are_finite_differences_and_finite_for_empty_clusters():
+    u = probs(2, 7, 5, seed=1)
+
+    def equation_6(logits: torch.Tensor) -> torch.Tensor:
+        of_cluster, conditional = losses.entropies(losses.joint_counts(logits.softmax(-1), u) / 7)
+        return (conditional - 4 * of_cluster).mean((-1, -2))
+
+    logits = torch.randn(1, 2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.autograd.gradcheck(equation_6, logits.requires_grad_())
+    certain = torch.tensor([200.0, 0, 0]).expand(1, 2, 7, 3).clone().requires_grad_()
+    of_cluster, conditional = losses.entropies(losses.joint_counts(certain.softmax(-1), u.float()) / 7)
+    (conditional - 4 * of_cluster).sum().backward()
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
+
+
+def test_the_hinge_costs_what_logits_exceed_their_bound_by():
+    logits = torch.tensor([[[6.0, -7.0, 5.0], [0.0, 1.0, -4.9]]])
+    assert losses.logit_hinge(logits, 5.0).tolist() == [1.5]
+
+
+def test_perplexity_counts_the_prototypes_in_use():
+    assert losses.perplexity(torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])).item() == pytest.approx(4, rel=1e-5)

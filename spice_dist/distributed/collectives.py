@@ -50,6 +50,27 @@ def mean(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def total(x: Tensor) -> Tensor:
+    """Sum over workers, elementwise, with a gradient.
+
+    Every worker must go on to the same loss of the sum. Its gradient on a worker is then that worker's part of the
+    whole one, times the number of workers, since `Worker.wrap` divides by it when it averages.
+    """
+    return x if alone() else _Total.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        summed = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        return gradients[0] * dist.get_world_size()
+
+
 def largest_int(value: int, device: torch.device) -> int:
     """The largest of the workers' integers; every worker gets the same answer."""
     if alone():

@@ -1,6 +1,6 @@
 """What every training loop calls and no paper mentions: devices, precision, and the state of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -98,14 +98,29 @@ def view_pairs(
     task: Task, images: Images, num_images: int, batch: int, epochs: int, view: View, start: int, worker: Worker
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
+    pairs = view_lists(task, images, num_images, batch, epochs, [view, view], start, worker)
+    return ((one, other) for one, other in pairs)
+
+
+def view_lists(
+    task: Task,
+    images: Images,
+    num_images: int,
+    batch: int,
+    epochs: int,
+    views: Sequence[View],
+    start: int,
+    worker: Worker,
+) -> Iterator[list[Tensor]]:
+    """As `view_pairs`, any number of views of any size; every image is read once for all of them."""
     steps = num_images // batch
     for epoch in range(start // steps, epochs):
         own = worker_batches(epoch_order(task.seed, epoch, num_images), batch, worker.world, worker.rank)
         own = own[max(0, start - epoch * steps) :]
-        pair = [(view, (task.seed, epoch, stream)) for stream in (0, 1)]
+        keyed = [(view, (task.seed, epoch, stream)) for stream, view in enumerate(views)]
         if len(own):
-            views = augment.view_batches(images, own.ravel(), own.shape[1], pair, task.backbone.statistics)
-            yield from ((one, other) for (one, other), _ in views)
+            drawn = augment.view_batches(images, own.ravel(), own.shape[1], keyed, task.backbone.statistics)
+            yield from (parts for parts, _ in drawn)
 
 
 def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:

@@ -31,6 +31,7 @@ COUNTER = "num_batches_tracked"  # of a BatchNorm: nothing reads it, and some fi
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "small": nn.Identity,  # as for CIFAR: 32 pixels and below
     "pooled": partial(nn.MaxPool2d, 2, padding=1),  # SPICE's ClusterResNet, for 32 to 96 pixels
+    "halved": partial(nn.MaxPool2d, 2),  # IMC-SwAV's for 64 and 96 pixels
 }
 NAMED = 3  # tensors of each kind that an error lists
 MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)  # of timm, told a wrong size
@@ -40,7 +41,7 @@ MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, V
 class BackboneConfig:
     name: str = "resnet18"  # any timm model, with or without the tag of its weights
     stem: str = (
-        "small"  # "small": a 3x3 stride-1 first convolution, no pooling; "pooled": 2x2 pooling; "native": timm's
+        "small"  # "small": a 3x3 stride-1 first convolution; "pooled", "halved": 2x2 pooling after it; "native": timm's
     )
     widths: tuple[int, ...] = ()  # channels of the four stages of a timm ResNet; empty keeps the model's own
     depths: tuple[int, ...] = ()  # blocks of the four stages; empty keeps the model's own
@@ -75,6 +76,11 @@ class Backbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         return self.body(images)
+
+
+def check_size(backbone: Backbone, channels: int, size: int) -> None:
+    """UserError if the network cannot take images of this size, such as crops that are smaller than the images."""
+    _feature_width(backbone.body, channels, size)
 
 
 def unit(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

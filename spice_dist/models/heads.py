@@ -92,3 +92,89 @@ class ClusterNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         return self.head(unit(self.backbone(images)))[0]
+
+
+class LinearProjection(nn.Sequential):
+    """IMC-SwAV's projection, Linear(D, D)-Linear(D, out) with nothing between: a linear map of two factors."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__(nn.Linear(dim, dim), nn.Linear(dim, out))
+
+
+class Prototypes(nn.Module):
+    """J unit vectors (J, D): unit embeddings (..., D) to cosines (..., J) in [-1, 1], float32 also under autocast."""
+
+    def __init__(self, dim: int, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(unit(torch.randn(count, dim)))
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Unit length in place, after a step has changed it: no gradient passes through the normalisation."""
+        self.weight.copy_(unit(self.weight))
+
+    def forward(self, embeddings: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch J"]:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return embeddings.to(self.weight.dtype) @ self.weight.T
+
+
+class Classifiers(nn.Module):
+    """H independent MLPs, Linear(D, hidden)-BatchNorm-ReLU-Linear(hidden, hidden)-BatchNorm-ReLU-Linear(hidden, K).
+
+    Features (..., D) are shared by all; the logits are (H, ..., K), in float32 also under autocast. The BatchNorm is
+    over the groups of `set_groups`, consecutive rows of the features. Initialised as nn.Linear is; linear layers in
+    front of a BatchNorm have no bias, which it would take away again.
+    """
+
+    def __init__(self, heads: int, dim: int, hidden: int, clusters: int):
+        super().__init__()
+        self.in_weight = nn.Parameter(torch.empty(heads, dim, hidden))
+        self.in_norm = SplitBatchNorm2d(heads * hidden)
+        self.hidden_weight = nn.Parameter(torch.empty(heads, hidden, hidden))
+        self.hidden_norm = SplitBatchNorm2d(heads * hidden)
+        self.out_weight = nn.Parameter(torch.empty(heads, hidden, clusters))
+        self.out_bias = nn.Parameter(torch.empty(heads, 1, clusters))
+        nn.init.uniform_(self.in_weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+        for parameter in (self.hidden_weight, self.out_weight, self.out_bias):
+            nn.init.uniform_(parameter, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
+
+    @classmethod
+    def holding(cls, tensors: dict[str, Tensor]) -> "Classifiers":
+        """The classifiers whose state these tensors are."""
+        heads, dim, hidden = tensors["in_weight"].shape
+        found = cls(heads, dim, hidden, tensors["out_weight"].shape[2])
+        found.load_state_dict(tensors)
+        return found
+
+    def forward(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "H *batch K"]:
+        rows = features.flatten(0, -2)
+        x = self._activate(self.in_norm, torch.matmul(rows, self.in_weight))
+        x = self._activate(self.hidden_norm, torch.matmul(x, self.hidden_weight))
+        with torch.autocast(x.device.type, enabled=False):
+            logits = torch.baddbmm(self.out_bias, x.to(self.out_bias.dtype), self.out_weight)
+        return logits.unflatten(1, features.shape[:-1])
+
+    def _activate(self, norm: SplitBatchNorm2d, x: Tensor) -> Tensor:
+        """ReLU of the normalised (H, R, hidden), every head's columns by themselves."""
+        columns = x.transpose(0, 1).flatten(1)  # R (H hidden)
+        return norm(columns[..., None, None]).relu().flatten(1).unflatten(1, (len(x), -1)).transpose(0, 1)
+
+    def select(self, head: int) -> "Classifiers":
+        """A copy on the CPU that holds only the given one."""
+        heads = len(self.in_weight)
+        tensors = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        for name, value in tensors.items():
+            if value.ndim:  # not the counter of a BatchNorm; its vectors hold the heads one after another
+                tensors[name] = value.unflatten(0, (heads, -1))[head].reshape(-1, *value.shape[1:]).clone()
+        return self.holding(tensors)
+
+
+class ClassifierNet(nn.Module):
+    """A backbone and one classifier on its features as they are: images (B, C, H, W) to logits (B, K)."""
+
+    def __init__(self, backbone: nn.Module, head: Classifiers):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return self.head(self.backbone(images))[0]

@@ -30,15 +30,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         if len(input) % self.groups:
             raise ValueError(f"a batch of {len(input)} images cannot be split into {self.groups} BatchNorm groups")
-        parts = [self._normalize(part) for part in input.chunk(self.groups)]
-        return parts[0] if self.groups == 1 else torch.cat(parts)
+        if self.groups == 1:
+            return self._normalize(input, self.weight, self.bias)
+        # one gradient for each pass, which holds several groups: passes then add up in any number of workers
+        weight, bias = (value if value is None else value.view_as(value) for value in (self.weight, self.bias))
+        return torch.cat([self._normalize(part, weight, bias) for part in input.chunk(self.groups)])
 
-    def _normalize(self, part: Tensor) -> Tensor:
+    def _normalize(self, part: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kind = torch.promote_types(part.dtype, torch.float32)
         statistics = part.new_zeros(2, self.num_features, dtype=kind)
         self.pending.append(statistics)
         # momentum 1 makes the native kernel leave this batch's statistics in the two scratch vectors
-        return F.batch_norm(part, statistics[0], statistics[1], self.weight, self.bias, True, 1.0, self.eps)
+        return F.batch_norm(part, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps)
 
 
 def split_batch_norm(module: nn.Module) -> None:

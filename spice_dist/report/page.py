@@ -207,7 +207,8 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
         ]
     else:
         found.append((percent(float(run.confidence.mean())), "%", "mean confidence"))
-    found.append((percent(reliable_images(run)[1]), "%", "reliable images"))
+    if reliable_images(run)[0]:  # IMC-SwAV has none
+        found.append((percent(reliable_images(run)[1]), "%", "reliable images"))
     if total_seconds(run) > 0:
         value, unit, *rest = duration(total_seconds(run)).split()
         found.append((value, " ".join([unit, *rest]), "total time"))

@@ -118,7 +118,7 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
         "Features + k-means": read_scores(baselines.get("kmeans_features")),
     }
-    if (folder / "imc_swav").is_dir():
+    if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
     spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))
     spice = read_scores(read_json(folder / "spice_semi" / "eval.json"))

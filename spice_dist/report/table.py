@@ -21,7 +21,8 @@ def format_scores(run: Path) -> str:
     metrics = found.metrics
     lines += ["", f"{metrics['n']} images, {metrics['nonempty']} of {metrics['k']} clusters in use"]
     reliable = metrics["reliable"]
-    lines.append(f"{reliable['count']} reliable labels ({reliable['fraction']:.0%} of the images)")
+    if reliable["count"]:  # IMC-SwAV has none
+        lines.append(f"{reliable['count']} reliable labels ({reliable['fraction']:.0%} of the images)")
     lines += [reliable["advice"]] * bool(reliable.get("advice"))
     lines.append("without labels: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["select"].items()))
     lines.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items()))

@@ -2,8 +2,9 @@
 
     python -m tests.bench.bench_pretrain --cifar DIR       DIR/cifar10.npz: train_images (50000, 32, 32, 3) uint8
 
-The step: `moco.train` and `byol.train` as they are, fed with the same random views again and again, against the bare
-forward and backward passes of the same network over the same numbers of images. The peer: lightly's blocks and
+The step: `moco.train`, `byol.train` and `imc_swav.train` as they are, fed with the same random views again and again,
+against the bare forward and backward passes of the same network over the same numbers of images; for IMC-SwAV each of
+its six views by itself, of 28 and 18 pixels, and Adam. The peer: lightly's blocks and
 transforms in a plain PyTorch loop, as its MoCo example has them (`pip install lightly`), loader included, each in a
 process of its own, so that its memory can be told: the largest sum of PSS over it and its children.
 """
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,10 @@ from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes
-from spice_dist.methods import byol, moco
+from spice_dist.methods import byol, imc_swav, moco
 from spice_dist.methods.plumbing import autocast, new_backbone, place
 from spice_dist.models.backbone import BackboneConfig
-from spice_dist.models.heads import MLP, Projection
+from spice_dist.models.heads import MLP, LinearProjection, Projection
 from spice_dist.models.momentum import slow_copy
 from spice_dist.models.split_batch_norm import forget_statistics
 from spice_dist.pipeline import usable_cores
@@ -53,9 +55,10 @@ VARIANTS = {  # name -> (who, precision)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", type=Path, required=True)
+    parser.add_argument("--cifar", type=Path, help="for the peer")
     parser.add_argument("--steps", type=int, default=6, help="counted ones, after one that is not")
     parser.add_argument("--variant", choices=VARIANTS, help="time this one alone, print JSON")
+    parser.add_argument("--only", action="append", default=[], help="the step of this method: moco, byol or imc_swav")
     parser.add_argument("--skip-peer", action="store_true", help="only the step against the bare network")
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
@@ -65,7 +68,7 @@ def main() -> None:
         print(json.dumps(BATCH / statistics.median(seconds)))
         return
     print(f"{usable_cores()} cores, ResNet-18, {SIDE} px, batch {BATCH}, {options.steps} steps\n")
-    bench_step(options.steps)
+    bench_step(options.steps, options.only)
     if not options.skip_peer:
         bench_peer(options.cifar, options.steps)
 
@@ -78,6 +81,7 @@ def config(precision: str = "fp32") -> Config:
         backbone=BackboneConfig(name="resnet18", stem="small"),
         moco=moco.MoCoConfig(epochs=1, batch=BATCH, queue=4096),
         byol=byol.BYOLConfig(epochs=1, batch=BATCH, warmup=0),
+        imc_swav=imc_swav.ImcSwavConfig(epochs=1, batch=BATCH),
     )
 
 
@@ -106,15 +110,42 @@ class Stopwatch(LocalWorker):
 # ---------------------------------------------------------------- the step
 
 
-def bench_step(steps: int) -> None:
+def bench_step(steps: int, only: list[str]) -> None:
     print(f"{'step against the bare passes':<36}{'bare s':>10}{'ours s':>10}{'ratio':>8}{'wanted':>8}")
     for precision in ("fp32", "bf16"):
-        for name, method in (("moco", moco), ("byol", byol)):
-            bare = time_bare(name, precision, steps)
+        for name, method in (("moco", moco), ("byol", byol), ("imc_swav", imc_swav)):
+            if only and name not in only:
+                continue
+            bare = time_bare_crops(precision, steps) if name == "imc_swav" else time_bare(name, precision, steps)
             ours = time_step(method, name, precision, steps)
             ratio = statistics.median(ours) / statistics.median(bare)
             row = f"{statistics.median(bare):>10.2f}{statistics.median(ours):>10.2f}{ratio:>8.2f}{1.1:>8.2f}"
             print(f"{name + ', ' + precision:<36}{row}", flush=True)
+
+
+def time_bare_crops(precision: str, steps: int) -> list[float]:
+    """Backbone and projection of each of six views by itself, one backward pass, Adam."""
+    settings = config(precision)
+    torch.manual_seed(0)
+    backbone = new_backbone(settings)
+    net = place(nn.Sequential(backbone, LinearProjection(backbone.dim, 128)), CPU).train()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    views = crops(settings)
+    times = [time.perf_counter()]
+    for _ in range(steps + 2):
+        for group in zip(*(view.chunk(GROUPS) for view in views), strict=True):
+            with autocast(CPU, precision):
+                out = torch.cat([net(view) for view in group])
+            out.float().sum().backward()
+        optimizer.step()
+        net.zero_grad()
+        forget_statistics(net)
+        times.append(time.perf_counter())
+    return np.diff(times).tolist()[2:]
+
+
+def crops(settings: Config) -> list[Tensor]:
+    return [torch.randn(BATCH, 3, view.size, view.size) for view in settings.imc_swav.views]
 
 
 def time_bare(name: str, precision: str, steps: int) -> list[float]:
@@ -151,11 +182,22 @@ def time_step(method: Any, name: str, precision: str, steps: int) -> list[float]
         for _step in range(steps + 2):
             yield pair[0], pair[1]
 
+    def same_crops(*_: object) -> Iterator[list[Tensor]]:
+        views = crops(settings)
+        for _step in range(steps + 2):
+            yield views
+
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         run = Path(folder)
         ingest(from_array(np.zeros((BATCH * 16, SIDE, SIDE, 3), np.uint8)), run / "data", size=SIDE, jpeg_side=SIDE)
         watch = Stopwatch(run)
-        with mock.patch.object(method, "view_pairs", same_views):
+        if name == "imc_swav":
+            feed = mock.patch.object(method, "view_lists", same_crops)
+            told = iter([(np.arange(BATCH), 0)] * (steps + 2))
+            more = mock.patch.object(method, "known_images", return_value=told)
+        else:
+            feed, more = mock.patch.object(method, "view_pairs", same_views), nullcontext()
+        with feed, more:
             method.train(settings, getattr(settings, name), watch)
         return watch.seconds()[1:]
 

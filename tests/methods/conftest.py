@@ -10,7 +10,7 @@ import torch
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import byol, moco, reliable, spice_self, spice_semi
+from spice_dist.methods import byol, imc_swav, moco, reliable, spice_self, spice_semi
 from spice_dist.recipes import digits
 
 CPU = torch.device("cpu")
@@ -26,6 +26,14 @@ SMALL = override(
         "byol.warmup": 1,
         "byol.hidden": 64,
         "byol.dim": 16,
+        "imc_swav.epochs": 3,
+        "imc_swav.batch": 64,
+        "imc_swav.warmup": 2,
+        "imc_swav.dim": 16,
+        "imc_swav.prototypes": 24,
+        "imc_swav.hidden": 32,
+        "imc_swav.classifiers": 2,
+        "imc_swav.extra_clusters": (7,),
         "spice_self.epochs": 4,
         "spice_self.heads": 3,
         "spice_semi.steps": 8,
@@ -35,6 +43,7 @@ SMALL = override(
 TRAIN: dict[str, Callable[[Config, Worker], None]] = {
     "moco": lambda config, worker: moco.train(config, config.moco, worker),
     "byol": lambda config, worker: byol.train(config, config.byol, worker),
+    "imc_swav": lambda config, worker: imc_swav.train(config, config.imc_swav, worker),
     "spice_self": lambda config, worker: spice_self.train(config, config.spice_self, worker),
     "spice_semi": lambda config, worker: spice_semi.train(config, config.spice_semi, worker),
 }
@@ -47,6 +56,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> 
     shutil.copytree(digits_folder, run)
     TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU))
     TRAIN["byol"](SMALL, LocalWorker(run, "byol", CPU))
+    TRAIN["imc_swav"](SMALL, LocalWorker(run, "imc_swav", CPU))
     inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
     TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
     reliable.select(SMALL, SMALL.reliable, LocalWorker(run, "reliable", CPU))

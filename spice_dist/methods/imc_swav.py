@@ -1,0 +1,410 @@
+"""IMC-SwAV (Ntelemis, Jin and Thomas 2021): features and clusters in one stage, from crops of several sizes.
+
+SwAV (Caron et al. 2020) assigns the two large crops of an image softly to prototypes, all prototypes alike over the
+batch, and every other crop must predict that assignment. Beside it a classifier learns clusters from the features: what
+it says of one crop should share information with the prototypes of another, and all clusters be in use. No gradient
+leads from it into the features, so any number of classifiers, also of other K, trains beside one network.
+Sinkhorn and the joint of clusters and prototypes are over the global batch. Equation numbers are the authors'.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spice_dist import losses
+from spice_dist.data import augment
+from spice_dist.data.augment import IMC_GLOBAL, IMC_LOCAL, View
+from spice_dist.data.images import Images
+from spice_dist.data.order import epoch_order
+from spice_dist.distributed import collectives
+from spice_dist.distributed.checkpoint import Tensors
+from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import (
+    autocast,
+    check_batch,
+    finished,
+    load_state,
+    new_backbone,
+    open_dataset,
+    passes_per_step,
+    place,
+    state_of,
+    view_lists,
+)
+from spice_dist.models.backbone import Backbone, check_size, unit
+from spice_dist.models.heads import ClassifierNet, Classifiers, LinearProjection, Prototypes
+from spice_dist.models.momentum import Queue
+from spice_dist.models.split_batch_norm import set_groups, update_statistics
+from spice_dist.optim import adam, set_lr, steps_down, warm_up
+from spice_dist.task import Task, require_positive
+
+GLOBAL = 2  # large crops, those that are assigned
+EVAL_BN = ("train_stats", "adapt_on_test")
+ADAPT_BATCHES = 50  # at most, of the authors' evaluation
+
+
+@dataclass(frozen=True)
+class ImcSwavConfig:
+    epochs: int = 500
+    batch: int = 256  # images per optimizer step, all workers together
+    lr: float = 5e-4  # of Adam
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)  # shares of the epochs at which the learning rate falls
+    decay: float = 0.4  # by this factor
+    warmup: int = 500  # first optimizer steps, in which the learning rate rises and the prototypes are frozen
+    betas: tuple[float, float] = (0.8, 0.999)
+    weight_decay: float = 1e-5  # on every parameter, as part of the gradient
+    dim: int = 128  # width of the projection
+    prototypes: int = 1000  # K'; about as many as batch and queue hold, or images are spread over several
+    temperature: float = 0.1  # tau, eq. (2)
+    epsilon: float = 0.05  # of Sinkhorn, eqs. (3, 4); 0.03 if all images end up alike
+    iterations: int = 3  # of Sinkhorn
+    queue: int = 0  # earlier images that Sinkhorn sees beside a small batch, as in SwAV; 0: none
+    queue_start: float = 15.0  # epochs, from which on it does
+    hidden: int = 1024  # width of the classifier's hidden layers
+    classifiers: int = 1  # for each K; the lowest loss (6) over the last epoch selects one
+    extra_clusters: tuple[int, ...] = ()  # other K, for which classifiers are trained as well
+    balance: float = 4.0  # b, eq. (6): the weight of H(Y), which keeps all clusters in use; 1: mutual information
+    hinge: float = 5.0  # bound of the logits
+    hinge_weight: float = 0.01  # of what exceeds it
+    local_views: int = 4  # small crops
+    eval_bn: str = "train_stats"  # or "adapt_on_test": the authors' BatchNorm statistics of the images that are scored
+    global_view: View = IMC_GLOBAL
+    local_view: View = IMC_LOCAL
+
+    @property
+    def views(self) -> list[View]:
+        return [self.global_view] * GLOBAL + [self.local_view] * self.local_views
+
+
+class SwavNet(nn.Module):
+    """Backbone, projection and prototypes: images to what eqs. (1) to (6) need of them."""
+
+    def __init__(self, backbone: Backbone, dim: int, prototypes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projection = LinearProjection(backbone.dim, dim)
+        self.prototypes = Prototypes(dim, prototypes)
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B E"], Float[Tensor, "B J"]]:
+        """(features z, unit embeddings, their cosines with the prototypes), the last two in float32 at least."""
+        features = self.backbone(images)
+        embeddings = unit(self.projection(features).to(self.prototypes.weight.dtype))
+        return features, embeddings, self.prototypes(embeddings)
+
+
+class EveryClassifier(nn.ModuleList):
+    """`classifiers` of every K, the task's first: features (..., D) to a list of logits (H, ..., K).
+
+    `select_loss` (one row of H for each K) and `select_steps` sum eq. (6) over the steps of the last epoch.
+    """
+
+    def __init__(self, task: Task, config: ImcSwavConfig, dim: int):
+        every = (task.clusters, *config.extra_clusters)
+        super().__init__(Classifiers(config.classifiers, dim, config.hidden, clusters) for clusters in every)
+        self.select_loss: Tensor
+        self.select_steps: Tensor
+        self.register_buffer("select_loss", torch.zeros(len(every), config.classifiers))
+        self.register_buffer("select_steps", torch.zeros(()))
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        return [classifiers(features) for classifiers in self]
+
+    @torch.no_grad()
+    def note(self, loss: Tensor, first: bool) -> None:
+        """Add this step's eq. (6), (number of K, H); the first step of an epoch starts anew."""
+        self.select_loss.copy_(loss if first else self.select_loss + loss)
+        self.select_steps.copy_(torch.ones_like(self.select_steps) if first else self.select_steps + 1)
+
+    def selected(self) -> Classifiers:
+        """The task's classifier of the lowest loss."""
+        classifiers = self[0]
+        assert isinstance(classifiers, Classifiers)
+        return classifiers.select(int(self.select_loss[0].argmin()))
+
+
+class Bank(nn.Module):
+    """Views of images that are known to be of the clusters' kind, collected until they fill a batch.
+
+    Where some images only train the features, as STL-10's unlabelled ones, a batch has too few others for a classifier
+    to learn from. Every worker holds all rows, in the order of the images, which is that of any number of workers.
+    """
+
+    def __init__(self, views: int, batch: int, width: int):
+        super().__init__()
+        self.rows: Tensor
+        self.register_buffer("rows", torch.zeros(views, batch, width))
+
+    def push(
+        self, rows: Float[Tensor, "V b width"], positions: np.ndarray, before: int, worker: Worker
+    ) -> Tensor | None:
+        """Add those of a step's rows that belong here; a full batch (V, B, width) if there now is one.
+
+        Args:
+            rows: of this worker's share of the step's batch.
+            positions: in the whole batch, of the images that belong here.
+            before: how many such images the epoch has had before. The bank is empty at the start of an epoch.
+        """
+        if not len(positions):
+            return None
+        size, first = self.rows.shape[1], worker.rank * rows.shape[1]
+        own = (positions >= first) & (positions < first + rows.shape[1])
+        new = rows.new_zeros(len(rows), len(positions), rows.shape[2])
+        new[:, torch.from_numpy(own.nonzero()[0])] = rows[:, torch.from_numpy(positions[own] - first)]
+        new = collectives.total(new)  # each row is another worker's zero
+        start = before % size
+        room = min(size - start, new.shape[1])
+        self.rows[:, start : start + room] = new[:, :room]
+        if start + room < size:
+            return None
+        full = self.rows.clone()
+        self.rows[:, : new.shape[1] - room] = new[:, room:]
+        return full
+
+
+def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
+    """Leaves all of the network in the stage's last checkpoint: the backbone, with it `network` makes a clustering."""
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    check(task, config, manifest.training, manifest.clustered)
+    steps_per_epoch = manifest.training // config.batch
+    total = config.epochs * steps_per_epoch
+    groups = task.bn_groups // worker.world  # of this worker
+
+    torch.manual_seed(task.seed)
+    net = SwavNet(new_backbone(task), config.dim, config.prototypes)
+    for view in (config.global_view, config.local_view):
+        check_size(net.backbone, task.data.channels, view.size or task.data.size)
+    classifiers = EveryClassifier(task, config, net.backbone.dim)
+    place(net, worker.device)
+    place(classifiers, worker.device)
+    optimizer = adam([*net.parameters(), *classifiers.parameters()], config.lr, config.betas, config.weight_decay)
+
+    parts: dict[str, nn.Module] = {
+        "backbone": net.backbone,
+        "projection": net.projection,
+        "prototypes": net.prototypes,
+        "classifiers": classifiers,
+    }
+    queue, bank = None, None
+    if config.queue:
+        queue = parts["queue"] = place(Queue(config.queue, GLOBAL * config.dim), worker.device)
+    if manifest.clustered < manifest.training:
+        width = net.backbone.dim + config.prototypes
+        bank = parts["bank"] = place(Bank(len(config.views), config.batch, width), worker.device)
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+
+    net.train()
+    classifiers.train()
+    passes = passes_per_step(net, groups, worker.device)
+    set_groups(classifiers, len(config.views) * groups // passes)
+    model, classify = worker.wrap(net), worker.wrap(classifiers)
+    stream = view_lists(task, images, manifest.training, config.batch, config.epochs, config.views, start, worker)
+    known = known_images(task, config, manifest.training, manifest.clustered, start)
+    told = torch.zeros(4, device=worker.device)  # of the last step in which the classifiers learned
+    for step, (views, (positions, before)) in enumerate(zip(stream, known, strict=True), start):
+        rise, fall = warm_up(step + 1, config.warmup), steps_down(step / total, config.milestones, config.decay)
+        set_lr(optimizer, config.lr * rise * fall)
+        optimizer.zero_grad()
+
+        # the large crops of the whole batch come first: only with all of their scores are there assignments
+        crops = list(zip(*(view.chunk(passes) for view in views), strict=True))
+        with accumulating(model, last=False), autocast(worker.device, task.precision):
+            large = [encode(model, net, views_of_pass[:GLOBAL], groups // passes) for views_of_pass in crops]
+        update_statistics(net)
+        embeddings, scores = (torch.cat([found[kind].detach() for found in large], dim=1) for kind in (1, 2))
+        in_use = queue if step >= config.queue_start * steps_per_epoch and step * config.batch >= config.queue else None
+        targets = assignments(config, net.prototypes, scores, embeddings, in_use, groups, worker)
+
+        swav = torch.zeros((), device=worker.device)
+        features, probs = [], []
+        for number, (views_of_pass, target) in enumerate(zip(crops, targets.chunk(passes, 1), strict=True), 1):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+                small = encode(model, net, views_of_pass[GLOBAL:], groups // passes)
+            z, _, every = (torch.cat(pair) for pair in zip(large[number - 1], small, strict=True))
+            part = losses.swapped_prediction(target, every, config.temperature) / passes
+            part.backward()
+            swav += part.detach()
+            features.append(z.detach().float())
+            probs.append((every.detach() / config.temperature).softmax(-1))
+        update_statistics(net)
+        if step < config.warmup:
+            net.prototypes.weight.grad = None
+        if queue is not None:
+            queue.push(collectives.all_gather(embeddings.transpose(0, 1).flatten(1)), step)
+
+        learned = list(zip(features, probs, strict=True))
+        if bank is not None:
+            rows = torch.cat([torch.cat(pair, 2) for pair in learned], dim=1)
+            full = bank.push(rows, positions, before, worker)
+            learned = [] if full is None else shares(full, net.backbone.dim, passes, worker)
+        if learned:
+            loss, objective, told = cluster_losses(task, config, classify, learned, worker)
+            loss.backward()
+            update_statistics(classifiers)
+            classifiers.note(objective, first=before < config.batch)
+        optimizer.step()
+        net.prototypes.renormalise()
+
+        metrics = {"loss": swav + told[0] + config.hinge_weight * told[1], "swav": swav}
+        metrics |= dict(zip(("mi", "hinge", "entropy", "conditional_entropy"), told, strict=True))
+        probes = {"perplexity": partial(prototypes_in_use, probs)}
+        worker.report(step + 1, total, metrics, lambda: saved_state(parts, optimizer, classifiers), probes)
+    images.close()
+
+
+def encode(model: nn.Module, net: SwavNet, views: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """What `SwavNet` makes of views of one size, (V, b, ...) each; every view has BatchNorm groups of its own."""
+    set_groups(net, len(views) * groups)
+    return [out.unflatten(0, (len(views), -1)) for out in model(torch.cat(list(views)))]
+
+
+@torch.no_grad()
+def assignments(
+    config: ImcSwavConfig,
+    prototypes: Prototypes,
+    scores: Float[Tensor, "T b J"],
+    embeddings: Float[Tensor, "T b E"],
+    queue: Queue | None,
+    groups: int,
+    worker: Worker,
+) -> Float[Tensor, "T b J"]:
+    """q of eqs. (3) and (4) for this worker's rows of each large view: Sinkhorn over all workers' and the queue's."""
+    parts = scores.unflatten(1, (groups, -1))
+    if queue is not None:
+        earlier = queue.keys.chunk(worker.world)[worker.rank].unflatten(1, (len(scores), -1)).transpose(0, 1)
+        parts = torch.cat([parts, prototypes(earlier).unflatten(1, (groups, -1))], dim=2)
+    balance = partial(losses.sinkhorn, epsilon=config.epsilon, iterations=config.iterations)
+    found = torch.stack([balance(part, gather=collectives.all_gather) for part in parts])
+    return found[:, :, : scores.shape[1] // groups].flatten(1, 2)
+
+
+def cluster_losses(
+    task: Task, config: ImcSwavConfig, classify: nn.Module, learned: list[tuple[Tensor, Tensor]], worker: Worker
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss to descend, eq. (6) of every classifier (number of K, H), four numbers to report) of a global batch.
+
+    `learned` has for each pass the features (V, b, D) and the prototypes' probabilities u (V, b, J) of this worker's
+    rows. Reported are the means over classifiers of the task's K: eq. (6), the hinge, H(Y) and H(Y|U).
+    """
+    with autocast(worker.device, task.precision):
+        by_pass = [classify(features) for features, _ in learned]
+    objectives, loss, told = [], torch.zeros((), device=worker.device), []
+    for logits in zip(*by_pass, strict=True):  # of one K
+        counts = [losses.joint_counts(part.softmax(-1), u) for part, (_, u) in zip(logits, learned, strict=True)]
+        joint = collectives.total(torch.stack(counts).sum(0)) / config.batch  # H V V K J
+        entropy, conditional = (found.flatten(1).mean(1) for found in losses.entropies(joint))
+        objective = conditional - config.balance * entropy
+        hinge = torch.stack([losses.logit_hinge(part, config.hinge).mean(1) for part in logits]).mean(0)
+        loss = loss + (objective + config.hinge_weight * hinge).sum()
+        objectives.append(objective.detach())
+        told.append(torch.stack([objective, hinge, entropy, conditional]).mean(1).detach())
+    return loss, torch.stack(objectives), told[0]
+
+
+def shares(rows: Tensor, dim: int, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
+    """(features, probabilities) for each pass of this worker's part of a full bank (V, B, D + J)."""
+    own = rows.chunk(worker.world, 1)[worker.rank]
+    return [(part[:, :, :dim], part[:, :, dim:]) for part in own.chunk(passes, 1)]
+
+
+def known_images(
+    task: Task, config: ImcSwavConfig, num_images: int, clustered: int, start: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """For every step from `start` on: where in its global batch the first `clustered` images are, and how many such
+    images the epoch has had before it."""
+    steps = num_images // config.batch
+    for epoch in range(start // steps, config.epochs):
+        order = epoch_order(task.seed, epoch, num_images)[: steps * config.batch]
+        known = order.reshape(steps, config.batch) < clustered
+        before = known.sum(1).cumsum() - known.sum(1)
+        for step in range(max(0, start - epoch * steps), steps):
+            yield known[step].nonzero()[0], int(before[step])
+
+
+def prototypes_in_use(probs: list[Tensor]) -> Tensor:
+    """Perplexity, in [1, J], of the mean over images and views of u."""
+    return losses.perplexity(collectives.mean(torch.cat(probs, 1).flatten(0, 1).mean(0)))
+
+
+def saved_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, classifiers: EveryClassifier) -> Tensors:
+    return {**state_of(parts, optimizer), "selected": classifiers.selected().state_dict()}
+
+
+def network(task: Task, run: Path) -> ClassifierNet:
+    """The trained backbone with the selected classifier: images (B, C, H, W) to logits (B, K)."""
+    saved = finished(run / "imc_swav")
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    backbone.load_state_dict(saved.tensors("backbone"))
+    return ClassifierNet(backbone, Classifiers.holding(saved.tensors("selected")))
+
+
+def trained_classifiers(run: Path) -> tuple[Classifiers, Tensor]:
+    """(all classifiers of the task's K, eq. (6) of each over the last epoch (H,)); the lowest has been selected."""
+    tensors = finished(run / "imc_swav").tensors("classifiers")
+    own = {name.removeprefix("0."): value for name, value in tensors.items() if name.startswith("0.")}
+    return Classifiers.holding(own).eval(), tensors["select_loss"][0] / tensors["select_steps"]
+
+
+@torch.no_grad()
+def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: Images, index: np.ndarray) -> None:
+    """The authors' evaluation: BatchNorm statistics of up to 50 batches of the images `index`, which are to be scored.
+
+    They are those of whole images, where training saw crops, and of what is predicted: the result depends on which
+    images are scored together.
+    """
+    order = np.random.default_rng(task.seed).permutation(index)[: ADAPT_BATCHES * config.batch]
+    order = order[: max(1, len(order) // config.batch) * config.batch]
+    set_groups(net, 1)
+    net.train()
+    for image, number in images.batches(order, config.batch):
+        with autocast(image.device, task.precision):
+            net(augment.apply(augment.PLAIN, image, number, (), task.backbone.statistics))
+        update_statistics(net)
+    net.eval()
+
+
+def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:
+    """UserError if these settings cannot train on so many images, of which the first `clustered` are clustered."""
+    positive = ("epochs", "batch", "lr", "dim", "prototypes", "temperature", "epsilon", "iterations", "hidden")
+    positive = (*positive, "classifiers", "balance", "decay", "hinge", "local_views")
+    require_positive("imc_swav", **{name: getattr(config, name) for name in positive})
+    for name in ("warmup", "weight_decay", "queue", "queue_start", "hinge_weight"):
+        if getattr(config, name) < 0:
+            raise UserError(f"imc_swav.{name} is {getattr(config, name)}; give 0 or more")
+    check_batch(task, "imc_swav", config.batch, num_images)
+    if config.prototypes < 2:
+        raise UserError(f"imc_swav.prototypes is {config.prototypes}; give 2 or more")
+    if not all(0 < milestone < 1 for milestone in config.milestones):
+        raise UserError(f"imc_swav.milestones is {config.milestones}; give shares of the epochs between 0 and 1")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"imc_swav.betas is {config.betas}; give two numbers from 0 up, and less than 1")
+    if config.queue % task.bn_groups:
+        raise UserError(f"imc_swav.queue is {config.queue}; it must be a multiple of bn_groups, {task.bn_groups}")
+    if config.queue and not config.batch <= config.queue <= num_images:
+        raise UserError(
+            f"imc_swav.queue is {config.queue}; give 0, or from the {config.batch} images of a batch to {num_images}"
+        )
+    for clusters in config.extra_clusters:
+        if not 2 <= clusters <= clustered or (task.clusters, *config.extra_clusters).count(clusters) > 1:
+            raise UserError(
+                f"imc_swav.extra_clusters holds {clusters}; name each number of clusters once, from 2 to the "
+                f"{clustered} images, and not {task.clusters}, which is trained anyway"
+            )
+    if clustered < num_images and clustered - num_images % config.batch < config.batch:
+        raise UserError(
+            f"imc_swav.batch is {config.batch}, more than an epoch is sure to hold of the {clustered} images that are "
+            f"to be clustered; set a smaller one (--set imc_swav.batch=...)"
+        )
+    if config.eval_bn not in EVAL_BN:
+        raise UserError(f'imc_swav.eval_bn is "{config.eval_bn}"; it can be {" or ".join(EVAL_BN)}')
