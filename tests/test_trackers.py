@@ -255,6 +255,7 @@ def train_one_step(task: Task, config: None, worker: Worker) -> None:
     worker.report(1, 1, {"loss": torch.tensor(7.0)}, lambda: {"state": {"x": torch.zeros(1)}})
 
 
+@pytest.mark.slow
 def test_the_first_of_two_ray_workers_reports(mlflow, tmp_path):
     from spice_dist.distributed.ray_train import session, train_on_workers
 

@@ -159,6 +159,7 @@ def test_two_workers_equal_one_bit_for_bit(small_run, without_stage, stage):
     assert_same_bits(weights(run, stage), weights(small_run, stage))
 
 
+@pytest.mark.slow
 def test_four_workers_equal_one_up_to_float_tolerance(small_run, without_stage):
     config = override(SMALL, {"bn_groups": 4, "moco.epochs": 1})
     one = without_stage("moco")
