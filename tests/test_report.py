@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -278,6 +279,9 @@ def test_the_last_stage_owns_the_final_scores(tmp_path):
         "ami": pytest.approx(0.8682)
     }
     (tmp_path / "imc_swav").mkdir()
+    assert list(load(tmp_path).scores)[2:] == ["SPICE-Self", "SPICE"], "IMC-SwAV was the pretext"
+    for stage in ("spice_self", "spice_semi"):
+        shutil.rmtree(tmp_path / stage)
     assert list(load(tmp_path).scores) == ["Pixels + k-means", "Features + k-means", "IMC-SwAV"]
 
 

@@ -69,7 +69,12 @@ def sinkhorn(scores: Tensor) -> Tensor:
 
 def test_five_steps_are_those_of_a_float64_reference(without_stage):
     """Losses and weights after Adam's steps, a warm-up with frozen prototypes, and a fall of the learning rate."""
-    changes = {"imc_swav.epochs": 2, "imc_swav.milestones": (0.6,), "imc_swav.extra_clusters": ()}
+    changes = {
+        "imc_swav.local_views": 4,
+        "imc_swav.epochs": 2,
+        "imc_swav.milestones": (0.6,),
+        "imc_swav.extra_clusters": (),
+    }
     config = override(SMALL, {**changes, "imc_swav.classifiers": 1, "imc_swav.hinge": 0.05})
     own, run = config.imc_swav, without_stage(STAGE)
     train(config, run)
@@ -262,6 +267,7 @@ def test_only_images_that_are_clustered_teach_the_classifier(few_clustered):
     assert trained["classifiers/select_steps"] == sum(counted) // 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["bank", "queue"])
 def test_with_bank_or_queue_two_workers_equal_one_and_a_resumed_run_an_uninterrupted_one(
     without_stage, few_clustered, option

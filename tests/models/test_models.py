@@ -35,7 +35,7 @@ def test_a_vision_transformer_works_with_its_native_stem():
     ("config", "message"),
     [
         (BackboneConfig("resnet81"), "timm does not have"),
-        (BackboneConfig("resnet18", stem="tiny"), "can be small, pooled or native"),
+        (BackboneConfig("resnet18", stem="tiny"), "can be small, pooled, halved or native"),
         (BackboneConfig("vit_tiny_patch16_224", "small"), "needs a ResNet"),
         (BackboneConfig("vit_tiny_patch16_224", "native", widths=(1, 2)), "takes no widths"),
     ],
