@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from spice_dist import inference, metrics
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
@@ -20,6 +22,7 @@ from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
+from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
@@ -37,68 +40,30 @@ def evaluate(
     """
     net = place(new_network(task, semi, run), device)
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
-    inference.save_model(net, task, run / "model")
     images, manifest = open_dataset(task, run, device)
-    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
-    pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
-    images.close()
-
-    features = np.load(run / "features/features.npy", mmap_mode="r")
-    feature_clusters = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
-    reliable = np.load(run / "reliable/labels.npy")
-    assigned, confidence = probs.argmax(1), probs.max(1)
-    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable != UNRELIABLE)
-
     heads, loss = load_heads(run)
     with torch.no_grad():
         seen = np.load(head_features(run), mmap_mode="r")
         chunks = np.array_split(seen, -(-len(seen) // 4096))
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
+    reliable = np.load(run / "reliable/labels.npy")
+    result = _judge(task, run, net, images, manifest, reliable != UNRELIABLE, by_head, loss, progress)
+    images.close()
 
     y_true = _true_labels(run)
-    scored = _scored(manifest)
-
-    def score(y_pred: np.ndarray) -> Scores:
-        return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
-
     summary = json.loads((run / "reliable/summary.json").read_text())
-    sizes = metrics.cluster_sizes(assigned, task.clusters)
-    result = {
-        "n": len(assigned),
-        "k": task.clusters,
-        "nonempty": int((sizes > 0).sum()),
-        "seconds": seconds,
-        "select": {
-            "select_loss": float(loss.min()),
-            "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
-            "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
-            "mean_confidence": float(confidence.mean()),
-            "size_entropy": metrics.size_entropy(assigned, task.clusters),
-        },
-        "eval": score(assigned),
-        "baselines": {
-            "kmeans_pixels": score(pixel_clusters),
-            "kmeans_features": score(feature_clusters),
-        },
-        "heads": [
-            {
-                "select_loss": float(value),
-                "acc": None if y_true is None else metrics.accuracy(y_true[scored], labels[scored]),
-            }
-            for value, labels in zip(loss, by_head, strict=True)
-        ],
-        "reliable": {
-            "count": summary["count"],
-            "fraction": summary["count"] / manifest.clustered,
-            "acc": None
-            if y_true is None
-            else reliable_accuracy(*(x[: manifest.clustered] for x in (y_true, selected, reliable))),
-            "advice": summary["advice"],
-        },
+    result["seconds"] = seconds
+    result["reliable"] = {
+        "count": summary["count"],
+        "fraction": summary["count"] / manifest.clustered,
+        "acc": None
+        if y_true is None
+        else reliable_accuracy(*(x[: manifest.clustered] for x in (y_true, selected, reliable))),
+        "advice": summary["advice"],
     }
     _write_head_selection(task, run, y_true, manifest.clustered)
-    publish_json(run / "spice_self/eval.json", score(selected))
+    publish_json(run / "spice_self/eval.json", _scores(y_true, manifest, selected))
     publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
@@ -110,38 +75,52 @@ def evaluate_imc_swav(
 ) -> dict[str, Any]:  # fmt: skip
     """As `evaluate`, of a run of IMC-SwAV, which has no reliable labels."""
     images, manifest = open_dataset(task, run, device)
-    scored = _scored(manifest)
     net = place(imc_swav.network(task, run), device)
     if config.eval_bn == "adapt_on_test":
-        imc_swav.adapt_statistics(net, task, config, images, scored)
-    inference.save_model(net, task, run / "model")
-    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
-    pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
-    features = np.load(run / "features/features.npy", mmap_mode="r")
-    feature_clusters = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
-    assigned, confidence = probs.argmax(1), probs.max(1)
-    none = np.zeros(manifest.n, bool)
-    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, none)
-
+        imc_swav.adapt_statistics(net, task, config, images, _scored(manifest))
     classifiers, loss = imc_swav.trained_classifiers(run)
     place(classifiers, device)
     every = np.arange(images.n)
-    raw = inference.outputs(net.backbone, images, every, task.backbone.statistics, progress, task.precision)
+    raw = inference.outputs(
+        net.backbone, images, every, task.backbone.statistics, lambda done, total: None, task.precision
+    )
     with torch.no_grad():
         by_head = torch.cat([classifiers(z).argmax(2).cpu() for z in raw], 1).numpy()  # H N
+    result = _judge(task, run, net, images, manifest, np.zeros(manifest.n, bool), by_head, loss, progress)
     images.close()
-    y_true = _true_labels(run)
+    result |= {"seconds": seconds, "eval_bn": config.eval_bn}
+    result["reliable"] = {"count": 0, "fraction": 0.0, "acc": None}
+    publish_json(run / "metrics.json", result)
+    return result
 
-    def score(y_pred: np.ndarray) -> Scores:
-        return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
+def _judge(
+    task: Task,
+    run: Path,
+    net: ClusterNet | ClassifierNet,
+    images: Images,
+    manifest: Ingested,
+    reliable: Bool[np.ndarray, " N"],
+    by_head: Int[np.ndarray, "H N"],
+    loss: Float[Tensor, " H"],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What every method has in common: leaves `model/` and `assignments.csv`, returns its part of metrics.json."""
+    inference.save_model(net, task, run / "model")
+    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
+    assigned, confidence = probs.argmax(1), probs.max(1)
+    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable)
+    features = np.load(run / "features/features.npy", mmap_mode="r")
+    baselines = {
+        "kmeans_pixels": kmeans(manifest, task, lambda index: _pixels(images, index)),
+        "kmeans_features": kmeans(manifest, task, lambda index: features[index].astype(np.float32)),
+    }
+    y_true, scored = _true_labels(run), _scored(manifest)
     sizes = metrics.cluster_sizes(assigned, task.clusters)
-    result = {
+    return {
         "n": len(assigned),
         "k": task.clusters,
         "nonempty": int((sizes > 0).sum()),
-        "seconds": seconds,
-        "eval_bn": config.eval_bn,
         "select": {
             "select_loss": float(loss.min()),
             "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
@@ -149,8 +128,8 @@ def evaluate_imc_swav(
             "mean_confidence": float(confidence.mean()),
             "size_entropy": metrics.size_entropy(assigned, task.clusters),
         },
-        "eval": score(assigned),
-        "baselines": {"kmeans_pixels": score(pixel_clusters), "kmeans_features": score(feature_clusters)},
+        "eval": _scores(y_true, manifest, assigned),
+        "baselines": {name: _scores(y_true, manifest, clusters) for name, clusters in baselines.items()},
         "heads": [
             {
                 "select_loss": float(value),
@@ -158,10 +137,12 @@ def evaluate_imc_swav(
             }
             for value, labels in zip(loss, by_head, strict=True)
         ],
-        "reliable": {"count": 0, "fraction": 0.0, "acc": None},
     }
-    publish_json(run / "metrics.json", result)
-    return result
+
+
+def _scores(y_true: np.ndarray | None, manifest: Ingested, y_pred: np.ndarray) -> Scores:
+    scored = _scored(manifest)
+    return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
 
 def _scored(manifest: Ingested) -> np.ndarray:

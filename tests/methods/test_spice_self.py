@@ -66,6 +66,8 @@ def test_every_choice_of_the_ablations_trains_and_changes_the_heads(small_run, w
     TRAIN["spice_self"](changed(changes), LocalWorker(run, "spice_self", CPU))
     heads, loss = load_heads(run)
     assert loss.isfinite().all()
+    assert len(heads) == changes.get("heads", 3)
+    assert len(heads.weights) == changes.get("layers", 2)
     usual, _ = load_heads(small_run)
     same = len(loss) == 3 and len(heads.weights) == len(usual.weights)
     assert not (same and torch.equal(heads.weights[-1], usual.weights[-1]))
