@@ -17,7 +17,7 @@ from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
-from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
+from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
@@ -33,11 +33,12 @@ def evaluate(
 
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
     """
-    net = place(new_network(task, semi, run), device)
+    joint = network_task(task, semi)
+    net = place(new_network(joint, semi, run), device)
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
-    inference.save_model(net, task, run / "model")
+    inference.save_model(net, joint, run / "model")
     images, manifest = open_dataset(task, run, device)
-    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
+    probs = inference.probabilities(net, images, joint.backbone.statistics, progress, task.precision)
     pixel_clusters = kmeans(manifest, task, lambda index: _pixels(images, index))
     images.close()
 

@@ -28,7 +28,9 @@ def test_cost_and_size_are_published(name: str):
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             weights = module.weight[0].numel()
-            module.register_forward_hook(lambda _m, _i, out, weights=weights: spent.append(out[0].numel() * weights))
+            module.register_forward_hook(
+                lambda _m, _i, out, each=weights: spent.append(out.numel() * each)
+            )  # one image
         if isinstance(module, Block):
             module.register_forward_hook(lambda _m, _i, out: sides.append(out.shape[-1]))
     assert backbone(torch.zeros(1, 3, side, side)).shape == (1, backbone.dim)
