@@ -1,6 +1,7 @@
 """The wide ResNets are those whose sizes and costs the papers' tables have."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ PUBLISHED = {  # clusters, pixels, multiply-adds of an image in 10^9, parameters
 }
 
 
+def multiply_adds_of(conv: nn.Conv2d, out: Tensor) -> int:
+    """Of one image."""
+    return out[0].numel() * conv.weight[0].numel()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_cost_and_size_are_published(name: str):
     clusters, side, multiply_adds, parameters, last = PUBLISHED[name]
@@ -27,10 +33,8 @@ def test_cost_and_size_are_published(name: str):
     spent, sides = [], []
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
-            weights = module.weight[0].numel()
-            module.register_forward_hook(
-                lambda _m, _i, out, each=weights: spent.append(out.numel() * each)
-            )  # one image
+            of_one = partial(multiply_adds_of, module)
+            module.register_forward_hook(lambda _m, _i, out, of_one=of_one: spent.append(of_one(out)))
         if isinstance(module, Block):
             module.register_forward_hook(lambda _m, _i, out: sides.append(out.shape[-1]))
     assert backbone(torch.zeros(1, 3, side, side)).shape == (1, backbone.dim)
