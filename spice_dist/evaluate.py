@@ -21,7 +21,7 @@ from spice_dist.methods import imc_swav
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
-from spice_dist.methods.spice_semi import SpiceSemiConfig, new_network
+from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
@@ -38,7 +38,8 @@ def evaluate(
 
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
     """
-    net = place(new_network(task, semi, run), device)
+    joint = network_task(task, semi)
+    net = place(new_network(joint, semi, run), device)
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
     images, manifest = open_dataset(task, run, device)
     heads, loss = load_heads(run)
@@ -48,7 +49,7 @@ def evaluate(
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
     reliable = np.load(run / "reliable/labels.npy")
-    result = _judge(task, run, net, images, manifest, reliable != UNRELIABLE, by_head, loss, progress)
+    result = _judge(joint, run, net, images, manifest, reliable != UNRELIABLE, by_head, loss, progress)
     images.close()
 
     y_true = _true_labels(run)

@@ -83,15 +83,15 @@ def entropy_of_mean(logits: Float[Tensor, "*batch B K"]) -> Float[Tensor, "*batc
 
 
 def consistency(
-    weak_logits: Float[Tensor, "U K"], strong_logits: Float[Tensor, "U K"], threshold: float
+    weak_logits: Float[Tensor, "U K"], strong_logits: Float[Tensor, "U K"], threshold: float | Float[Tensor, " K"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """FixMatch's unlabelled term, SPICE eqs. (8) and (9): (loss, share of images above the threshold).
 
-    An image whose weak view is predicted with probability >= threshold passes that class on to its strong view; the
-    sum of the cross-entropies is divided by U, not by the number that passed.
+    An image whose weak view is predicted with probability >= threshold, which may be one for each class, passes that
+    class on to its strong view; the sum of the cross-entropies is divided by U, not by the number that passed.
     """
     confidence, target = F.softmax(weak_logits.detach().float(), dim=1).max(1)
-    passed = (confidence >= threshold).float()
+    passed = (confidence >= (threshold[target] if isinstance(threshold, Tensor) else threshold)).float()
     loss = (F.cross_entropy(strong_logits.float(), target, reduction="none") * passed).mean()
     return loss, passed.mean()
 

@@ -72,6 +72,8 @@ def fit(
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
     _check_settings(config, source, source.name)
     backbone = new_backbone(config)  # what cannot be built is told at once
+    if config.spice_semi.network:
+        new_backbone(spice_semi.network_task(config, config.spice_semi))
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = _num_workers(config.bn_groups, launch.workers)

@@ -36,6 +36,31 @@ def test_a_recipe_is_its_row_of_the_papers_tables(name: str):
     assert config.backbone.name == "resnet34"
 
 
+@pytest.mark.parametrize(
+    ("name", "network", "parameters", "decay", "mean"),
+    [
+        ("cifar10", "wrn_28_2", 1.47, 5e-4, 125.3),
+        ("cifar100_20", "wrn_28_8", 23.36, 1e-3, 129.3),
+        ("stl10", "wrn_37_2", 5.93, 5e-4, 0.485 * 255),
+        ("imagenet_10", "resnet34", 21.3, 5e-4, 0.485 * 255),
+        ("imagenet_dogs", "resnet34", 21.3, 5e-4, 0.485 * 255),
+        ("tiny_imagenet", "resnet34", 21.3, 5e-4, 0.485 * 255),
+    ],
+)
+def test_stage_3_trains_the_published_network(name, network, parameters, decay, mean, tmp_path):
+    config = RECIPES[name](0)
+    task = spice_semi.network_task(config, config.spice_semi)
+    assert task.backbone.name == network
+    net = spice_semi.new_network(task, config.spice_semi, tmp_path).eval()
+    size = sum(parameter.numel() for parameter in net.parameters())
+    head = sum(parameter.numel() for parameter in net.head.parameters())
+    linear = net.backbone(torch.zeros(1, 3, 32, 32)).shape[1] * config.clusters + config.clusters
+    assert (size if network.startswith("wrn") else size - head) / 1e6 == pytest.approx(parameters, abs=0.03)
+    assert (head == linear) == network.startswith("wrn")
+    assert config.spice_semi.weight_decay == decay
+    assert task.backbone.mean[0] * 255 == pytest.approx(mean)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_train_on_its_data_set(name: str):
     default = inspect.signature(RECIPES[name]).parameters["num_images"].default

@@ -14,6 +14,7 @@ them like any other neighbour.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float16, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,13 +79,8 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     run, progress = worker.run, partial(_show, worker)
     manifest = read_manifest(run / "data")
     stored = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
-    first, copy_of = distinct(stored) if config.rule == "adaptive" else (np.arange(len(stored)), np.arange(len(stored)))
-    features = torch.from_numpy(stored[first].astype(np.float32)).to(worker.device)
-    labels, confidence = _predicted(run, first, worker.device)
-
-    rule = _adaptive if config.rule == "adaptive" else _official
-    passed, kept, numbers = rule(task, config, features, labels, confidence, progress)
-    labels, confidence, passed, kept = (part.cpu()[copy_of] for part in (labels, confidence, passed, kept))
+    predicted = partial(_predicted, run, device=worker.device)
+    labels, passed, kept, numbers = choose(task, config, stored, predicted, worker.device, progress)
 
     sizes, passing, per_cluster = (
         torch.bincount(part, minlength=task.clusters).tolist() for part in (labels, labels[passed], labels[kept])
@@ -93,7 +89,6 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
         "rule": config.rule,
         "settings": asdict(config),
         "images": len(labels),
-        "copies": len(labels) - len(first),
         **numbers,
         "count": int(kept.sum()),
         "passed": int(passed.sum()),
@@ -120,6 +115,26 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).numpy()
     with publish(run / "reliable/labels.npy") as file:
         np.save(file, everywhere)
+
+
+@torch.no_grad()
+def choose(
+    task: Task, config: ReliableConfig, stored: Float16[np.ndarray, "N D"],
+    predicted: Callable[[np.ndarray], tuple[Tensor, Tensor]], device: torch.device,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Int[Tensor, " N"], Bool[Tensor, " N"], Bool[Tensor, " N"], dict[str, Any]]:  # fmt: skip
+    """(labels, passed, kept, numbers for the summary) of N images with features of unit norm, on the host.
+
+    `predicted` gives the labels and their probabilities of the images that it is asked about. Every worker must call
+    this with the same, and gets the same.
+    """
+    first, copy_of = distinct(stored) if config.rule == "adaptive" else (np.arange(len(stored)), np.arange(len(stored)))
+    features = torch.from_numpy(stored[first].astype(np.float32)).to(device)
+    labels, confidence = predicted(first)
+    rule = _adaptive if config.rule == "adaptive" else _official
+    passed, kept, numbers = rule(task, config, features, labels, confidence, progress)
+    labels, passed, kept = (part.cpu()[copy_of] for part in (labels, passed, kept))
+    return labels, passed, kept, {"copies": len(stored) - len(first), **numbers}
 
 
 def _predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,24 +3,34 @@
 Weak views of reliably labelled images teach their labels; any other image whose weak view is predicted with high
 confidence teaches that class to its strong view. What is evaluated is the exponential moving average of the network.
 Optimisation is that of Sohn et al. 2020: 64 labelled and 448 other images, SGD with Nesterov momentum, cosine 7/16.
-The strong view draws from the 14 operations of stage 2, at their strength there.
+
+Beyond the paper: FreeMatch's thresholds, which follow the network's confidence, and reliable labels that are made again
+from the averaged network while it trains.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from spice_dist import losses
 from spice_dist.data import augment
 from spice_dist.data.augment import FIXMATCH_STRONG, FIXMATCH_WEAK, View
 from spice_dist.data.images import Images
-from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.distributed import collectives
+from spice_dist.distributed.worker import Probes, Worker, accumulating
 from spice_dist.errors import UserError
+from spice_dist.inference import CHUNK, outputs
 from spice_dist.methods.plumbing import (
     autocast,
     load_state,
@@ -30,15 +40,21 @@ from spice_dist.methods.plumbing import (
     place,
     state_of,
 )
+from spice_dist.methods.reliable import ReliableConfig, choose
 from spice_dist.methods.spice_self import stage2_network
+from spice_dist.models.backbone import for_small_images, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
-from spice_dist.models.momentum import copy_buffers, follow, slow_copy
-from spice_dist.models.split_batch_norm import update_statistics
+from spice_dist.models.momentum import AdaptiveThreshold, copy_buffers, follow, slow_copy
+from spice_dist.models.split_batch_norm import set_momentum, update_statistics
+from spice_dist.models.wide_resnet import SHAPES
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task, require_positive
 
 DRAW, WEAK, STRONG = 20, 21, 22  # streams of random numbers
+THRESHOLDS = ("fixed", "adaptive")
+SETTLED = 0.1  # share of the steps after which every cluster should be predicted now and then
+ENOUGH = 100  # predictions for each cluster from which it can be told that one gets none
 
 
 @dataclass(frozen=True)
@@ -46,32 +62,53 @@ class SpiceSemiConfig:
     steps: int = 2**20
     labelled: int = 64  # L, images per step with a reliable label, all workers together
     ratio: int = 7  # mu = U / L, other images per labelled one
-    threshold: float = 0.95  # eta, confidence from which a prediction is taken as a label
+    threshold_rule: str = "fixed"  # "adaptive": FreeMatch's, which rises with the network's confidence, class by class
+    threshold: float = 0.95  # eta of the fixed rule, confidence from which a prediction is taken as a label
+    threshold_momentum: float = 0.999  # lambda of the adaptive rule
     lr: float = 0.03
     weight_decay: float = 5e-4  # on kernels only
     ema: float = 0.999  # momentum of the evaluated network
     balanced_draw: bool = True  # every cluster gives as many labelled images, however few it has; False: every image
     init: str = "scratch"  # "scratch", as published, or "stage2": the network that stages 1 and 2 trained
+    network: str = ""  # another than stage 1's, with a linear head: "wrn_28_2", "wrn_28_8", "wrn_37_2", or any of timm
+    mean: tuple[float, ...] = ()  # of the images, on values in [0, 1]; empty: what the backbone is made for
+    std: tuple[float, ...] = ()
+    refresh_steps: int = 0  # steps after which the reliable labels are made again, see `labels_again`; 0: never
     weak: View = FIXMATCH_WEAK
     strong: View = FIXMATCH_STRONG
 
 
 def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
-    """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`."""
+    """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`.
+
+    The thresholds of a step are those that the steps before have left: no worker waits for another within a step.
+
+    Raises:
+        UserError: no image has a reliable label, or these settings cannot train.
+    """
     images, manifest = open_dataset(task, worker.run, worker.device)
-    labels = np.load(worker.run / "reliable/labels.npy")
-    teachers = groups_of_teachers(labels, config.balanced_draw)
-    if not teachers:
-        raise UserError("no image has a reliable label; use --set reliable.rule=adaptive")
-    groups = task.bn_groups // worker.world  # on this worker
+    labels = torch.from_numpy(np.load(worker.run / "reliable/labels.npy"))
+    if not (labels != UNRELIABLE).any():
+        raise UserError(
+            "no image has a reliable label to start from; use --set reliable.rule=adaptive, ask for fewer clusters, "
+            "or train stage 1 longer"
+        )
     check(task, config)
+    task = network_task(task, config)
+    groups = task.bn_groups // worker.world  # on this worker
 
     torch.manual_seed(task.seed)
     net = place(new_network(task, config, worker.run), worker.device)
-    ema = slow_copy(net)
+    ema = slow_copy(net).eval()
     optimizer = torch.optim.SGD(decay_kernels_only(net, config.weight_decay), config.lr, momentum=0.9, nesterov=True)
+    adaptive = AdaptiveThreshold(task.clusters, config.threshold_momentum).to(worker.device)
+    reliable = ReliableLabels(labels)
 
     parts: dict[str, nn.Module] = {"net": net, "ema": ema}
+    if config.threshold_rule == "adaptive":
+        parts["threshold"] = adaptive
+    if config.refresh_steps:
+        parts["reliable"] = reliable
     start = 0
     if saved := worker.resume():
         start = saved.step
@@ -80,37 +117,187 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
 
     net.train()
     passes = passes_per_step(net, groups, worker.device)
-    targets = torch.from_numpy(labels)
     labelled = config.labelled // worker.world
     position = own_positions(config, worker)
-    stream = images_of_steps(images, teachers, manifest.training, config, task.seed, start, worker)
+    monitor = Monitor(task, config, worker)
+    again = partial(labels_again, task, ema, images, manifest.clustered, worker)
+    stream = batches(images, reliable, again, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK), task.backbone.statistics)
         key = (task.seed, step, STRONG)
         strong = augment.apply(config.strong, image[labelled:], position[labelled:], key, task.backbone.statistics)
+        threshold = config.threshold if config.threshold_rule == "fixed" else adaptive.of_classes()
 
         optimizer.zero_grad()
-        sums = torch.zeros(3, device=worker.device)
+        sums = torch.zeros(4, device=worker.device)
+        predictions: list[Tensor] = []  # logits of the weak views, pass by pass
         views = by_group([weak[:labelled], weak[labelled:], strong], groups)  # G V C H W
         sizes = [labelled // groups, *[len(strong) // groups] * 2]
-        labels_of_pass = targets[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
+        labels_of_pass = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
             with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
                 logits = model(view.flatten(0, 1)).unflatten(0, view.shape[:2])
                 taught_logits, weak_logits, strong_logits = (part.flatten(0, 1) for part in logits.split(sizes, dim=1))
                 supervised = F.cross_entropy(taught_logits.float(), label)
-                consistent, passed = losses.consistency(weak_logits, strong_logits, config.threshold)
+                consistent, passed = losses.consistency(weak_logits, strong_logits, threshold)
                 loss = (supervised + consistent) / passes
             loss.backward()
-            sums += torch.stack([(supervised + consistent).detach(), supervised.detach(), passed]) / passes
+            agreed = (taught_logits.argmax(1) == label).float().mean()
+            sums += torch.stack([(supervised + consistent).detach(), supervised.detach(), passed, agreed]) / passes
+            predictions.append(weak_logits.detach())
         optimizer.step()
         update_statistics(net)
         follow(ema, net, config.ema)
         copy_buffers(ema, net)
-        metrics = {"loss": sums[0], "supervised_loss": sums[1], "confident_fraction": sums[2]}
-        worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer))
+        named = ("loss", "supervised_loss", "confident_fraction", "reliable_agreement")
+        metrics: dict[str, Tensor] = dict(zip(named, sums, strict=True))
+        if config.threshold_rule == "adaptive":
+            update_threshold(adaptive, predictions)
+            metrics["threshold"] = adaptive.confidence
+        probes = monitor.see(step + 1, ema, weak[labelled:], predictions, reliable)
+        worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer), probes)
     images.close()
+
+
+def update_threshold(adaptive: AdaptiveThreshold, predictions: list[Tensor]) -> None:
+    """By the global batch, whose parts, one for each pass of each worker, are added up in the same order everywhere."""
+    own = torch.stack([adaptive.summary(logits) for logits in predictions])
+    adaptive.update(collectives.all_gather(own).mean(0))
+
+
+class ReliableLabels(nn.Module):
+    """(N,) int64 on the host, UNRELIABLE where an image has none; a module, so that a checkpoint can hold them."""
+
+    def __init__(self, labels: Int[Tensor, " N"]):
+        super().__init__()
+        self.labels: Tensor
+        self.register_buffer("labels", labels)
+
+    def clusters(self) -> list[int]:
+        """Those that have a label."""
+        return self.labels[self.labels != UNRELIABLE].unique().tolist()
+
+
+class Monitor:
+    """Whether the predictions of weak views are still healthy: counted on the device, read where a line is written.
+
+    Probes: the share of clusters that got an image since the last line; the share of a step's images that the averaged
+    network puts elsewhere than the one that trains, whose cost is one forward pass for each line; images per second. A
+    cluster with reliable labels into which no image is predicted any more is told once, in a line that says what to do.
+    """
+
+    def __init__(self, task: Task, config: SpiceSemiConfig, worker: Worker):
+        self.task, self.config, self.worker = task, config, worker
+        self.counts = torch.zeros(2, task.clusters, dtype=torch.long, device=worker.device)  # since a line, a judgement
+        self.seen, self.since, self.told = 0, time.monotonic(), False
+
+    def see(
+        self, step: int, ema: nn.Module, weak: Tensor, predictions: list[Tensor], reliable: ReliableLabels
+    ) -> Probes:
+        """Count what one step's images (B, C, H, W) were predicted to be."""
+        found = torch.cat(predictions).argmax(1)
+        self.counts.index_add_(1, found, torch.ones_like(found).expand(2, -1))
+        self.seen += self.config.labelled * (1 + self.config.ratio)
+        return {
+            "clusters_predicted": lambda: self._covered(step, reliable),
+            "ema_disagreement": lambda: self._disagreement(ema, weak, found),
+            "images_per_second": self._speed,
+        }
+
+    def _covered(self, step: int, reliable: ReliableLabels) -> Tensor:
+        since_line, since_judgement = collectives.all_gather(self.counts[None]).sum(0)
+        self.counts[0] = 0
+        if step < SETTLED * self.config.steps:
+            self.counts[1] = 0
+        elif int(since_judgement.sum()) >= ENOUGH * self.task.clusters:
+            self.counts[1] = 0
+            empty = [cluster for cluster in reliable.clusters() if since_judgement[cluster] == 0]
+            if empty and not self.told and self.worker.rank == 0:
+                self.told = True
+                tqdm.write(collapsed(step, empty, self.config), sys.stderr)
+        return (since_line > 0).float().mean()
+
+    @torch.no_grad()
+    def _disagreement(self, ema: nn.Module, weak: Tensor, found: Tensor) -> Tensor:
+        with autocast(self.worker.device, self.task.precision):
+            averaged = torch.cat([ema(part).argmax(1) for part in weak.split(CHUNK)])
+        return (averaged != found).float().mean()
+
+    def _speed(self) -> Tensor:
+        now = time.monotonic()
+        speed = self.seen / max(now - self.since, 1e-9)
+        self.seen, self.since = 0, now
+        return torch.tensor(speed, device=self.worker.device)
+
+
+def collapsed(step: int, empty: list[int], config: SpiceSemiConfig) -> str:
+    """One line: which clusters have vanished, and what to do."""
+    named = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)
+    remedies = ["use --set spice_semi.threshold_rule=adaptive"] * (config.threshold_rule == "fixed")
+    remedies += ["use --set spice_semi.balanced_draw=True"] * (not config.balanced_draw)
+    own = config.network or config.mean
+    remedies += ["use --set spice_semi.init=stage2"] * (config.init == "scratch" and not own)
+    remedies += [f"lower spice_semi.lr, now {config.lr:g}", "ask for fewer clusters"]
+    many = "s" * (len(empty) > 1)
+    return f"step {step}: no image is predicted into cluster{many} {named} any more; {', or '.join(remedies)}"
+
+
+def labels_again(
+    task: Task, ema: ClusterNet, images: Images, num_images: int, worker: Worker, now: Int[Tensor, " N"]
+) -> Int[Tensor, " N"]:
+    """Reliable labels (N,) by the rule and settings of the stage `reliable`, from what the averaged network sees.
+
+    Its clusters and its features of the first `num_images` images take the place of those of stages 1 and 2: an image
+    is reliable where its neighbours among these features agree with its cluster. Costs one forward pass over these
+    images and their nearest neighbours; every worker does its share. The file `reliable/labels.npy` stays as it is.
+
+    Where no label would be reliable, those of `now` are kept, and a line says so.
+    """
+    settings = json.loads((worker.run / "reliable/summary.json").read_text())["settings"]
+    share = collectives.share(num_images)
+    own = np.arange(share.start, share.stop)
+    found = outputs(ema.backbone, images, own, task.backbone.statistics, lambda done, total: None, task.precision)
+    features = collectives.gather_shares(torch.cat([unit(chunk).half() for chunk in found]), num_images)
+
+    def predicted(index: np.ndarray) -> tuple[Tensor, Tensor]:
+        chunks = (features[torch.from_numpy(part).to(features.device)] for part in np.array_split(index, splits))
+        best = [ema.head(chunk.float())[0].softmax(1).max(1) for chunk in chunks]
+        return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+
+    splits = -(-num_images // 65_536)
+    labels, _, kept, _ = choose(task, ReliableConfig(**settings), features.cpu().numpy(), predicted, worker.device)
+    if not kept.any():
+        if worker.rank == 0:
+            tqdm.write("no label of the averaged network is reliable; those of before are kept", sys.stderr)
+        return now
+    again = torch.full_like(now, UNRELIABLE)
+    again[:num_images] = torch.where(kept, labels, UNRELIABLE)
+    return again
+
+
+def batches(
+    images: Images,
+    reliable: ReliableLabels,
+    again: Callable[[Tensor], Tensor],
+    num_images: int,
+    config: SpiceSemiConfig,
+    seed: int,
+    start: int,
+    worker: Worker,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`images_of_steps` for all steps; every `refresh_steps`, the labels are first replaced by `again(labels)`.
+
+    That happens at the beginning of a step: a checkpoint after the step before it holds what it takes to do the same.
+    """
+    first, every = start, config.refresh_steps or config.steps
+    while first < config.steps:
+        if first and first % every == 0:
+            reliable.labels.copy_(again(reliable.labels))
+        stop = min(config.steps, (first // every + 1) * every)
+        teachers = groups_of_teachers(reliable.labels.numpy(), config.balanced_draw)
+        yield from images_of_steps(images, teachers, num_images, replace(config, steps=stop), seed, first, worker)
+        first = stop
 
 
 def own_positions(config: SpiceSemiConfig, worker: Worker) -> Tensor:
@@ -137,12 +324,26 @@ def by_group(parts: list[Tensor], groups: int) -> Tensor:
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
 
 
+def network_task(task: Task, config: SpiceSemiConfig) -> Task:
+    """The same with the network that stage 3 trains, and the normalisation of its images, in place of stage 1's."""
+    statistics = (config.mean, config.std) if config.mean else task.backbone.statistics
+    if config.network:
+        return replace(task, backbone=for_small_images(config.network, statistics))
+    return replace(task, backbone=replace(task.backbone, mean=statistics[0], std=statistics[1]))
+
+
 def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
-    """A network to train: what stage 1 started from, or the backbone and the selected head of stages 1 and 2."""
+    """A network of `network_task` to train.
+
+    It is what stage 1 started from, another from random weights, or the backbone and the selected head of stages 1 and
+    2. In a wide ResNet the running statistics of BatchNorm move as slowly as the averaged network does.
+    """
     if config.init == "stage2":
         return stage2_network(task, run)
     backbone = new_backbone(task)
-    return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
+    if config.network in SHAPES:
+        set_momentum(backbone, 1 - config.ema)
+    return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters, layers=1 if config.network else 2))
 
 
 def images_of_steps(
@@ -177,10 +378,33 @@ def images_of_steps(
 def check(task: Task, config: SpiceSemiConfig) -> None:
     """UserError if these settings cannot train."""
     require_positive("spice_semi", steps=config.steps, labelled=config.labelled, ratio=config.ratio)
-    if config.init not in ("scratch", "stage2"):
-        raise UserError(f'spice_semi.init is "{config.init}"; it can be "scratch" or "stage2"')
+    choices = {"init": ("scratch", "stage2"), "threshold_rule": THRESHOLDS}
+    for name, allowed in choices.items():
+        if (value := getattr(config, name)) not in allowed:
+            raise UserError(f'spice_semi.{name} is "{value}"; it can be {" or ".join(map(_quoted, allowed))}')
+    for name in ("threshold", "threshold_momentum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"spice_semi.{name} is {getattr(config, name)}; it must be between 0 and 1")
+    if config.refresh_steps < 0:
+        raise UserError(f"spice_semi.refresh_steps is {config.refresh_steps}; give 0, for never, or more")
+    if config.init == "stage2" and (config.network or config.mean or config.std):
+        raise UserError(
+            'spice_semi.init "stage2" goes on with the network of stages 1 and 2 and its normalisation; leave '
+            'spice_semi.network, mean and std empty, or set init="scratch"'
+        )
+    if (len(config.mean), len(config.std)) not in ((0, 0), (3, 3)) or not all(value > 0 for value in config.std):
+        raise UserError(
+            f"spice_semi.mean is {config.mean} and std {config.std}; give three numbers of each, deviations above 0, "
+            "or neither"
+        )
+    if config.network:
+        for_small_images(config.network, task.backbone.statistics)
     if config.labelled % task.bn_groups:
         raise UserError(
             f"spice_semi.labelled is {config.labelled}, which {task.bn_groups} BatchNorm groups cannot share evenly; "
             f"make it a multiple of bn_groups"
         )
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"'

@@ -1,4 +1,4 @@
-"""Feature models: any timm backbone, with the small-image stem and the split BatchNorm that MoCo needs.
+"""Feature models: any timm backbone or a wide ResNet, with the small-image stem and the split BatchNorm of MoCo.
 
 The network starts from random weights, from those that timm publishes, or from those of a file.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
 from spice_dist.models.split_batch_norm import split_batch_norm
+from spice_dist.models.wide_resnet import SHAPES, WideResNet
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -39,7 +40,7 @@ MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, V
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    name: str = "resnet18"  # any timm model, with or without the tag of its weights
+    name: str = "resnet18"  # any timm model, with or without the tag of its weights, or one of wide_resnet.SHAPES
     stem: str = (
         "small"  # "small": a 3x3 stride-1 first convolution; "pooled", "halved": 2x2 pooling after it; "native": timm's
     )
@@ -97,13 +98,28 @@ def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Bac
 
 
 def for_untrained(name: str) -> dict[str, Any]:
-    """The settings, by dotted names, with which a recipe's network is replaced by another of timm."""
-    import timm
-
+    """The settings, by dotted names, with which a recipe's network is replaced by another."""
     _check_name(name)
     own: dict[str, Any] = {"backbone.name": name, "backbone.widths": (), "backbone.depths": ()}
-    resnet = name.partition(".")[0] in timm.list_models(module="resnet")  # others have no stem to shrink
-    return own if resnet else {**own, "backbone.stem": "native"}
+    return own if _is_resnet(name) else {**own, "backbone.stem": "native"}
+
+
+def for_small_images(name: str, statistics: Statistics) -> BackboneConfig:
+    """A whole network by its name, from random weights: a ResNet of timm has the small stem, others their own.
+
+    Raises:
+        UserError: there is no such network; it offers near names.
+    """
+    _check_name(name)
+    mean, std = statistics
+    return BackboneConfig(name, "small" if _is_resnet(name) else "native", mean=mean, std=std)
+
+
+def _is_resnet(name: str) -> bool:
+    """Whether timm builds it of a stem that can be shrunk and blocks that start with all their branches."""
+    import timm
+
+    return name.partition(".")[0] in timm.list_models(module="resnet")
 
 
 def for_pretrained(name: str, weights: str) -> dict[str, Any]:
@@ -266,18 +282,22 @@ def _entry(name: str) -> "PretrainedCfg":
     import timm
 
     _check_name(name)
+    if name in SHAPES:
+        raise UserError(f"nobody publishes weights of {name}; give a network of timm, or --weights FILE.safetensors")
     entry = timm.get_pretrained_cfg(name)
     assert entry is not None, "a model that timm lists has one"
     return entry
 
 
 def _check_name(name: str) -> None:
-    """UserError with near names if timm has no such model, or no such weights of it."""
+    """UserError with near names if there is no such model, or timm has no such weights of it."""
     import timm
 
+    if name in SHAPES:
+        return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = " or ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        near = " or ".join(difflib.get_close_matches(architecture, [*SHAPES, *timm.list_models()], n=3))
         raise UserError(f'backbone.name is "{name}", which timm does not have' + f"; did you mean {near}?" * bool(near))
     if tag and name not in (tags := timm.list_pretrained(f"{architecture}.*")):
         near = difflib.get_close_matches(name, tags, n=3, cutoff=0)
@@ -289,12 +309,14 @@ def _create(config: BackboneConfig, channels: int, size: int, pretrained: bool =
     import timm
 
     _check_name(config.name)
+    if config.name in SHAPES:
+        return _wide_resnet(config, channels)
     options: dict = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
     if config.widths:
         options["channels"] = config.widths
     if config.depths:
         options["layers"] = config.depths
-    if config.name.partition(".")[0] in timm.list_models(module="resnet"):
+    if _is_resnet(config.name):
         options["zero_init_last"] = False  # as MoCo and SPICE initialise: every block starts with all its branches
     try:
         try:
@@ -305,6 +327,12 @@ def _create(config: BackboneConfig, channels: int, size: int, pretrained: bool =
         raise UserError(f"backbone {config.name} takes no widths or depths ({error}); leave both empty") from error
     except MISFITS as error:
         raise _unfit(size, error) from error
+
+
+def _wide_resnet(config: BackboneConfig, channels: int) -> nn.Module:
+    if config.widths or config.depths:
+        raise UserError(f"backbone {config.name} takes no widths or depths; leave both empty")
+    return WideResNet(config.name, channels)
 
 
 def _shrink_stem(body: nn.Module, stem: str) -> None:

@@ -69,6 +69,12 @@ def set_groups(module: nn.Module, groups: int) -> None:
         norm.groups = groups
 
 
+def set_momentum(module: nn.Module, momentum: float) -> None:
+    """The share of the new statistics in each update of the running ones."""
+    for norm in _norms(module):
+        norm.momentum = momentum
+
+
 def forget_statistics(module: nn.Module) -> None:
     """As if the forward passes since the last update had not been."""
     for norm in _norms(module):
