@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
     fit.set_defaults(call=_fit)
     fit.add_argument("data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton")
-    fit.add_argument("--out", type=Path, required=True, help="the run folder; the same command resumes a run in it")
+    fit.add_argument("--out", type=Path, help="the run folder; the same command resumes a run in it")
+    fit.add_argument("--dry-run", action="store_true", help="only tell what the run would cost: hours and memory")
     fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
     fit.add_argument(
         "--recipe",
@@ -182,6 +183,9 @@ def _pack(options: argparse.Namespace, given: list[str]) -> None:
 def _fit(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.errors import UserError
 
+    out: Path | None = options.out
+    if out is None and not options.dry_run:
+        raise UserError("where to? give --out, a folder for the run")
     digits = options.data == "digits"
     source = _open(options)
     changes: dict[str, Any] = {}
@@ -201,7 +205,7 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
 
     from spice_dist.config import override
     from spice_dist.distributed import trackers
-    from spice_dist.pipeline import Launch, fit
+    from spice_dist.pipeline import Launch, dry_run, fit
     from spice_dist.recipes import RECIPES, recipe
 
     if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
@@ -216,8 +220,11 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     config = override(recipe(name, len(source.paths), options.method), changes)
     trackers.request(options.track)
     launch = Launch(options.workers, options.threads, options.address, options.labels)
-    fit(config, source, options.out, launch, ["spice-dist", *given])
-    _print_scores(options.out)
+    if options.dry_run or out is None:
+        print(dry_run(config, source, launch))
+        return
+    fit(config, source, out, launch, ["spice-dist", *given])
+    _print_scores(out)
 
 
 def _network(name: str | None, weights: str | None) -> dict[str, Any]:

@@ -77,9 +77,7 @@ def fit(
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = _num_workers(config.bn_groups, launch.workers)
-    if launch.threads is not None:
-        require_positive("", threads=launch.threads)
-    threads = launch.threads or max(1, usable_cores() // config.bn_groups)
+    threads = _num_threads(config.bn_groups, launch.threads)
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, workers, threads, launch.address, stop)
         images = f"{len(source.paths)} images, {listing(source)[:16]}"
@@ -100,6 +98,24 @@ def fit(
             raise
 
 
+def dry_run(config: Config, source: Source, launch: Launch) -> str:
+    """What `fit` would cost, as a table; the settings are checked, nothing is written.
+
+    Raises:
+        UserError: `fit` would refuse these settings.
+    """
+    from spice_dist import cost
+
+    _check_settings(config, source, source.name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = max(1, _num_workers(config.bn_groups, launch.workers))
+    passes = 1 if device.type == "cuda" else config.bn_groups // workers
+    torch.set_num_threads(_num_threads(config.bn_groups, launch.threads))
+    stages = cost.estimate(config, source.training, source.clustered, workers, passes)
+    heading = f"{len(source.paths):,} images into {config.clusters} clusters on {workers} workers"
+    return f"{heading}\n{cost.table(stages, device, config.precision, workers)}"
+
+
 def usable_cores() -> int:
     """Cores that this process may run on: a SLURM share or a container has fewer than its machine."""
     return len(os.sched_getaffinity(0))
@@ -115,6 +131,12 @@ def _num_workers(bn_groups: int, wanted: int | None) -> int:
             f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
         )
     return wanted
+
+
+def _num_threads(bn_groups: int, wanted: int | None) -> int:
+    if wanted is not None:
+        require_positive("", threads=wanted)
+    return wanted or max(1, usable_cores() // bn_groups)
 
 
 def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

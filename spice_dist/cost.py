@@ -1,0 +1,244 @@
+"""What a run will cost before it starts: arithmetic, time and memory of every stage that trains or embeds.
+
+Operations and saved activations are counted on the networks themselves, layer by layer, on tensors without contents
+(PyTorch's fake tensors), so that a recipe for a large GPU is counted on a laptop in seconds. Time is operations by
+speed: this machine's is measured on the run's own networks; a GPU's is PEAK times USED, which is an assumption. Left
+out are reading and augmentation, which overlap with training, the heads of stage 1, metrics, and what workers exchange.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spice_dist.config import Config
+from spice_dist.inference import CHUNK
+from spice_dist.methods.plumbing import autocast, place
+from spice_dist.methods.spice_semi import network_task
+from spice_dist.models.backbone import Backbone, BackboneConfig
+from spice_dist.neighbors import BLOCK_GPU
+
+PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
+USED = 0.2  # share of it that training a ResNet reaches
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone for images of one size: what it holds, and what every image costs."""
+
+    config: BackboneConfig
+    channels: int
+    side: int  # pixels
+    dim: int  # of the features
+    weights: float  # bytes
+    forward: float  # operations of an image, two per multiply-add; a backward pass costs twice as many
+    saved: float  # bytes of an image that are kept for its backward pass
+    widest: float  # those of them in the largest tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images that go through a network in one stage."""
+
+    network: Network
+    seen: float  # forward passes
+    learned: float  # those of them with a backward pass
+
+    @property
+    def operations(self) -> float:
+        return self.network.forward * (self.seen + 2 * self.learned)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The cost of one stage, of all workers together; the memory is one worker's, beside its libraries."""
+
+    name: str
+    work: tuple[Work, ...]
+    products: float  # operations of matrix products outside the networks
+    memory: float  # bytes on the device at most, without temporary tensors
+
+    @property
+    def operations(self) -> float:
+        return self.products + sum(part.operations for part in self.work)
+
+    def seconds(self, speed: Callable[[Network], float]) -> float:
+        """At `speed(network)` operations per second; the products run as fast as the first network."""
+        passes = sum(part.operations / speed(part.network) for part in self.work if part.operations)
+        return passes + self.products / speed(self.work[0].network)
+
+
+def estimate(config: Config, training: int, clustered: int, workers: int = 1, passes: int = 1) -> list[Stage]:
+    """The stages of a run that cost something, in order.
+
+    Args:
+        training: images that train stages 1 and 3.
+        clustered: images that are clustered.
+        workers: processes that share the images of every step.
+        passes: in how many forward passes each computes its share: one on a GPU, one per BatchNorm group on a CPU.
+    """
+    count = _Count(config, training, clustered, workers * passes)
+    pretext = {"moco": count.moco, "byol": count.byol, "imc_swav": count.imc_swav}
+    found = [pretext[config.pretext]()] if config.pretext in pretext else []
+    found.append(count.features())
+    if config.method == "spice":
+        found += [count.spice_self(), count.reliable(), count.spice_semi()]
+    return found
+
+
+class _Count:
+    def __init__(self, config: Config, training: int, clustered: int, parts: int):
+        self.config, self.training, self.clustered = config, training, clustered
+        self.parts = parts  # forward passes in which all workers together compute a step
+        self.network = partial(counted, channels=config.data.channels, precision=config.precision)
+        self.plain = self.network(config.backbone, side=config.data.size)
+
+    def moco(self) -> Stage:
+        own = self.config.moco
+        network = self.network(self.config.backbone, side=own.view.size or self.config.data.size)
+        queries = own.epochs * (self.training // own.batch) * own.new_keys
+        similarities = own.queue * (own.dim + own.new_keys / self.parts) * FLOAT
+        weights = 4 * network.weights  # with gradients, momentum and the key network
+        memory = weights + self._saved(network, own.new_keys) + similarities
+        return Stage("moco", (Work(network, 2 * queries, queries),), 6.0 * queries * own.queue * own.dim, memory)
+
+    def byol(self) -> Stage:
+        own = self.config.byol
+        network = self.network(self.config.backbone, side=own.view.size or self.config.data.size)
+        views = own.epochs * (self.training // own.batch) * own.batch * 2
+        memory = 4 * network.weights + self._saved(network, 2 * own.batch)
+        return Stage("byol", (Work(network, 2 * views, views),), 0.0, memory)
+
+    def imc_swav(self) -> Stage:
+        own = self.config.imc_swav
+        images = own.epochs * (self.training // own.batch) * own.batch
+        sizes = [view.size or self.config.data.size for view in own.views]
+        networks = {side: self.network(self.config.backbone, side=side) for side in sizes}
+        work = [Work(networks[side], images * sizes.count(side), images * sizes.count(side)) for side in networks]
+        saved = sum(self._saved(networks[side], own.batch) for side in sizes)
+        seen = (own.batch + own.queue) * (own.dim + own.prototypes) * FLOAT  # by Sinkhorn
+        weights = 4 * self.plain.weights  # with gradients and both moments of Adam
+        return Stage(
+            "imc_swav", tuple(work), 6.0 * images * len(sizes) * own.dim * own.prototypes, weights + saved + seen
+        )
+
+    def features(self) -> Stage:
+        return Stage("features", (Work(self.plain, self.clustered, 0),), 0.0, self._embedding)
+
+    def spice_self(self) -> Stage:
+        own, clusters, dim = self.config.spice_self, self.config.clusters, self.plain.dim
+        batch = min(self.clustered, own.samples_per_cluster * clusters)  # M
+        steps_per_epoch = self.clustered // batch
+        taught = (
+            steps_per_epoch * own.epochs * own.repeats * own.center_fraction * batch
+        )  # pairs (image, label) per head
+        made = min(own.epochs, own.view_epochs or own.epochs) * steps_per_epoch * batch * 2.0
+        again = taught * own.heads if own.encodes_anew else 0.0
+        work = Work(self.plain, made + again, again if own.joint else 0.0)
+        head = dim * dim * (own.layers - 1) + dim * clusters  # weights
+        asked = own.epochs * (steps_per_epoch * batch + self.clustered) + 3 * taught
+        kept = (self.clustered + 2 * batch) * dim + own.heads * (4 * head + batch * clusters)
+        return Stage("spice_self", (work,), 2.0 * own.heads * head * asked, self._embedding + kept * FLOAT)
+
+    def reliable(self) -> Stage:
+        block = min(BLOCK_GPU, self.clustered)
+        memory = (self.clustered * self.plain.dim + block**2) * FLOAT
+        products = float(self.clustered) ** 2 * self.plain.dim  # of symmetric similarities, half are computed
+        return Stage("reliable", (Work(self.plain, 0, 0),), products, memory)
+
+    def spice_semi(self) -> Stage:
+        own = self.config.spice_semi
+        backbone = network_task(self.config, own).backbone
+        network = self.network(backbone, side=self.config.data.size)
+        views = own.labelled * (1 + 2 * own.ratio)
+        memory = 4 * network.weights + self._saved(network, views)  # with gradients, momentum and the averaged network
+        return Stage("spice_semi", (Work(network, own.steps * views, own.steps * views),), 0.0, memory)
+
+    @property
+    def _embedding(self) -> float:
+        """Without gradients only neighbouring layers are in memory: an input, an output and a shortcut."""
+        return self.plain.weights + 3 * min(CHUNK, self.clustered) * self.plain.widest
+
+    def _saved(self, network: Network, views: int) -> float:
+        return network.saved * views / self.parts
+
+
+@cache
+def counted(config: BackboneConfig, side: int, channels: int, precision: str = "auto") -> Network:
+    """The cost of a backbone, from one pass over fake tensors; "auto" counts activations as on a GPU, in bf16."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    low = "fp32" if precision == "fp32" else "bf16"
+
+    def kept(images: int) -> list[int]:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(torch.device("cpu"), low):
+            network(torch.empty(images, channels, side, side))
+        return list(storages.values())
+
+    with FakeTensorMode():
+        network = Backbone(config, channels, side)
+        with FlopCounterMode(display=False) as operations:
+            few = kept(2)
+        per_image = [(after - before) / 2 for before, after in zip(few, kept(4), strict=True)]  # of weights: 0
+    weights = sum(parameter.numel() for parameter in network.parameters()) * FLOAT
+    forward = operations.get_total_flops() / 2
+    return Network(config, channels, side, network.dim, weights, forward, sum(per_image), max(per_image))
+
+
+def measured_speed(network: Network, device: torch.device, precision: str = "auto", seconds: float = 2.0) -> float:
+    """Operations per second of training passes of this network on this device, after a first pass."""
+    net = place(Backbone(network.config, network.channels, network.side), device).train()
+    images = torch.zeros(32, network.channels, network.side, network.side, device=device)
+
+    def learn() -> float:
+        with autocast(device, precision):
+            loss = net(images).float().sum()
+        loss.backward()
+        return loss.item()  # waits for the device
+
+    learn()
+    started, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - started < seconds:
+        learn()
+        done += 1
+    return 3 * network.forward * len(images) * done / (time.perf_counter() - started)
+
+
+def table(stages: list[Stage], device: torch.device, precision: str = "auto", workers: int = 1) -> str:
+    """The costs, with the time that `workers` take here, as measured now, and that one GPU of each kind takes."""
+    own = cache(partial(measured_speed, device=device, precision=precision))
+    speeds: list[Callable[[Network], float]] = [lambda network: workers * own(network)]
+    speeds += [lambda network, peak=peak: peak * USED for peak in PEAK.values()]
+    rows = [["stage", "operations", "here", *(f"one {gpu}" for gpu in PEAK), "memory"]]
+    seconds = np.array([[stage.seconds(speed) for speed in speeds] for stage in stages])
+    for stage, times in zip(stages, seconds, strict=True):
+        rows.append([stage.name, f"{stage.operations:.1e}", *map(_duration, times), f"{stage.memory / 1e9:.2f} GB"])
+    total = sum(stage.operations for stage in stages)
+    rows.append(["together", f"{total:.1e}", *map(_duration, seconds.sum(0)), ""])
+    peaks = ", ".join(f"{peak / 1e12:.0f}" for peak in PEAK.values())
+    note = (
+        f"here: by the speed measured now on this {device.type}; one GPU: if {USED:.0%} of its bf16 peak is reached "
+        f"({peaks} TFLOP/s),\nof which small networks on small images reach less; memory: of one worker, beside 1 GB "
+        "of libraries"
+    )
+    return "\n".join([*(f"{row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows), note])
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:,.1f} h"
