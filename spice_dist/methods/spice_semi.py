@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ from spice_dist.methods.plumbing import (
     state_of,
 )
 from spice_dist.methods.reliable import ReliableConfig, choose
-from spice_dist.methods.spice_self import stage2_network
+from spice_dist.methods.spice_self import stage2_network, view_features
 from spice_dist.models.backbone import for_small_images, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold, copy_buffers, follow, slow_copy
@@ -51,7 +51,8 @@ from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task, require_positive
 
-DRAW, WEAK, STRONG = 20, 21, 22  # streams of random numbers
+DRAW, WEAK, STRONG, SAMPLE = 20, 21, 22, 23  # streams of random numbers
+CALIBRATED = 2048  # images by which the temperature of stage 2's head is found
 THRESHOLDS = ("fixed", "adaptive")
 SETTLED = 0.1  # share of the steps after which every cluster should be predicted now and then
 ENOUGH = 100  # predictions for each cluster from which it can be told that one gets none
@@ -99,6 +100,8 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
 
     torch.manual_seed(task.seed)
     net = place(new_network(task, config, worker.run), worker.device)
+    if config.init == "stage2":
+        calibrate(task, config, net, images, labels)
     ema = slow_copy(net).eval()
     optimizer = torch.optim.SGD(decay_kernels_only(net, config.weight_decay), config.lr, momentum=0.9, nesterov=True)
     adaptive = AdaptiveThreshold(task.clusters, config.threshold_momentum).to(worker.device)
@@ -158,6 +161,35 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         probes = monitor.see(step + 1, ema, weak[labelled:], predictions, reliable)
         worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer), probes)
     images.close()
+
+
+@torch.no_grad()
+def calibrate(task: Task, config: SpiceSemiConfig, net: ClusterNet, images: Images, labels: Int[Tensor, " N"]) -> None:
+    """Divide the head's logits by the temperature that makes the reliable labels likeliest on strong views.
+
+    The double softmax of stage 2 drives logits to where every prediction has a probability near 1: all would pass the
+    threshold, and the first gradients of plain cross-entropy would tear the network apart. This is temperature scaling
+    (Guo et al. 2017), on a sample of the reliable labels.
+    """
+    reliable = (labels != UNRELIABLE).nonzero()[:, 0].numpy()
+    chosen = np.random.default_rng([task.seed, SAMPLE]).permutation(reliable)[:CALIBRATED]
+    net.eval()
+
+    def logits(view: Tensor) -> Tensor:
+        with autocast(view.device, task.precision):
+            return net(view).float()
+
+    (found,) = view_features(task, images, chosen, [(config.strong, (task.seed, 0, SAMPLE))], [logits])
+    temperature = best_temperature(found, labels[torch.from_numpy(chosen)].to(found.device))
+    for parameter in (net.head.weights[-1], net.head.biases[-1]):
+        parameter /= temperature
+
+
+def best_temperature(logits: Float[Tensor, "M K"], labels: Int[Tensor, " M"]) -> float:
+    """The T, of 0.1 to 1000 in steps of 2 %, with the lowest cross-entropy of the labels under softmax(logits / T)."""
+    candidates = 1.02 ** torch.arange(-116, 349)
+    losses = torch.stack([F.cross_entropy(logits / value, labels) for value in candidates.tolist()])
+    return float(candidates[losses.argmin()])
 
 
 def update_threshold(adaptive: AdaptiveThreshold, predictions: list[Tensor]) -> None:

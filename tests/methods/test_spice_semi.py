@@ -22,8 +22,8 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import spice_semi
-from spice_dist.methods.plumbing import finished
-from spice_dist.methods.spice_semi import Monitor, ReliableLabels
+from spice_dist.methods.plumbing import finished, open_dataset
+from spice_dist.methods.spice_semi import Monitor, ReliableLabels, best_temperature, calibrate
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -310,3 +310,49 @@ def test_settings_that_cannot_work_are_refused_in_one_line(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         spice_semi.check(SMALL, config)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- going on from stage 2
+
+
+def test_the_best_temperature_is_that_of_the_model_that_drew_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial(scores.softmax(1), 1, generator=generator)[:, 0]
+    for temperature in (0.3, 1.0, 40.0):
+        assert best_temperature(scores * temperature, labels) == pytest.approx(temperature, rel=0.06)
+
+
+def test_calibrating_changes_no_prediction_and_makes_reliable_labels_likelier_on_strong_views(small_run):
+    config = override(SMALL, {"spice_semi.init": "stage2"})
+    own = config.spice_semi
+    images, _ = open_dataset(config, small_run, CPU)
+    labels = torch.from_numpy(np.load(small_run / "reliable/labels.npy"))
+    net = spice_semi.new_network(config, own, small_run)
+    with torch.no_grad():
+        net.head.weights[-1].mul_(1000)
+        net.head.biases[-1].mul_(1000)
+    sharp = copy.deepcopy(net).eval()
+    calibrate(config, own, net, images, labels)
+
+    chosen = (labels != UNRELIABLE).nonzero()[:, 0]
+    (batch, index) = next(images.batches(chosen.numpy(), len(chosen)))
+    images.close()
+    view = augment.apply(own.strong, batch, index, (0, 7, 7), config.backbone.statistics)
+    with torch.no_grad():
+        before, after = sharp(view), net.eval()(view)
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    assert F.cross_entropy(after, labels[chosen]) < F.cross_entropy(before, labels[chosen]) / 2
+
+
+def test_stage_three_goes_on_from_a_calibrated_network(without_stage):
+    """At a learning rate of 0 the averaged network stays what it began as."""
+    config = override(SMALL, {"spice_semi.init": "stage2", "spice_semi.lr": 0.0, "spice_semi.steps": 2})
+    run = without_stage("spice_semi")
+    train(config, run)
+    began = spice_semi.new_network(config, config.spice_semi, run)
+    images, _ = open_dataset(config, run, CPU)
+    calibrate(config, config.spice_semi, began, images, torch.from_numpy(np.load(run / "reliable/labels.npy")))
+    images.close()
+    kept = finished(run / "spice_semi").tensors("ema")
+    assert_same_bits(dict(began.named_parameters()), {name: kept[name] for name, _ in began.named_parameters()})
