@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spice_dist import cli
+from spice_dist import cli, pipeline
 from spice_dist.data.ingest import read_paths
 
 TINY = [
@@ -218,6 +218,35 @@ def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
     for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2"), ("0", "at least 2")]:
         assert word in mistake(capsys, "fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
     assert "--clusters" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
+
+
+def test_without_the_check_more_clusters_than_images_cost_stage_1_first(tmp_path, capsys, monkeypatch):
+    """Why the numbers are looked at before anything is trained."""
+    folder = photos(tmp_path / "in", count=18)
+    fit = ("fit", folder, "--clusters", "30", "--out", tmp_path / "run", *PHOTO)
+    assert "more than the 18 images" in mistake(capsys, *fit)
+    assert not (tmp_path / "run/moco").exists()
+    monkeypatch.setattr(pipeline, "_check_settings", lambda *_: None)
+    assert run(*fit) == 1
+    assert "18 images are too few for 30 clusters" in capsys.readouterr().err
+    assert (tmp_path / "run/moco/stage.json").exists()
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused_with_both_numbers(tmp_path, capsys):
+    folder = photos(tmp_path / "in", count=12)
+    line = mistake(capsys, "fit", folder, "--clusters", "2", "--out", tmp_path / "run", *PHOTO)
+    assert "16" in line
+    assert "12" in line
+
+
+def test_a_class_of_one_image_is_scored_like_any_other(tmp_path):
+    folder = photos(tmp_path / "in")
+    (folder / "alone").mkdir()
+    shutil.move(folder / "upright/01.png", folder / "alone/01.png")
+    fit = ("fit", folder, "--labels", "folder", "--clusters", "3", "--out", tmp_path / "run", *PHOTO)
+    assert run(*fit) == 0
+    scores = json.loads((tmp_path / "run/metrics.json").read_text())["eval"]
+    assert all(np.isfinite(list(scores.values())))
 
 
 def test_too_many_bad_images_are_refused_with_the_option_that_allows_them(tmp_path, capsys):
