@@ -16,6 +16,7 @@ from torch import Tensor
 from spice_dist.errors import UserError
 
 BLOCK = 2048  # rows of a tile: its scores, 16 MiB, stay in the cache of most CPUs
+BLOCK_ROUGH = 1536  # in bfloat16, which holds more beside a tile
 BLOCK_GPU = 16_384  # 1 GiB: a launch of kernels costs more than a product of small tiles
 
 
@@ -33,7 +34,8 @@ def nearest(
     Exact in every precision: the order is that of float32 products, rows of equal product in any order. "bf16" computes
     all products in bfloat16, keeps whatever may be among the best within the largest error these can have, and computes
     the products of those again; a row with too many of them, as in very tight clusters, is searched again in float32.
-    On two CPU cores it was no faster than "fp32" (60,000 rows of 512), and holds more.
+    On CPUs that are fast at bfloat16 it takes a fifth less time than "fp32" (60,000 rows of 512, AVX-512), and holds
+    more.
 
     `rows` is a consecutive share of 0 .. N-1, all by default. Within the share a tile serves twice, so that one of W
     equal shares costs 1 - 1 / (2 W) of the products of its rows with all. Indices are int32, where `features` are.
@@ -42,11 +44,11 @@ def nearest(
     ValueError if `count` is not in 1 .. N, `rows` not in 0 .. N, a feature not finite, or `precision` unknown.
     """
     rows = range(len(features)) if rows is None else rows
-    block = _block_of(features) if block is None else block
-    _check(features, count, block, rows)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, not {precision!r}")
     rough = precision == "bf16"
+    block = _block_of(features, BLOCK_ROUGH if rough else BLOCK) if block is None else block
+    _check(features, count, block, rows)
     tile = _Tile(features.bfloat16() if rough else features, block)
     best = _Best(len(rows), count, features.device, 2 * _largest_error(features) if rough else 0.0)
     own = list(_blocks(rows, block))
@@ -68,6 +70,7 @@ def nearest(
             done += len(part) * len(other)
         if done < total:
             progress(len(rows) * done // total, len(rows))
+    del tile  # its copy of the features makes room
     found = _exactly(features, rows, best, block) if rough else best.sorted(block)[1]
     progress(len(rows), len(rows))
     return found
@@ -177,8 +180,8 @@ class _Tile:
         return torch.mm(a.float(), b.float().T, out=out)
 
 
-def _block_of(features: Float[Tensor, "N D"]) -> int:
-    return BLOCK if features.device.type == "cpu" else BLOCK_GPU
+def _block_of(features: Float[Tensor, "N D"], on_cpu: int = BLOCK) -> int:
+    return on_cpu if features.device.type == "cpu" else BLOCK_GPU
 
 
 def _largest_error(features: Float[Tensor, "N D"]) -> float:

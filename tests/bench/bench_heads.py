@@ -276,9 +276,8 @@ def bench_heads_alone() -> None:
         for precision in ("fp32", "bf16"):
             heads = batched.part(0, 10)
             adam = torch.optim.Adam(heads.parameters(), 0.005, fused=True)
-            step = partial(
-                m_step, heads, adam, features.__getitem__, members, labels, loss=double_softmax_cross_entropy
-            )
+            settings = {"loss": double_softmax_cross_entropy, "precision": precision}
+            step = partial(m_step, heads, adam, features.__getitem__, members, labels, **settings)
             step(order=order[:10])
             _, ours = timed(partial(step, order=order))
             name = f"10 heads, D = {dim}, K = {clusters}, {precision}"
