@@ -66,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument(
         "--method",
-        choices=("spice", "imc_swav"),
+        choices=("spice", "imc_swav", "scan"),
         default="spice",
-        help="imc_swav: learn features and clusters in one stage, from crops of two sizes (default: spice)",
+        help="imc_swav: learn features and clusters in one stage, from crops of two sizes; scan: cluster by nearest "
+        "neighbours and self-labelling after stage 1 (default: spice)",
     )
     fit.add_argument("--seed", type=int, help="another seed, another run (default 0)")
     fit.add_argument(

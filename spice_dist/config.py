@@ -14,6 +14,7 @@ from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
+from spice_dist.methods.scan import ScanConfig, SelfLabelConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.task import Task
@@ -29,6 +30,8 @@ class Config(Task):
     reliable: ReliableConfig = field(default_factory=ReliableConfig)
     spice_semi: SpiceSemiConfig = field(default_factory=SpiceSemiConfig)
     imc_swav: ImcSwavConfig = field(default_factory=ImcSwavConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
+    self_label: SelfLabelConfig = field(default_factory=SelfLabelConfig)
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -88,6 +88,8 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
     found.append(count.features())
     if config.method == "spice":
         found += [count.spice_self(), count.reliable(), count.spice_semi()]
+    if config.method == "scan":
+        found += [count.scan(), count.self_label()]
     return found
 
 
@@ -158,6 +160,22 @@ class _Count:
         views = own.labelled * (1 + 2 * own.ratio)
         memory = 4 * network.weights + self._saved(network, views)  # with gradients, momentum and the averaged network
         return Stage("spice_semi", (Work(network, own.steps * views, own.steps * views),), 0.0, memory)
+
+    def scan(self) -> Stage:
+        own, clusters = self.config.scan, self.config.clusters
+        views = own.epochs * (self.clustered // own.batch) * own.batch * 2
+        selected = own.epochs * self.clustered  # images that choose among epochs and heads
+        weights = 5 * self.plain.weights  # with gradients, both moments of Adam and the selected network
+        kept = self.clustered * (own.neighbors + own.heads * clusters) * FLOAT
+        work = Work(self.plain, views + selected, views)
+        products = float(self.clustered) ** 2 * self.plain.dim  # of symmetric similarities, half are computed
+        return Stage("scan", (work,), products, weights + self._saved(self.plain, 2 * own.batch) + kept)
+
+    def self_label(self) -> Stage:
+        own = self.config.self_label
+        images = own.epochs * (self.clustered // own.batch) * own.batch
+        memory = 4 * self.plain.weights + self._saved(self.plain, own.batch)
+        return Stage("self_label", (Work(self.plain, 2 * images, images),), 0.0, memory)
 
     @property
     def _embedding(self) -> float:

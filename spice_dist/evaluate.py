@@ -17,7 +17,7 @@ from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_paths
 from spice_dist.data.sources import Source
-from spice_dist.methods import imc_swav
+from spice_dist.methods import imc_swav, scan
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
@@ -95,6 +95,30 @@ def evaluate_imc_swav(
     return result
 
 
+def evaluate_scan(
+    task: Task, run: Path, device: torch.device, seconds: dict[str, float],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `evaluate`, of a run of SCAN: also the scores before self-labelling; there are no reliable labels."""
+    images, manifest = open_dataset(task, run, device)
+    before, loss = scan.trained(task, run)
+    by_head = _labels_by_head(task, place(before, device), images)
+    net = place(scan.network(task, run), device)
+    result = _judge(task, run, net, images, manifest, np.zeros(manifest.n, bool), by_head, loss, progress)
+    images.close()
+    result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
+    publish_json(run / "scan/eval.json", _scores(_true_labels(run), manifest, by_head[int(loss.argmin())]))
+    publish_json(run / "self_label/eval.json", result["eval"])
+    publish_json(run / "metrics.json", result)
+    return result
+
+
+def _labels_by_head(task: Task, net: scan.ScanNet, images: Images) -> Int[np.ndarray, "H N"]:
+    every = np.arange(images.n)
+    found = inference.outputs(net, images, every, task.backbone.statistics, lambda done, total: None, task.precision)
+    return torch.cat([logits.argmax(2).cpu() for logits in found], 1).numpy()
+
+
 def _judge(
     task: Task,
     run: Path,
@@ -119,6 +143,7 @@ def _judge(
     y_true, scored = _true_labels(run), _scored(manifest)
     sizes = metrics.cluster_sizes(assigned, task.clusters)
     return {
+        "method": task.method,
         "n": len(assigned),
         "k": task.clusters,
         "nonempty": int((sizes > 0).sum()),

@@ -82,6 +82,35 @@ def entropy_of_mean(logits: Float[Tensor, "*batch B K"]) -> Float[Tensor, "*batc
     return -(mean * mean.log()).sum(-1)
 
 
+def neighbor_consistency(
+    anchor_logits: Float[Tensor, "*heads B K"], neighbor_logits: Float[Tensor, "*heads B K"]
+) -> Float[Tensor, "*heads"]:
+    """SCAN eq. (2), first term: -log <softmax(anchor), softmax(neighbor)>, the mean over B, one value per head.
+
+    The product of two distributions is 1 only where both give everything to the same cluster; at chance this is ln K.
+    """
+    log_products = F.log_softmax(_precise(anchor_logits), -1) + F.log_softmax(_precise(neighbor_logits), -1)
+    return -log_products.logsumexp(-1).mean(-1)
+
+
+def entropy(share: Float[Tensor, "*heads K"]) -> Float[Tensor, "*heads"]:
+    """-sum_k share_k ln share_k of distributions, in [0, ln K]: SCAN eq. (2), second term, of the mean prediction."""
+    return _entropy(share, 1)
+
+
+def class_balanced_cross_entropy(
+    logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"], counts: Int[Tensor, " K"]
+) -> Float[Tensor, ""]:
+    """SCAN's self-labelling: cross-entropy, each image weighted by 1 / frequency of its label; label -100: left out.
+
+    Of a whole batch it is the mean, over the labels that occur, of their images' mean cross-entropy. `counts` are the
+    images of every label in the whole batch, of which these rows may be a part: the losses of parts add up.
+    """
+    weight = 1 / (counts.clamp(min=1) * (counts > 0).sum().clamp(min=1))
+    precise = _precise(logits)
+    return F.cross_entropy(precise, labels, weight.to(precise.dtype), reduction="sum")
+
+
 def consistency(
     weak_logits: Float[Tensor, "U K"], strong_logits: Float[Tensor, "U K"], threshold: float | Float[Tensor, " K"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -24,8 +24,8 @@ from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError, out_of_memory
-from spice_dist.evaluate import evaluate, evaluate_imc_swav, relabel
-from spice_dist.methods import byol, imc_swav, moco, reliable, spice_self, spice_semi
+from spice_dist.evaluate import evaluate, evaluate_imc_swav, evaluate_scan, relabel
+from spice_dist.methods import byol, imc_swav, moco, reliable, scan, spice_self, spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
@@ -151,6 +151,8 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
         "spice_self": lambda bar: _cluster_features(run, bar),
         "reliable": lambda bar: _select_labels(run, bar),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
+        "scan": lambda bar: _train(run, scan.train, config.scan, "scan", bar),
+        "self_label": lambda bar: _train(run, scan.self_label, config.self_label, "self_label", bar),
     }
     stages = {name: work for name, work in stages.items() if name in settings}
     finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
@@ -166,6 +168,8 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
         with Bar("evaluate", run.stop) as bar:
             if config.method == "imc_swav":
                 evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
+            elif config.method == "scan":
+                evaluate_scan(brief, folder, device, seconds, bar.show)
             else:
                 evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -175,8 +179,11 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def _evaluated_otherwise(config: Config, metrics: Path) -> bool:
     """Whether there are no scores yet, or those of another method or of BatchNorm statistics made otherwise."""
-    wanted = config.imc_swav.eval_bn if config.method == "imc_swav" else None
-    return not metrics.exists() or json.loads(metrics.read_text()).get("eval_bn") != wanted
+    if not metrics.exists():
+        return True
+    wanted = (config.method, config.imc_swav.eval_bn if config.method == "imc_swav" else None)
+    found = json.loads(metrics.read_text())
+    return (found.get("method"), found.get("eval_bn")) != wanted
 
 
 def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
@@ -355,6 +362,8 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
             "reliable": ("reliable",),
             "spice_semi": ("bn_groups", "spice_semi"),
         }
+    if config.method == "scan":
+        names |= {"scan": ("seed", "clusters", "bn_groups", "scan"), "self_label": ("self_label",)}
     flat = flatten(config)
     depends: dict[str, Any] = {"images": images}
     settings = {}
@@ -381,6 +390,9 @@ def _check_settings(config: Config, images: Source | Ingested, data: str) -> Non
         spice_self.check(config, config.spice_self, num_images)
         reliable.check(config.reliable)
         spice_semi.check(config, config.spice_semi)
+    if config.method == "scan":
+        scan.check(config, config.scan, num_images)
+        scan.check_self_label(config, config.self_label, num_images)
 
 
 def _write_config(run: Run, images: str, command: list[str] | None) -> None:

@@ -14,6 +14,7 @@ from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
+from spice_dist.methods.scan import ScanConfig, SelfLabelConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.models.backbone import BackboneConfig
@@ -49,6 +50,8 @@ def digits(num_images: int = 1797) -> Config:
             global_view=view,
             local_view=replace(view, crop_scale=(0.35, 0.7), size=6),
         ),
+        scan=ScanConfig(epochs=30, batch=256, lr=1e-3, neighbors=10, heads=5, view=view),
+        self_label=SelfLabelConfig(epochs=30, batch=256, view=view),
     )
 
 
@@ -79,6 +82,8 @@ def photos(num_images: int) -> Config:
         byol=BYOLConfig(epochs=epochs, batch=batch, hidden=512, dim=128),
         spice_self=SpiceSelfConfig(epochs=30, strong=strong),
         spice_semi=SpiceSemiConfig(steps=300, labelled=32, ratio=3, ema=0.99, init="stage2", strong=strong),
+        scan=ScanConfig(epochs=max(5, epochs // 8), batch=batch, heads=5, view=strong),
+        self_label=SelfLabelConfig(epochs=max(5, epochs // 8), batch=batch, view=strong),
     )
 
 
@@ -108,6 +113,8 @@ def fashion_mnist(num_images: int = 70_000) -> Config:
             global_view=replace(view, size=24),
             local_view=replace(view, crop_scale=(0.1, 0.4), size=16),
         ),
+        scan=ScanConfig(epochs=2, batch=256, heads=5, view=strong),
+        self_label=SelfLabelConfig(epochs=2, batch=256, view=strong),
     )
 
 
@@ -162,7 +169,13 @@ def cifar100_20(num_images: int = 60_000) -> Config:
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255),
         std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
     )
-    return replace(cifar10(), clusters=20, spice_self=SpiceSelfConfig(epochs=100), spice_semi=semi)
+    return replace(
+        cifar10(),
+        clusters=20,
+        spice_self=SpiceSelfConfig(epochs=100),
+        spice_semi=semi,
+        scan=ScanConfig(epochs=100, batch=512),
+    )
 
 
 def cifar100(num_images: int = 60_000) -> Config:
@@ -185,18 +198,26 @@ def stl10(num_images: int = 113_000) -> Config:
         reliable=ReliableConfig("official", ratio=0.9),
         imc_swav=ImcSwavConfig(global_view=replace(IMC_GLOBAL, size=76), local_view=replace(IMC_LOCAL, size=52)),
         spice_semi=SpiceSemiConfig(network="wrn_37_2"),
+        scan=ScanConfig(epochs=100, view=strong),
+        self_label=SelfLabelConfig(epochs=100, view=strong),
     )
 
 
 def imagenet_10(num_images: int = 13_000) -> Config:
-    """SPICE's settings for ImageNet-10 of 224 pixels, 5,000 epochs; the queue is not published."""
+    """SPICE's settings for ImageNet-10 of 224 pixels, 5,000 epochs; the queue is not published.
+
+    SCAN's for it are not either: those of STL-10.
+    """
+    strong = replace(SCAN_STRONG, cutout=32 / 224)
     return Config(
         clusters=10,
         data=DataConfig(size=224),
         backbone=BackboneConfig(name="resnet34", stem="native"),
         moco=MoCoConfig(epochs=5000),
-        spice_self=SpiceSelfConfig(strong=replace(SCAN_STRONG, cutout=32 / 224)),
+        spice_self=SpiceSelfConfig(strong=strong),
         reliable=ReliableConfig("official", ratio=0.9),
+        scan=ScanConfig(epochs=100, view=strong),
+        self_label=SelfLabelConfig(epochs=100, view=strong),
     )
 
 
@@ -208,7 +229,8 @@ def imagenet_dogs(num_images: int = 19_500) -> Config:
 def tiny_imagenet(num_images: int = 100_000) -> Config:
     """Tiny-ImageNet's 200 classes of 64 pixels. SPICE publishes no epochs and no queue for it: those of CIFAR-10.
 
-    Nor does it say what stage 3 trains: the backbone of stages 1 and 2 anew.
+    Nor does it say what stage 3 trains: the backbone of stages 1 and 2 anew. SCAN has no settings for it: those of the
+    CIFAR-100 superclasses, with batches that hold every cluster.
     """
     return replace(
         cifar10(),
@@ -220,6 +242,7 @@ def tiny_imagenet(num_images: int = 100_000) -> Config:
             batch=512, global_view=replace(IMC_GLOBAL, size=56), local_view=replace(IMC_LOCAL, size=36)
         ),
         spice_semi=SpiceSemiConfig(),
+        scan=ScanConfig(epochs=100, batch=512),
     )
 
 
@@ -256,8 +279,11 @@ RECIPES: dict[str, Callable[[int], Config]] = {
 
 
 def recipe(name: str, num_images: int, method: str = "spice") -> Config:
-    """The named settings for a data set of this size; UserError if there is no such recipe."""
+    """The named settings for a data set of this size; UserError if there is no such recipe.
+
+    SCAN trains on from stage 1 as SPICE has it: its authors' own is SimCLR with a ResNet-18.
+    """
     if name not in RECIPES:
         raise UserError(f'there is no recipe "{name}"; there are {", ".join(RECIPES)}')
     config = RECIPES[name](num_images)
-    return imc_swav(config, name) if method == "imc_swav" else config
+    return imc_swav(config, name) if method == "imc_swav" else replace(config, method=method)

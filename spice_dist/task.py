@@ -6,7 +6,7 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
 
-METHODS = ("spice", "imc_swav")
+METHODS = ("spice", "imc_swav", "scan")
 PRETEXTS = ("moco", "byol", "imc_swav", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -17,7 +17,7 @@ class Task:
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
     precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
-    method: str = "spice"  # or "imc_swav", whose one stage, which is its pretext, clusters by itself
+    method: str = "spice"  # or "scan"; or "imc_swav", whose one stage, which is its pretext, clusters by itself
     pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -102,7 +102,10 @@ NEAR = [
     ("cluster", '"clusters"'),
     ("moco-lr", '"moco.lr"'),
     ("moco.lr.x", '"moco.lr"'),
-    ("lr", '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_semi.lr" or "imc_swav.lr"'),
+    (
+        "lr",
+        '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_semi.lr" or "imc_swav.lr" or "scan.lr" or "self_label.lr"',
+    ),
 ]
 
 

@@ -82,6 +82,16 @@ def test_imc_swav_counts_small_crops_as_small():
     assert work[1].network.forward < work[0].network.forward
 
 
+def test_scan_takes_both_views_of_every_step_and_a_look_at_all_images_an_epoch():
+    found = stages(method="scan")
+    assert list(found) == ["moco", "features", "scan", "self_label"]
+    network = counted(CONFIG.backbone, 32, 3)
+    views = 50 * (60_000 // 128 * 128) * 2
+    expected = (3 * views + 50 * 60_000) * network.forward + 60_000**2 * network.dim
+    assert found["scan"].operations == pytest.approx(expected)
+    assert found["self_label"].operations == pytest.approx(200 * 60_000 * 4 * network.forward)
+
+
 def test_workers_share_activations_and_not_the_arithmetic():
     one, four = stages()["spice_semi"], stages(workers=4)["spice_semi"]
     assert one.operations == four.operations

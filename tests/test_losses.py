@@ -313,3 +313,76 @@ def test_the_hinge_costs_what_logits_exceed_their_bound_by():
 
 def test_perplexity_counts_the_prototypes_in_use():
     assert losses.perplexity(torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])).item() == pytest.approx(4, rel=1e-5)
+
+
+# ---------------------------------------------------------------- SCAN
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_neighbor_consistency_is_the_loop_over_pairs_and_knows_its_ends():
+    anchor, neighbor = normal(3, 6, 4, seed=0), normal(3, 6, 4, seed=1)
+    found = losses.neighbor_consistency(anchor, neighbor)
+    for head in range(3):
+        p, q = anchor[head].softmax(1).numpy(), neighbor[head].softmax(1).numpy()
+        expected = -np.mean([math.log(sum(p[b, k] * q[b, k] for k in range(4))) for b in range(6)])
+        assert found[head].item() == pytest.approx(expected)
+    single = losses.neighbor_consistency(anchor.float(), neighbor.float())
+    torch.testing.assert_close(single.double(), found, atol=1e-6, rtol=1e-6)
+    assert losses.neighbor_consistency(torch.zeros(5, 4), torch.zeros(5, 4)).item() == pytest.approx(math.log(4))
+    certain = 50 * F.one_hot(torch.tensor([0, 1, 2]), 4).float()
+    assert losses.neighbor_consistency(certain, certain).item() == pytest.approx(0, abs=1e-6)
+    apart = losses.neighbor_consistency(certain, certain.roll(1, 0)).item()
+    assert apart == pytest.approx(50 - math.log(2), rel=1e-6), "two products of e^-50, which no clamp hides"
+
+
+def test_the_entropy_of_a_distribution_has_its_closed_forms():
+    assert losses.entropy(torch.full((2, 8), 1 / 8)).tolist() == pytest.approx([math.log(8)] * 2)
+    assert losses.entropy(torch.tensor([1.0, 0, 0])).item() == pytest.approx(0, abs=1e-6)
+    assert losses.entropy(torch.tensor([0.5, 0, 0.5, 0])).item() == pytest.approx(math.log(2))
+    share = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    losses.entropy(share).backward()
+    torch.testing.assert_close(share.grad, -share.detach().log() - 1)
+
+
+def test_the_gradient_of_scans_loss_is_the_finite_difference_and_finite_for_certain_predictions():
+    def loss(anchor: torch.Tensor, neighbor: torch.Tensor) -> torch.Tensor:
+        entropy = losses.entropy(anchor.softmax(-1).mean(1))
+        return (losses.neighbor_consistency(anchor, neighbor) - 5 * entropy).sum()
+
+    pair = normal(2, 5, 3, seed=0).requires_grad_(), normal(2, 5, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(loss, pair)
+    certain = (200 * F.one_hot(torch.zeros(1, 5, dtype=torch.long), 3).float()).requires_grad_()
+    loss(certain, certain.detach().roll(1, 2)).backward()
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
+
+
+def test_self_labelling_is_the_mean_over_classes_of_each_ones_mean():
+    logits, labels = normal(9, 4, seed=2), torch.tensor([0, 0, 0, 0, 2, 2, 3, -100, -100])
+    counts = torch.tensor([4, 0, 2, 1])
+    nll = -logits.log_softmax(1).numpy()
+    expected = np.mean([np.mean([nll[b, k] for b in range(9) if labels[b] == k]) for k in (0, 2, 3)])
+    assert losses.class_balanced_cross_entropy(logits, labels, counts).item() == pytest.approx(expected)
+    weight = (1 / counts.clamp(min=1)).double()  # torch's weighted mean divides by the weights
+    assert F.cross_entropy(logits, labels, weight).item() == pytest.approx(expected)
+    parts = [slice(0, 5), slice(5, 8), slice(8, 9)]  # the last one has nothing to learn
+    sums = [losses.class_balanced_cross_entropy(logits[part], labels[part], counts) for part in parts]
+    assert sum(part.item() for part in sums) == pytest.approx(expected)
+    assert sums[2].item() == 0
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return losses.class_balanced_cross_entropy(x, labels, counts)
+
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+
+
+def test_nothing_to_label_costs_nothing_and_moves_nothing():
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = losses.class_balanced_cross_entropy(logits, torch.full((3,), -100), torch.zeros(4, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()

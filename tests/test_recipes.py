@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spice_dist.errors import UserError
-from spice_dist.methods import moco, spice_self, spice_semi
+from spice_dist.methods import moco, scan, spice_self, spice_semi
 from spice_dist.models.backbone import Backbone
 from spice_dist.recipes import RECIPES, recipe
 from spice_dist.task import check_task
@@ -61,6 +61,21 @@ def test_stage_3_trains_the_published_network(name, network, parameters, decay, 
     assert task.backbone.mean[0] * 255 == pytest.approx(mean)
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "labelling", "cutout"),
+    [("cifar10", 50, 128, 200, 16), ("cifar100_20", 100, 512, 200, 16), ("stl10", 100, 128, 100, 32)],
+)
+def test_scan_trains_as_published(name, epochs, batch, labelling, cutout):
+    config = recipe(name, 0, "scan")
+    own, then = config.scan, config.self_label
+    assert (config.method, own.epochs, own.batch, then.epochs, then.batch) == ("scan", epochs, batch, labelling, 1000)
+    assert (own.lr, own.weight_decay, then.lr, then.weight_decay) == (1e-4,) * 4
+    assert (own.neighbors, own.entropy_weight, own.heads, then.threshold) == (20, 5, 1, 0.99)
+    assert own.view == then.view
+    assert round(own.view.cutout * config.data.size) == cutout
+    assert own.view.operations == 4
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_train_on_its_data_set(name: str):
     default = inspect.signature(RECIPES[name]).parameters["num_images"].default
@@ -70,6 +85,8 @@ def test_every_recipe_can_train_on_its_data_set(name: str):
     moco.check(config, config.moco, num_images)
     spice_self.check(config, config.spice_self, num_images)
     spice_semi.check(config, config.spice_semi)
+    scan.check(config, config.scan, num_images)
+    scan.check_self_label(config, config.self_label, num_images)
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from spice_dist.data import augment
@@ -94,6 +95,16 @@ def _exhausts_memory(module: nn.Module, shape: tuple[int, ...], task: Task, devi
     return 0
 
 
+def own_positions(sizes: Sequence[int], worker: Worker) -> Int[Tensor, " b"]:
+    """Where this worker's images are in a step's global batch, whose parts have these sizes: names their views."""
+    return torch.cat([part.chunk(worker.world)[worker.rank] for part in torch.arange(sum(sizes)).split(list(sizes))])
+
+
+def by_group(parts: Sequence[Tensor], groups: int) -> Tensor:
+    """(G, V, ...): what each BatchNorm group sees, its share of every part of a batch in turn."""
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+
+
 def view_pairs(
     task: Task, images: Images, num_images: int, batch: int, epochs: int, view: View, start: int, worker: Worker
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -159,6 +170,11 @@ def state_of(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> T
 
 def modules_state(parts: dict[str, nn.Module]) -> Tensors:
     return {name: module.state_dict() for name, module in parts.items()}
+
+
+def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, without it: the state of a part of a module."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:

@@ -36,7 +36,7 @@ from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy, entropy_of_mean
-from spice_dist.methods.plumbing import autocast, finished, load_backbone, modules_state, open_dataset, place
+from spice_dist.methods.plumbing import autocast, finished, load_backbone, modules_state, named, open_dataset, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
@@ -276,7 +276,7 @@ def followed_images(task: Task, num_images: int, count: int) -> Int[np.ndarray, 
 def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:
     """Every head at its best moment, and their label-free losses: the lowest one is the one to use."""
     saved = finished(run / "spice_self").tensors("select")
-    return ClusterHeads.holding(_named(saved, "best.")), saved["loss"]
+    return ClusterHeads.holding(named(saved, "best.")), saved["loss"]
 
 
 def head_features(run: Path) -> Path:
@@ -288,7 +288,7 @@ def head_features(run: Path) -> Path:
 def stage2_network(task: Task, run: Path) -> ClusterNet:
     """The backbone of stage 1, or what stage 2 made of it, with the selected head."""
     backbone = load_backbone(task, run)
-    if changed := _named(finished(run / "spice_self").tensors("select"), "backbone."):
+    if changed := named(finished(run / "spice_self").tensors("select"), "backbone."):
         backbone.load_state_dict(changed)
     heads, loss = load_heads(run)
     return ClusterNet(backbone, heads.select(int(loss.argmin())))
@@ -427,7 +427,3 @@ def _part_of(state: dict[str, Tensor], share: range, heads: int) -> dict[str, Te
     if len(share) == heads:
         return state
     return {name: value[share.start : share.stop] if value.ndim else value for name, value in state.items()}
-
-
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

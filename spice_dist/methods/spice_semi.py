@@ -33,9 +33,11 @@ from spice_dist.errors import UserError
 from spice_dist.inference import CHUNK, outputs
 from spice_dist.methods.plumbing import (
     autocast,
+    by_group,
     load_state,
     new_backbone,
     open_dataset,
+    own_positions,
     passes_per_step,
     place,
     state_of,
@@ -121,7 +123,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     net.train()
     passes = passes_per_step(net, groups, worker.device)
     labelled = config.labelled // worker.world
-    position = own_positions(config, worker)
+    position = own_positions([config.labelled, config.labelled * config.ratio], worker)
     monitor = Monitor(task, config, worker)
     again = partial(labels_again, task, ema, images, manifest.clustered, worker)
     stream = batches(images, reliable, again, manifest.training, config, task.seed, start, worker)
@@ -332,13 +334,6 @@ def batches(
         first = stop
 
 
-def own_positions(config: SpiceSemiConfig, worker: Worker) -> Tensor:
-    """Where this worker's images are in a step's global batch of L labelled and U other ones: names their views."""
-    order = torch.arange(config.labelled * (1 + config.ratio))
-    labelled, others = order.split([config.labelled, config.labelled * config.ratio])
-    return torch.cat([part.chunk(worker.world)[worker.rank] for part in (labelled, others)])
-
-
 def groups_of_teachers(labels: np.ndarray, balanced: bool) -> list[np.ndarray]:
     """The images with a reliable label, by label or all in one: every group is drawn from as often.
 
@@ -349,11 +344,6 @@ def groups_of_teachers(labels: np.ndarray, balanced: bool) -> list[np.ndarray]:
     if not balanced and len(clusters):
         return [np.flatnonzero(labels != UNRELIABLE)]
     return [np.flatnonzero(labels == cluster) for cluster in clusters]
-
-
-def by_group(parts: list[Tensor], groups: int) -> Tensor:
-    """(G, V, ...): what each BatchNorm group sees, its share of every part (labelled, weak, strong) in turn."""
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
 
 
 def network_task(task: Task, config: SpiceSemiConfig) -> Task:

@@ -30,6 +30,8 @@ STAGE_TITLES = {
         "Learns the clustering heads on frozen features from pseudo-labels around cluster centers.",
     ),
     "spice_semi": ("SPICE-Semi", "Trains the whole network, from the reliable labels towards all images."),
+    "scan": ("SCAN", "Trains the whole network: an image and its nearest neighbours belong in the same cluster."),
+    "self_label": ("SCAN, self-labelling", "Trains it on, from its own confident predictions to strong views of them."),
     "imc_swav": ("IMC-SwAV", "Learns features and clusters together by predicting one view's code from another view."),
 }
 SCORE_TITLES = {

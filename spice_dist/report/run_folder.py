@@ -15,7 +15,7 @@ import numpy as np
 
 from spice_dist.errors import DamagedFile, UserError
 
-STAGES = ("moco", "byol", "spice_self", "spice_semi", "imc_swav")  # those that leave curves, in order
+STAGES = ("moco", "byol", "spice_self", "spice_semi", "imc_swav", "scan", "self_label")  # with curves, in order
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 
 
@@ -118,6 +118,9 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
         "Features + k-means": read_scores(baselines.get("kmeans_features")),
     }
+    if metrics.get("method") == "scan":
+        alone = read_scores(read_json(folder / "scan" / "eval.json"))
+        return rows | {"SCAN, no self-label": alone, "SCAN": final}
     if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
     spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))

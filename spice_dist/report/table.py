@@ -23,7 +23,8 @@ def format_scores(run: Path) -> str:
     reliable = metrics["reliable"]
     if reliable["count"]:  # IMC-SwAV has none
         lines.append(f"{reliable['count']} reliable labels ({reliable['fraction']:.0%} of the images)")
-    lines += [reliable["advice"]] * bool(reliable.get("advice"))
+    if reliable.get("advice"):
+        lines.append(reliable["advice"])
     lines.append("without labels: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["select"].items()))
     lines.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items()))
     lines += ["", f"assignments  {run / 'assignments.csv'}", f"report       {run / 'report.html'}"]

@@ -10,7 +10,7 @@ import torch
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import byol, imc_swav, moco, reliable, spice_self, spice_semi
+from spice_dist.methods import byol, imc_swav, moco, reliable, scan, spice_self, spice_semi
 from spice_dist.recipes import digits
 
 CPU = torch.device("cpu")
@@ -38,6 +38,12 @@ SMALL = override(
         "spice_self.heads": 3,
         "spice_semi.steps": 8,
         "spice_semi.labelled": 16,
+        "scan.epochs": 2,
+        "scan.batch": 64,
+        "scan.heads": 3,
+        "self_label.epochs": 2,
+        "self_label.batch": 64,
+        "self_label.threshold": 0.15,
     },
 )
 TRAIN: dict[str, Callable[[Config, Worker], None]] = {
@@ -46,6 +52,8 @@ TRAIN: dict[str, Callable[[Config, Worker], None]] = {
     "imc_swav": lambda config, worker: imc_swav.train(config, config.imc_swav, worker),
     "spice_self": lambda config, worker: spice_self.train(config, config.spice_self, worker),
     "spice_semi": lambda config, worker: spice_semi.train(config, config.spice_semi, worker),
+    "scan": lambda config, worker: scan.train(config, config.scan, worker),
+    "self_label": lambda config, worker: scan.self_label(config, config.self_label, worker),
 }
 
 
@@ -60,7 +68,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> 
     inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
     TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
     reliable.select(SMALL, SMALL.reliable, LocalWorker(run, "reliable", CPU))
-    TRAIN["spice_semi"](SMALL, LocalWorker(run, "spice_semi", CPU))
+    for stage in ("spice_semi", "scan", "self_label"):
+        TRAIN[stage](SMALL, LocalWorker(run, stage, CPU))
     return run
 
 

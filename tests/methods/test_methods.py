@@ -152,7 +152,7 @@ def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
     assert [worker.exitcode for worker in workers] == [0] * world
 
 
-@pytest.mark.parametrize("stage", ["moco", "byol", "imc_swav", "spice_semi"])
+@pytest.mark.parametrize("stage", ["moco", "byol", "imc_swav", "spice_semi", "scan", "self_label"])
 def test_two_workers_equal_one_bit_for_bit(small_run, without_stage, stage):
     run = without_stage(stage)
     on_workers(2, SMALL, run, stage)

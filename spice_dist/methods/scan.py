@@ -1,0 +1,312 @@
+"""SCAN (Van Gansbeke et al. 2020), with which SPICE compares itself, from the same weights of stage 1; two stages.
+
+`train`: an image and one of its nearest neighbours in the features of stage 1 belong in the same cluster, and all
+clusters are to be used alike. With p the softmax of a linear head, n(i) a neighbour of image i, the image itself among
+them, drawn anew each epoch, and both seen in strong views, the whole network descends (eq. 2)
+
+    L = -mean_i log <p_i, p_n(i)> - lambda H(mean_i p_i),
+
+the mean of the entropy being over the global batch. After each epoch the same on images as they are, with their five
+nearest neighbours and lambda = 1, needs no labels and selects among epochs and heads.
+
+`self_label`: whatever image the network predicts with a probability above the threshold teaches that cluster to its
+strong view, all clusters that have such images alike.
+
+Like every clustering head here, these see features of unit norm, where the published ones see them as they are.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from spice_dist import losses
+from spice_dist.data import augment
+from spice_dist.data.augment import PLAIN, SCAN_STRONG, View
+from spice_dist.data.images import Images
+from spice_dist.data.order import epoch_order, worker_batches
+from spice_dist.distributed import collectives
+from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.errors import UserError
+from spice_dist.inference import outputs
+from spice_dist.methods.plumbing import (
+    autocast,
+    by_group,
+    check_batch,
+    finished,
+    load_backbone,
+    load_state,
+    named,
+    open_dataset,
+    own_positions,
+    passes_per_step,
+    place,
+    state_of,
+    view_lists,
+)
+from spice_dist.models.backbone import Backbone, unit
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.split_batch_norm import update_statistics
+from spice_dist.neighbors import nearest
+from spice_dist.optim import adam
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task, require_positive
+
+NEIGHBOR, VIEW = 40, 41  # streams of random numbers
+SELECTED_BY = 5  # nearest neighbours by which epochs and heads are compared
+BETAS = (0.9, 0.999)  # of Adam
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    epochs: int = 50
+    batch: int = 128  # images per optimizer step, all workers together; as many neighbours beside them
+    lr: float = 1e-4  # of Adam
+    weight_decay: float = 1e-4  # on every parameter, as part of the gradient
+    neighbors: int = 20  # of each image, itself included
+    entropy_weight: float = 5.0  # lambda, which keeps all clusters in use
+    heads: int = 1  # linear heads on one backbone, of which the lowest selection loss takes one
+    view: View = SCAN_STRONG
+
+
+@dataclass(frozen=True)
+class SelfLabelConfig:
+    epochs: int = 200
+    batch: int = 1000  # images per optimizer step, all workers together
+    lr: float = 1e-4  # of Adam
+    weight_decay: float = 1e-4  # on every parameter, as part of the gradient
+    threshold: float = 0.99  # probability above which a prediction is taken as a label
+    view: View = SCAN_STRONG  # that learns it
+
+
+class ScanNet(nn.Module):
+    """A backbone and all heads: images (B, C, H, W) to logits (heads, B, K)."""
+
+    def __init__(self, backbone: Backbone, heads: ClusterHeads):
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "heads B K"]:
+        return self.heads(unit(self.backbone(images)))
+
+
+class Selection(nn.Module):
+    """The network after the epoch in which a head had the lowest selection loss of all, and its heads' losses then."""
+
+    def __init__(self, net: ScanNet):
+        super().__init__()
+        self.net = deepcopy(net).requires_grad_(False)
+        self.loss: Tensor
+        self.register_buffer("loss", torch.full_like(net.heads.biases[0][:, 0, 0].detach(), torch.inf))
+
+    def update(self, net: ScanNet, loss: Float[Tensor, " heads"]) -> None:
+        if loss.min() < self.loss.min():
+            self.net.load_state_dict(net.state_dict())
+            self.loss.copy_(loss)
+
+
+def train(task: Task, config: ScanConfig, worker: Worker) -> None:
+    """Leaves the selected network and its heads' losses in the last checkpoint, see `trained`."""
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    check(task, config, manifest.clustered)
+    steps_per_epoch = manifest.clustered // config.batch
+    total = config.epochs * steps_per_epoch
+    groups = task.bn_groups // worker.world  # on this worker
+    neighbors = find_neighbors(config, manifest.clustered, worker)
+
+    torch.manual_seed(task.seed)
+    backbone = load_backbone(task, worker.run)
+    net = place(ScanNet(backbone, ClusterHeads(config.heads, backbone.dim, task.clusters, layers=1)), worker.device)
+    selection = Selection(net)
+    optimizer = adam(net.parameters(), config.lr, BETAS, config.weight_decay)
+    parts: dict[str, nn.Module] = {"net": net, "selection": selection}
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+    model = worker.wrap(net)
+
+    net.train()
+    passes = passes_per_step(net, groups, worker.device)
+    position = own_positions([config.batch, config.batch], worker)
+    for step, (image, _) in enumerate(pairs(images, neighbors, config, task.seed, start, worker), start):
+        view = augment.apply(config.view, image, position, (task.seed, step, VIEW), task.backbone.statistics)
+        views = by_group(view.chunk(2), groups)  # G V C H W, of each group the images, then their neighbours
+        optimizer.zero_grad()
+        found = []
+        for number, part in enumerate(views.chunk(passes), 1):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+                logits = model(part.flatten(0, 1)).unflatten(1, part.shape[:2])  # heads G V K
+            found.append([half.flatten(1, 2) for half in logits.chunk(2, dim=2)])
+        consistency = torch.stack([losses.neighbor_consistency(own, other) for own, other in found]).mean(0)
+        sums = torch.stack([own.softmax(-1).sum(1) for own, _ in found]).sum(0)
+        entropy = losses.entropy(collectives.total(sums) / config.batch)
+        loss = consistency - config.entropy_weight * entropy
+        loss.sum().backward()  # heads share no weight: the sum gives each its own gradient
+        optimizer.step()
+        update_statistics(net)
+
+        if (step + 1) % steps_per_epoch == 0:
+            selection.update(net, selection_loss(task, net, images, neighbors[:, :SELECTED_BY], worker))
+            net.train()
+        terms = {"loss": loss, "consistency": consistency, "entropy": entropy}
+        metrics = {name: term.detach().mean() for name, term in terms.items()}
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
+    images.close()
+
+
+def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
+    """Leaves the network as trained last in the stage's last checkpoint, see `network`.
+
+    Raises:
+        UserError: nothing in the first batch is predicted with enough confidence to start from.
+    """
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    check_self_label(task, config, manifest.clustered)
+    total = config.epochs * (manifest.clustered // config.batch)
+    scan_net, loss = trained(task, worker.run)
+    net = place(ClusterNet(scan_net.backbone, scan_net.heads.select(int(loss.argmin()))), worker.device)
+    optimizer = adam(net.parameters(), config.lr, BETAS, config.weight_decay)
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state({"net": net}, optimizer, saved)
+    model = worker.wrap(net)
+
+    passes = passes_per_step(net, task.bn_groups // worker.world, worker.device)
+    kinds = [PLAIN, config.view]
+    stream = view_lists(task, images, manifest.clustered, config.batch, config.epochs, kinds, start, worker)
+    for step, (plain, strong) in enumerate(stream, start):
+        labels = [confident_labels(task, net, part, config.threshold) for part in plain.chunk(passes)]
+        counts = collectives.all_gather(label_counts(torch.cat(labels), task.clusters)[None]).sum(0)
+        if step == 0 and not counts.any():
+            raise UserError(
+                f"no image of the first {config.batch} is predicted with a probability above {config.threshold:g}, so "
+                "there is nothing to label; lower self_label.threshold, or train longer with scan.epochs"
+            )
+        net.train()
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=worker.device)
+        for number, (view, label) in enumerate(zip(strong.chunk(passes), labels, strict=True), 1):
+            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+                logits = model(view)
+            # workers' gradients are averaged, but their losses are parts of a sum
+            part = worker.world * losses.class_balanced_cross_entropy(logits, label, counts)
+            part.backward()
+            loss += part.detach()
+        optimizer.step()
+        update_statistics(net)
+        metrics = {
+            "loss": loss,
+            "confident_fraction": counts.sum() / config.batch,
+            "clusters_taught": (counts > 0).float().mean(),
+        }
+        worker.report(step + 1, total, metrics, lambda: state_of({"net": net}, optimizer))
+    images.close()
+
+
+@torch.no_grad()
+def find_neighbors(config: ScanConfig, num_images: int, worker: Worker) -> Int[np.ndarray, "N S"]:
+    """The nearest images of each in the features of stage 1, itself first; every worker searches its share."""
+    stored = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
+    features = torch.from_numpy(stored.astype(np.float32)).to(worker.device)
+    found = nearest(features, min(config.neighbors, num_images), collectives.share(num_images))
+    return collectives.gather_shares(found, num_images).cpu().numpy()
+
+
+def pairs(
+    images: Images, neighbors: Int[np.ndarray, "N S"], config: ScanConfig, seed: int, start: int, worker: Worker
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's images of every step from `start` on, then a neighbour of each, all of its list as likely."""
+    num_images, count = neighbors.shape
+    steps = num_images // config.batch
+    for epoch in range(start // steps, config.epochs):
+        order = epoch_order(seed, epoch, num_images)
+        drawn = np.random.default_rng([seed, epoch, NEIGHBOR]).integers(count, size=num_images)
+        both = (order, neighbors[order, drawn].astype(np.int64))
+        own = np.concatenate([worker_batches(part, config.batch, worker.world, worker.rank) for part in both], axis=1)
+        own = own[max(0, start - epoch * steps) :]
+        if len(own):
+            yield from images.batches(own.ravel(), own.shape[1])
+
+
+@torch.no_grad()
+def selection_loss(
+    task: Task, net: ScanNet, images: Images, neighbors: Int[np.ndarray, "N S"], worker: Worker
+) -> Float[Tensor, " heads"]:
+    """Eq. (2) with lambda = 1 of every head, on images as they are and the mean over these neighbours of each.
+
+    Costs a forward pass over the images, of which every worker does its share, and holds their logits of all heads.
+    """
+    share = collectives.share(len(neighbors))
+    own = np.arange(share.start, share.stop)
+    chunks = outputs(net, images, own, task.backbone.statistics, lambda done, total: None, task.precision)
+    by_image = torch.cat([logits.transpose(0, 1) for logits in chunks])
+    logits = collectives.gather_shares(by_image, len(neighbors)).transpose(0, 1)
+    columns = torch.from_numpy(neighbors).to(worker.device).long().unbind(1)
+    consistency = torch.stack([losses.neighbor_consistency(logits, logits[:, column]) for column in columns]).mean(0)
+    return consistency - losses.entropy(logits.softmax(-1).mean(1))
+
+
+@torch.no_grad()
+def confident_labels(
+    task: Task, net: ClusterNet, images: Float[Tensor, "B C H W"], threshold: float
+) -> Int[Tensor, " B"]:
+    """What the network in eval mode predicts with a probability above the threshold, UNRELIABLE elsewhere."""
+    net.eval()
+    with autocast(images.device, task.precision):
+        logits = net(images)
+    confidence, label = logits.float().softmax(1).max(1)
+    return label.where(confidence > threshold, UNRELIABLE)
+
+
+def label_counts(labels: Int[Tensor, " B"], clusters: int) -> Int[Tensor, " K"]:
+    """Images of every label; those without one are not counted. No wait for a GPU."""
+    known = labels != UNRELIABLE
+    return (F.one_hot(labels.where(known, 0), clusters) * known[:, None]).sum(0)
+
+
+def trained(task: Task, run: Path) -> tuple[ScanNet, Float[Tensor, " heads"]]:
+    """The network that the selection loss chose, before self-labelling, and the loss of each of its heads."""
+    tensors = finished(run / "scan").tensors("selection")
+    heads = ClusterHeads.holding(named(tensors, "net.heads."))
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    backbone.load_state_dict(named(tensors, "net.backbone."))
+    return ScanNet(backbone, heads), tensors["loss"]
+
+
+def network(task: Task, run: Path) -> ClusterNet:
+    """The network after self-labelling."""
+    tensors = finished(run / "self_label").tensors("net")
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    net = ClusterNet(backbone, ClusterHeads.holding(named(tensors, "head.")))
+    net.load_state_dict(tensors)
+    return net
+
+
+def check(task: Task, config: ScanConfig, num_images: int) -> None:
+    """UserError if the stage `scan` cannot train on so many images."""
+    require_positive("scan", epochs=config.epochs, batch=config.batch, lr=config.lr, heads=config.heads)
+    check_batch(task, "scan", config.batch, num_images)
+    if config.neighbors < 2:
+        raise UserError(f"scan.neighbors is {config.neighbors}; give 2 or more: the nearest one is the image itself")
+    for name in ("weight_decay", "entropy_weight"):
+        if getattr(config, name) < 0:
+            raise UserError(f"scan.{name} is {getattr(config, name)}; give 0 or more")
+
+
+def check_self_label(task: Task, config: SelfLabelConfig, num_images: int) -> None:
+    """UserError if the stage `self_label` cannot train on so many images."""
+    require_positive("self_label", epochs=config.epochs, batch=config.batch, lr=config.lr)
+    check_batch(task, "self_label", config.batch, num_images)
+    if config.weight_decay < 0:
+        raise UserError(f"self_label.weight_decay is {config.weight_decay}; give 0 or more")
+    if not 0 <= config.threshold < 1:
+        raise UserError(f"self_label.threshold is {config.threshold}; give 0 or more, and less than 1")
