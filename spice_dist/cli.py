@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from spice_dist.config import Config
     from spice_dist.data.sources import Source
+    from spice_dist.pipeline import Launch
 
 OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
 
@@ -48,33 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton")
     fit.add_argument("--out", type=Path, help="the run folder; the same command resumes a run in it")
     fit.add_argument("--dry-run", action="store_true", help="only tell what the run would cost: hours and memory")
-    fit.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
-    fit.add_argument(
-        "--recipe",
-        help="digits, photos, cifar10, ...: whole settings, see recipes.py; default: digits for them, else photos",
-    )
-    fit.add_argument("--backbone", metavar="NAME", help="a timm model: vit_small_patch14_dinov2.lvd142m, resnet50, ...")
-    fit.add_argument(
-        "--weights",
-        metavar="timm|FILE",
-        help="the backbone's trained weights, timm's own or a file's; images are sized as timm says for the model",
-    )
-    fit.add_argument(
-        "--pretext",
-        choices=("moco", "byol", "imc_swav", "none"),
-        help="how the backbone learns first; none: not at all (default: moco, or none with --weights)",
-    )
-    fit.add_argument(
-        "--method",
-        choices=("spice", "imc_swav", "scan"),
-        default="spice",
-        help="imc_swav: learn features and clusters in one stage, from crops of two sizes; scan: cluster by nearest "
-        "neighbours and self-labelling after stage 1 (default: spice)",
-    )
-    fit.add_argument("--seed", type=int, help="another seed, another run (default 0)")
-    fit.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
-    )
+    _add_task_options(fit)
     fit.add_argument(
         "--track",
         action="append",
@@ -83,15 +59,17 @@ def _parser() -> argparse.ArgumentParser:
         help="send the metrics of training there too; MLflow is found by MLFLOW_TRACKING_URI",
     )
     _add_ingest_options(fit)
-    fit.add_argument(
-        "--workers",
-        type=int,
-        help="training processes, a divisor of bn_groups; 0: no Ray (default: as many as GPUs, or 2 on a CPU)",
+    _add_launch_options(fit)
+
+    doctor = commands.add_parser(
+        "doctor", help="check this machine, a cluster and a run that is meant, before it starts"
     )
-    fit.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
-    fit.add_argument(
-        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
-    )
+    doctor.set_defaults(call=_doctor)
+    doctor.add_argument("data", nargs="?", help="as for fit; its images and the cost of the recipe are looked at")
+    doctor.add_argument("--out", type=Path, help="the run folder that is meant: is it writable, from every node?")
+    _add_task_options(doctor)
+    _add_ingest_options(doctor)
+    _add_launch_options(doctor)
 
     pack = commands.add_parser("pack", help="check images and pack them into one .beton file, resumable")
     pack.set_defaults(call=_pack)
@@ -126,6 +104,65 @@ def _parser() -> argparse.ArgumentParser:
         help="instead: accuracy of the features of each kept checkpoint of stage 1, also of a run that is not finished",
     )
     return parser
+
+
+def _add_task_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
+    command.add_argument(
+        "--recipe",
+        help="digits, photos, cifar10, ...: whole settings, see recipes.py; default: digits for them, else photos",
+    )
+    command.add_argument(
+        "--backbone", metavar="NAME", help="a timm model: vit_small_patch14_dinov2.lvd142m, resnet50, ..."
+    )
+    command.add_argument(
+        "--weights",
+        metavar="timm|FILE",
+        help="the backbone's trained weights, timm's own or a file's; images are sized as timm says for the model",
+    )
+    command.add_argument(
+        "--pretext",
+        choices=("moco", "byol", "imc_swav", "none"),
+        help="how the backbone learns first; none: not at all (default: moco, or none with --weights)",
+    )
+    command.add_argument(
+        "--method",
+        choices=("spice", "imc_swav", "scan"),
+        default="spice",
+        help="imc_swav: learn features and clusters in one stage, from crops of two sizes; scan: cluster by nearest "
+        "neighbours and self-labelling after stage 1 (default: spice)",
+    )
+    command.add_argument("--seed", type=int, help="another seed, another run (default 0)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: moco.epochs=50"
+    )
+
+
+def _add_launch_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N|MIN:MAX",
+        help="training processes, a divisor of bn_groups; 2:8 takes what a cluster has at the time, after a loss fewer "
+        "and then more again; 0: no Ray (default: as many as GPUs, or 2 on a CPU)",
+    )
+    command.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
+    command.add_argument(
+        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
+    )
+    command.add_argument(
+        "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"
+    )
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    """N, or MIN:MAX for an elastic run."""
+    least, colon, most = text.partition(":")
+    if not colon:
+        return int(text)
+    if not 0 < int(least) <= int(most):
+        raise argparse.ArgumentTypeError(f"{text} is no range; give such as 2:8")
+    return int(least), int(most)
 
 
 def _add_ingest_options(command: argparse.ArgumentParser) -> None:
@@ -187,8 +224,48 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     out: Path | None = options.out
     if out is None and not options.dry_run:
         raise UserError("where to? give --out, a folder for the run")
-    digits = options.data == "digits"
     source = _open(options)
+    config = _config(options, source)
+
+    from spice_dist.distributed import trackers
+    from spice_dist.pipeline import dry_run, fit
+
+    trackers.request(options.track)
+    if options.dry_run or out is None:
+        print(dry_run(config, source, _launch(options)))
+        return
+    fit(config, source, out, _launch(options), ["spice-dist", *given])
+    _print_scores(out)
+
+
+def _doctor(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.doctor import BAD, Patient, examine
+    from spice_dist.errors import UserError
+
+    def prepare() -> "tuple[Source, Config]":
+        source = _open(options)
+        return source, _config(options, source)
+
+    patient = Patient(prepare if options.data else None, options.out, _launch(options))
+    failed = 0
+    for finding in examine(patient):
+        print(finding, flush=True)
+        failed += finding.state == BAD
+    if failed:
+        raise UserError(f"{failed} of these would make a run fail")
+
+
+def _launch(options: argparse.Namespace) -> "Launch":
+    from spice_dist.pipeline import Launch
+
+    return Launch(options.workers, options.threads, options.address, options.insecure, options.labels)
+
+
+def _config(options: argparse.Namespace, source: "Source") -> "Config":
+    """The recipe for these images, with the changes that were asked for."""
+    from spice_dist.errors import UserError
+
+    digits = options.data == "digits"
     changes: dict[str, Any] = {}
     for item in options.set:
         name, equals, value = item.partition("=")
@@ -205,8 +282,6 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
 
     from spice_dist.config import override
-    from spice_dist.distributed import trackers
-    from spice_dist.pipeline import Launch, dry_run, fit
     from spice_dist.recipes import RECIPES, recipe
 
     if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
@@ -216,16 +291,8 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     network = _network(options.backbone or changes.get("backbone.name"), options.weights)
     if options.method == "imc_swav":
         network.pop("pretext", None)  # it goes on from trained weights by itself
-    changes = {**network, **changes}
     name = options.recipe or ("digits" if digits else "photos")
-    config = override(recipe(name, len(source.paths), options.method), changes)
-    trackers.request(options.track)
-    launch = Launch(options.workers, options.threads, options.address, options.labels)
-    if options.dry_run or out is None:
-        print(dry_run(config, source, launch))
-        return
-    fit(config, source, out, launch, ["spice-dist", *given])
-    _print_scores(out)
+    return override(recipe(name, len(source.paths), options.method), {**network, **changes})
 
 
 def _network(name: str | None, weights: str | None) -> dict[str, Any]:

@@ -243,9 +243,9 @@ def table(stages: list[Stage], device: torch.device, precision: str = "auto", wo
     rows = [["stage", "operations", "here", *(f"one {gpu}" for gpu in PEAK), "memory"]]
     seconds = np.array([[stage.seconds(speed) for speed in speeds] for stage in stages])
     for stage, times in zip(stages, seconds, strict=True):
-        rows.append([stage.name, f"{stage.operations:.1e}", *map(_duration, times), f"{stage.memory / 1e9:.2f} GB"])
+        rows.append([stage.name, f"{stage.operations:.1e}", *map(duration, times), f"{stage.memory / 1e9:.2f} GB"])
     total = sum(stage.operations for stage in stages)
-    rows.append(["together", f"{total:.1e}", *map(_duration, seconds.sum(0)), ""])
+    rows.append(["together", f"{total:.1e}", *map(duration, seconds.sum(0)), ""])
     peaks = ", ".join(f"{peak / 1e12:.0f}" for peak in PEAK.values())
     note = (
         f"here: by the speed measured now on this {device.type}; one GPU: if {USED:.0%} of its bf16 peak is reached "
@@ -255,7 +255,7 @@ def table(stages: list[Stage], device: torch.device, precision: str = "auto", wo
     return "\n".join([*(f"{row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows), note])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}"

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,12 @@ SMALL = 50_000  # images that this process reads once and embeds in less time th
 class Launch:
     """How a run is carried out; nothing here changes its result."""
 
-    workers: int | None = None  # training processes; 0: this one, without Ray; None: one per GPU, or 2 on a CPU
+    # training processes; 0: this one, without Ray; (least, most): as many as there is room for at the time, elastic;
+    # None: one per GPU, or 2 on a CPU
+    workers: int | tuple[int, int] | None = None
     threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
     address: str | None = None  # of a running Ray cluster; None: our own on this machine
+    insecure: bool = False  # join a cluster that asks for no token
     labels: str | None = None  # where true labels come from, for scores only
 
 
@@ -54,9 +57,9 @@ class Run:
     source: Source
     folder: Path
     device: torch.device
-    workers: int
+    sizes: tuple[int, ...]  # numbers of workers that may run, ascending; (0,): none beside this process
     threads: int
-    address: str | None
+    launch: Launch
     stop: "StopSignal"
 
 
@@ -70,16 +73,15 @@ def fit(
         Interrupted: asked to stop; the same call goes on from there.
     """
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
-    _check_settings(config, source, source.name)
+    check_settings(config, source, source.name)
     backbone = new_backbone(config)  # what cannot be built is told at once
     if config.spice_semi.network:
         new_backbone(spice_semi.network_task(config, config.spice_semi))
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workers = _num_workers(config.bn_groups, launch.workers)
-    threads = _num_threads(config.bn_groups, launch.threads)
+    sizes, threads = plan(config.bn_groups, launch)
     with owned(folder), StopSignal() as stop:
-        run = Run(config, source, folder, device, workers, threads, launch.address, stop)
+        run = Run(config, source, folder, device, sizes, threads, launch, stop)
         images = f"{len(source.paths)} images, {listing(source)[:16]}"
         settings = _settings(config, images)
         for stage, values in settings.items():
@@ -88,7 +90,7 @@ def fit(
         size = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
         print(
             f"{len(source.paths)} images into {config.clusters} clusters: {config.backbone.name} of {size:.2f} M "
-            f"parameters, {workers or 'no'} Ray workers, {threads} threads each, {device.type}",
+            f"parameters, {_counts(sizes)} Ray workers, {threads} threads each, {device.type}",
             file=sys.stderr,
         )
         try:
@@ -106,11 +108,12 @@ def dry_run(config: Config, source: Source, launch: Launch) -> str:
     """
     from spice_dist import cost
 
-    _check_settings(config, source, source.name)
+    check_settings(config, source, source.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workers = max(1, _num_workers(config.bn_groups, launch.workers))
+    sizes, threads = plan(config.bn_groups, launch)
+    workers = max(1, sizes[-1])
     passes = 1 if device.type == "cuda" else config.bn_groups // workers
-    torch.set_num_threads(_num_threads(config.bn_groups, launch.threads))
+    torch.set_num_threads(threads)
     stages = cost.estimate(config, source.training, source.clustered, workers, passes)
     heading = f"{len(source.paths):,} images into {config.clusters} clusters on {workers} workers"
     return f"{heading}\n{cost.table(stages, device, config.precision, workers)}"
@@ -121,16 +124,37 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _num_workers(bn_groups: int, wanted: int | None) -> int:
+def plan(bn_groups: int, launch: Launch) -> tuple[tuple[int, ...], int]:
+    """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
+
+    Raises:
+        UserError: no number that was asked for divides the BatchNorm groups of a batch.
+    """
+    return _worker_sizes(bn_groups, launch.workers), _num_threads(bn_groups, launch.threads)
+
+
+def _worker_sizes(bn_groups: int, wanted: int | tuple[int, int] | None) -> tuple[int, ...]:
+    if wanted == 0:
+        return (0,)
     if wanted is None:
-        available = torch.cuda.device_count() or 2
-        return max(count for count in range(1, available + 1) if bn_groups % count == 0)
-    if wanted < 0 or (wanted and bn_groups % wanted):
+        return _divisors(bn_groups, 1, torch.cuda.device_count() or 2)[-1:]
+    least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
+    found = _divisors(bn_groups, least, most)
+    if least < 1 or not found:
+        shown = wanted if isinstance(wanted, int) else f"{least}:{most}, none of"
         raise UserError(
-            f"--workers is {wanted}, which does not divide the {bn_groups} BatchNorm groups of a batch; "
+            f"--workers is {shown}, which does not divide the {bn_groups} BatchNorm groups of a batch; "
             f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
         )
-    return wanted
+    return found
+
+
+def _divisors(number: int, least: int, most: int) -> tuple[int, ...]:
+    return tuple(count for count in range(max(1, least), most + 1) if number % count == 0)
+
+
+def _counts(sizes: tuple[int, ...]) -> str:
+    return " or ".join(map(str, sizes)) if sizes != (0,) else "no"
 
 
 def _num_threads(bn_groups: int, wanted: int | None) -> int:
@@ -196,13 +220,20 @@ def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
     return [stage for stage in stages if stage[0] == config.pretext]
 
 
-def _ray_session(run: Run, needed: set[str]) -> contextlib.AbstractContextManager:
-    if run.workers == 0 or not needed:
-        return contextlib.nullcontext()
-    from spice_dist.distributed import ray_train
+@contextlib.contextmanager
+def _ray_session(run: Run, needed: set[str]) -> Iterator[None]:
+    if run.sizes == (0,) or not needed:
+        yield
+        return
+    from spice_dist.distributed import ray_nodes, ray_train
 
-    print(f"starting Ray for {run.workers} workers", file=sys.stderr)
-    return ray_train.session(run.address, num_cpus=run.workers)
+    address = run.launch.address
+    where = f"joining the Ray cluster at {address}" if address else "starting Ray"
+    print(f"{where} for {_counts(run.sizes)} workers", file=sys.stderr)
+    with ray_train.session(address, num_cpus=run.sizes[-1], insecure=run.launch.insecure):
+        if address:
+            ray_nodes.require_shared(run.folder)
+        yield
 
 
 def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["Bar"], None]) -> None:
@@ -223,7 +254,7 @@ def pack(run: Run, bar: "Bar") -> None:
     """The images as one verified file in FFCV's format."""
     folder = run.folder / "data"
     manifest = prepare(run.source, run.config.data, folder, bar.show)
-    _check_settings(run.config, manifest, manifest.source)
+    check_settings(run.config, manifest, manifest.source)
     if manifest.bad:
         tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
     if manifest.duplicates:
@@ -262,14 +293,16 @@ def _select_labels(run: Run, bar: "Bar") -> None:
 
 def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
     """On the workers of the Ray session, or in this process if there are none."""
-    if run.workers == 0:
+    if run.sizes == (0,):
         _train_here(run, run.config, train, config, stage, bar, run.threads)
         return
-    from spice_dist.distributed import ray_train
+    from spice_dist.distributed import ray_elastic, ray_train
 
-    ray_train.train_on_workers(
-        train, run.config, config, run.folder, stage, run.workers, run.threads, run.stop.requested, bar.show
-    )
+    job = ray_train.Job(train, run.config, config, run.folder, stage, run.threads, run.stop.requested, bar.show)
+    if len(run.sizes) == 1:
+        ray_train.train_on_workers(job, run.sizes[0])
+    else:
+        ray_elastic.train(job, run.sizes)
 
 
 def _train_here(
@@ -374,7 +407,7 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _check_settings(config: Config, images: Source | Ingested, data: str) -> None:
+def check_settings(config: Config, images: Source | Ingested, data: str) -> None:
     """UserError for whatever would otherwise fail after hours of training."""
     num_images = images.clustered
     check_task(config)
@@ -404,7 +437,7 @@ def _write_config(run: Run, images: str, command: list[str] | None) -> None:
         "command": command,
         "config": asdict(run.config),
         "data": {"source": Path(run.source.name).name, "images": images},
-        "launch": {"workers": run.workers, "threads": run.threads, "device": run.device.type},
+        "launch": {"workers": run.launch.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     publish_json(run.folder / "config.json", about)

@@ -1,25 +1,23 @@
 """Ray Train runs a stage on many workers; the training code never knows. Ray only schedules: state is in our store."""
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import secrets
 import shutil
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from spice_dist.distributed import trackers
+from spice_dist.distributed import ray_auth, ray_nodes, trackers
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError, out_of_memory
 from spice_dist.task import Task
@@ -62,16 +60,25 @@ class RayWorker(LocalWorker):
 
 
 @contextmanager
-def session(address: str | None, num_cpus: int) -> Iterator[None]:
-    """A Ray session: the cluster at `address`, or one of our own on this machine, with a token that only we know."""
+def session(address: str | None, num_cpus: int, insecure: bool = False) -> Iterator[None]:
+    """A Ray session: the cluster at `address`, or one of our own on this machine, with a token that only we know.
+
+    Args:
+        num_cpus: how many workers our own cluster has room for; a running one knows its room.
+        insecure: join a cluster that asks for no token.
+
+    Raises:
+        UserError: no cluster answers there; it lets anybody in, and `insecure` is False; it refuses our token.
+    """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        _require_token()
+        ray_auth.use_own_token()
         options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
     else:
-        _require_answer(address)
+        address = ray_auth.resolved(address)
+        ray_auth.use_token_of(address, insecure)
     import ray  # reads its environment when it is imported
 
     try:
@@ -85,77 +92,58 @@ def session(address: str | None, num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_answer(address: str, seconds: float = 10.0) -> None:
-    """UserError at once if nobody listens at host:port; Ray itself would try for many minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return  # "auto" and other names that Ray resolves
-    try:
-        socket.create_connection((host, int(port)), timeout=seconds).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"no Ray cluster answers at {address} ({reason}); start one or leave --address out") from error
+@dataclass(frozen=True)
+class Job:
+    """One stage for workers: they call `train(task, config, worker)`."""
+
+    train: Train
+    task: Task
+    config: Any
+    run: Path
+    stage: str
+    threads: int  # of the CPU, for each worker
+    stop_requested: Callable[[], bool]
+    progress: Callable[[int, int, float | None], None]  # told (done, total, loss)
+
+    @property
+    def shown(self) -> Path:
+        """Where the first worker writes how far it is; there is none until its first step."""
+        return self.run / self.stage / ".progress.json"
 
 
-def _require_token() -> None:
-    """Token authentication for the cluster that we start: the user's token, or a secret of this process.
-
-    Ray reads the token once in the life of a process, so all sessions of a process share it.
-    """
-    os.environ["RAY_AUTH_MODE"] = "token"
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        return
-    private = tempfile.TemporaryDirectory(prefix="spice-")
-    atexit.register(private.cleanup)
-    token = Path(private.name) / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+class WorkersLost(UserError):
+    """Workers ended without saying why: they were killed, their node went down, or the program has a bug."""
 
 
-def train_on_workers(
-    train: Train,
-    task: Task,
-    config: Any,
-    run: Path,
-    stage: str,
-    workers: int,
-    threads: int,
-    stop_requested: Callable[[], bool],
-    progress: Callable[[int, int, float | None], None],
-) -> None:
-    """Run `train(task, config, worker)` on `workers` workers inside the current session, restarting lost ones.
+def train_on_workers(job: Job, workers: int) -> None:
+    """Train on exactly `workers` workers of the current session; Ray restarts lost ones, up to three times.
 
     Raises:
         Interrupted: `stop_requested` came true; the state is saved.
-        UserError: the workers reported one.
+        UserError: there is no room for them, or they reported one.
     """
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    there, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
+    if there < workers:
+        raise UserError(f"--workers is {workers}, but Ray has {there} {kind}s for them; ask for fewer workers")
+    if not run_group(job, workers, max_failures=3):
+        raise Interrupted
 
-    use_gpu = torch.cuda.is_available()
-    kind = "GPU" if use_gpu else "CPU"
-    available = int(ray.cluster_resources().get(kind, 0))
-    if available < workers:
-        raise UserError(f"--workers is {workers}, but Ray has {available} {kind}s for them; ask for fewer workers")
-    (run / STOP_FILE).unlink(missing_ok=True)
-    storage = run / stage / ".ray"
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={
-            "train": train, "task": task, "config": config, "run": str(run), "stage": stage, "threads": threads,
-            "environment": trackers.environment(),
-        },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
-        ),
-        run_config=ray.train.RunConfig(
-            name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=3),
-        ),
-    )  # fmt: skip
+
+def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
+    """Start one group of workers and wait for its end: True if the stage is done, False if it saved and stopped.
+
+    Args:
+        max_failures: how often Ray may replace lost workers by itself.
+        leave: asked every quarter of a second; once True, the workers save and stop, as by `stop_requested`.
+
+    Raises:
+        Interrupted: `stop_requested` came true, and the workers did not stop in STOP_SECONDS; what was saved is intact.
+        UserError: the workers reported one; WorkersLost if they did not report at all.
+    """
+    (job.run / STOP_FILE).unlink(missing_ok=True)
+    job.shown.unlink(missing_ok=True)
+    storage = job.run / job.stage / ".ray"
+    trainer = _trainer(job, workers, max_failures, storage)
     outcome: list[Any] = []
 
     def fit() -> None:
@@ -167,21 +155,47 @@ def train_on_workers(
     # beside the main thread, which stays free to take signals: Ray would answer them by killing the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    shown = run / stage / ".progress.json"
-    shown.unlink(missing_ok=True)
     asked_at = None
     while thread.is_alive():
         thread.join(0.25)
-        if stop_requested():
-            (run / STOP_FILE).touch()
-            asked_at = asked_at or time.monotonic()
-            if time.monotonic() - asked_at > STOP_SECONDS:
-                raise Interrupted  # workers that never started or hang; what was saved before is intact
-        _show(shown, progress)
-    (run / STOP_FILE).unlink(missing_ok=True)
-    shown.unlink(missing_ok=True)
+        if asked_at is None and (job.stop_requested() or leave()):
+            (job.run / STOP_FILE).touch()
+            asked_at = time.monotonic()
+        if asked_at is not None and time.monotonic() - asked_at > STOP_SECONDS:
+            raise Interrupted  # workers that never started or hang; what was saved before is intact
+        _show(job)
+    (job.run / STOP_FILE).unlink(missing_ok=True)
+    job.shown.unlink(missing_ok=True)
     shutil.rmtree(storage, ignore_errors=True)
-    _raise_outcome(outcome[0])
+    return _is_done(outcome[0])
+
+
+def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from spice_dist.distributed.ray_network import OnNodeAddress
+
+    use_gpu = ray_nodes.kind_of_seat() == "GPU"
+    return TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "train": job.train, "task": job.task, "config": job.config, "run": str(job.run), "stage": job.stage,
+            "threads": job.threads, "environment": trackers.environment(),
+        },
+        torch_config=OnNodeAddress(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+            placement_strategy="PACK" if use_gpu else "SPREAD",  # cores of one node are shared with its other workers
+        ),
+        run_config=ray.train.RunConfig(
+            name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+        ),
+    )  # fmt: skip
 
 
 def _train_loop(options: dict[str, Any]) -> str:
@@ -200,21 +214,20 @@ def _train_loop(options: dict[str, Any]) -> str:
     return "done"
 
 
-def _show(path: Path, progress: Callable[[int, int, float | None], None]) -> None:
+def _show(job: Job) -> None:
     with contextlib.suppress(FileNotFoundError):  # until the first step
-        progress(*json.loads(path.read_text()))
+        job.progress(*json.loads(job.shown.read_text()))
 
 
-def _raise_outcome(outcome: Any) -> None:
+def _is_done(outcome: Any) -> bool:
     if isinstance(outcome, BaseException):
         cause = outcome
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"the training workers failed: {_last_line(str(cause))}") from outcome
-    if outcome.return_value == "interrupted":
-        raise Interrupted
-    if outcome.return_value != "done":
+        raise WorkersLost(f"the training workers failed: {_last_line(str(cause))}") from outcome
+    if outcome.return_value not in ("done", "interrupted"):
         raise UserError(str(outcome.return_value).removeprefix("error: "))
+    return outcome.return_value == "done"
 
 
 def _last_line(text: str) -> str:

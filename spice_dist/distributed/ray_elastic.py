@@ -1,0 +1,90 @@
+"""A stage on as many workers as the cluster has room for: goes on with fewer after a loss, with more when nodes come.
+
+The number of workers divides the BatchNorm groups of a batch, so that the result stays that of any other number. Ray's
+own elastic training takes any number between two; here the group is ended and started again from the last checkpoint.
+"""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from spice_dist.distributed import ray_nodes
+from spice_dist.distributed.ray_train import Job, WorkersLost, run_group
+from spice_dist.errors import Interrupted, UserError
+
+ATTEMPTS = 3  # groups lost in a row without a new checkpoint after which it is not the nodes that are to blame
+LOOK_SECONDS = 3.0  # between two looks at the cluster
+WAIT_SECONDS = 600.0  # for nodes, when there is room for no group at all
+
+
+def train(job: Job, sizes: tuple[int, ...]) -> None:
+    """Train on the largest of `sizes` (ascending) that there is room for, again whenever that changes.
+
+    Raises:
+        Interrupted: the job was asked to stop; the state is saved.
+        UserError: the workers reported one, were lost again and again, or have no room for too long.
+    """
+    lost = 0
+    while True:
+        size = _wait_for_room(job, sizes)
+        saved = newest_step(job)
+        try:
+            done = run_group(job, size, max_failures=0, leave=_Growth(job, sizes, size).possible)
+        except WorkersLost as error:
+            lost = 0 if newest_step(job) > saved else lost + 1
+            if lost == ATTEMPTS:
+                raise
+            tqdm.write(f"{job.stage}: {error}; going on from the last checkpoint", sys.stderr)
+            continue
+        if done:
+            return
+        if job.stop_requested():
+            raise Interrupted
+        lost = 0
+
+
+def _wait_for_room(job: Job, sizes: tuple[int, ...]) -> int:
+    """The largest size that there is room for, once two looks agree: a lost node takes a moment to be noticed."""
+    started, before = time.monotonic(), None
+    while True:
+        found = largest(sizes, ray_nodes.free_seats())
+        if found is not None and found == before:
+            return found
+        before = found
+        if found is None and time.monotonic() - started > WAIT_SECONDS:
+            raise UserError(
+                f"--workers asks for at least {sizes[0]}, but Ray has had no room for them for {WAIT_SECONDS:.0f} s; "
+                "ask for fewer, or add nodes and run the same command again"
+            )
+        if job.stop_requested():
+            raise Interrupted
+        time.sleep(LOOK_SECONDS / 3)
+
+
+def largest(sizes: tuple[int, ...], seats: int) -> int | None:
+    """The largest of the ascending `sizes` that `seats` hold; None if they hold none."""
+    return max((size for size in sizes if size <= seats), default=None)
+
+
+class _Growth:
+    """Whether a running group could be a larger one: asked often, it looks every LOOK_SECONDS, and twice."""
+
+    def __init__(self, job: Job, sizes: tuple[int, ...], size: int):
+        self.job, self.sizes, self.size = job, sizes, size
+        self.looked_at, self.seen = time.monotonic(), 0
+
+    def possible(self) -> bool:
+        if time.monotonic() - self.looked_at < LOOK_SECONDS or not self.job.shown.exists():
+            return False  # a group that is starting has not taken its seats yet
+        self.looked_at = time.monotonic()
+        room = min(self.size + ray_nodes.free_seats(), ray_nodes.seats())
+        larger = (largest(self.sizes, room) or 0) > self.size
+        self.seen = self.seen + 1 if larger else 0
+        return self.seen == 2
+
+
+def newest_step(job: Job) -> int:
+    """Of the stage's checkpoints, by their names; -1 if there is none."""
+    names = [path.name for path in (job.run / job.stage / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=-1)

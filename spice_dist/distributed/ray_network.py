@@ -1,0 +1,41 @@
+"""Workers talk over the network of their Ray node: gloo and NCCL would choose among a host's interfaces themselves."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import psutil
+import ray.util
+from ray.train.torch.config import TorchConfig, _TorchBackend
+
+
+@dataclass
+class OnNodeAddress(TorchConfig):
+    """Ray's TorchConfig, which also names the interface that carries the Ray node's address."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group, backend_config: TorchConfig) -> None:
+        worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Name the interface in the variables that gloo and NCCL read, unless the user has."""
+    name = interface_of(ray.util.get_node_ip_address())
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has this IPv4 or IPv6 address."""
+    kinds = (socket.AF_INET, socket.AF_INET6)
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family in kinds and entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
