@@ -10,6 +10,7 @@ from spice_dist import cli, doctor
 from spice_dist.data.dataset import open_data
 from spice_dist.distributed.ray_nodes import Report
 from spice_dist.doctor import BAD, NOTE, OK, Finding, Patient
+from spice_dist.errors import UserError
 from spice_dist.pipeline import Launch
 from spice_dist.recipes import recipe
 
@@ -148,6 +149,9 @@ def test_a_token_that_others_can_read_is_refused(monkeypatch, tmp_path):
     token.write_text("0" * 32)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    for mode, state in ((0o644, BAD), (0o660, BAD), (0o600, OK)):
+    for mode in (0o644, 0o660):
         token.chmod(mode)
-        assert [finding.state for finding in doctor.examine(Patient()) if finding.check == "ray"] == [state]
+        with pytest.raises(UserError, match=f"chmod 600 {token}"):
+            states(doctor.ray_cluster)
+    token.chmod(0o600)
+    assert states(doctor.ray_cluster) == [OK]
