@@ -50,9 +50,13 @@ def evaluate(
     selected = by_head[int(loss.argmin())]
     reliable = np.load(run / "reliable/labels.npy")
     result = _judge(joint, run, net, images, manifest, reliable != UNRELIABLE, by_head, loss, progress)
+    y_true = _true_labels(run)
+    if task.pretext == "imc_swav" and y_true is not None:
+        stage1 = place(imc_swav.network(task, run), device)
+        clusters = inference.probabilities(stage1, images, task.backbone.statistics, precision=task.precision).argmax(1)
+        publish_json(run / "imc_swav/eval.json", _scores(y_true, manifest, clusters))
     images.close()
 
-    y_true = _true_labels(run)
     summary = json.loads((run / "reliable/summary.json").read_text())
     result["seconds"] = seconds
     result["reliable"] = {

@@ -73,6 +73,16 @@ def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
     assert set(metrics["seconds"]) == {"data", "moco", "features", "spice_self", "reliable", "spice_semi"}
 
 
+def test_imc_swav_as_stage_1_scores_as_it_does_alone(tmp_path):
+    """The same seed and settings: what the report puts beside SPICE is the clustering of IMC-SwAV itself."""
+    shorter = [*TINY, "--set", "imc_swav.epochs=1", "--set", "imc_swav.warmup=2"]
+    assert run("fit", "digits", "--out", tmp_path / "alone", "--method", "imc_swav", *shorter) == 0
+    assert run("fit", "digits", "--out", tmp_path / "stage 1", "--pretext", "imc_swav", *shorter) == 0
+    alone = json.loads((tmp_path / "alone/metrics.json").read_text())["eval"]
+    assert json.loads((tmp_path / "stage 1/imc_swav/eval.json").read_text()) == pytest.approx(alone)
+    assert "IMC-SwAV, stage 1" in (tmp_path / "stage 1/report.html").read_text()
+
+
 def test_kmeans_on_pixels_scores_what_is_known_of_it(digits_run):
     metrics = json.loads((digits_run / "metrics.json").read_text())
     assert metrics["baselines"]["kmeans_pixels"]["acc"] == pytest.approx(0.792, abs=0.02)

@@ -279,7 +279,11 @@ def test_the_last_stage_owns_the_final_scores(tmp_path):
         "ami": pytest.approx(0.8682)
     }
     (tmp_path / "imc_swav").mkdir()
-    assert list(load(tmp_path).scores)[2:] == ["SPICE-Self", "SPICE"], "IMC-SwAV was the pretext"
+    (tmp_path / "imc_swav/eval.json").write_text(json.dumps({"acc": 0.6}))
+    scores = load(tmp_path).scores
+    assert list(scores)[2:] == ["IMC-SwAV, stage 1", "SPICE-Self", "SPICE"], "IMC-SwAV was the pretext"
+    assert scores["IMC-SwAV, stage 1"] == {"acc": 0.6}
+    (tmp_path / "imc_swav/eval.json").unlink()
     for stage in ("spice_self", "spice_semi"):
         shutil.rmtree(tmp_path / stage)
     assert list(load(tmp_path).scores) == ["Pixels + k-means", "Features + k-means", "IMC-SwAV"]

@@ -123,6 +123,8 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return rows | {"SCAN, no self-label": alone, "SCAN": final}
     if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
+    if pretext := read_scores(read_json(folder / "imc_swav" / "eval.json")):
+        rows["IMC-SwAV, stage 1"] = pretext
     spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))
     spice = read_scores(read_json(folder / "spice_semi" / "eval.json"))
     if (folder / "spice_semi").is_dir() or spice_self is None:
