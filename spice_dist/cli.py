@@ -153,6 +153,19 @@ def _add_launch_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"
     )
+    command.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="time between two checkpoints, which is what a lost node or worker can cost (60)",
+    )
+    command.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="a folder on each node's own disk: the packed images are copied there once and read from there",
+    )
 
 
 def _workers(text: str) -> int | tuple[int, int]:
@@ -256,9 +269,11 @@ def _doctor(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _launch(options: argparse.Namespace) -> "Launch":
+    from spice_dist.distributed.worker import Storage
     from spice_dist.pipeline import Launch
 
-    return Launch(options.workers, options.threads, options.address, options.insecure, options.labels)
+    storage = Storage(options.checkpoint_seconds, options.scratch)
+    return Launch(options.workers, options.threads, options.address, options.insecure, storage, options.labels)
 
 
 def _config(options: argparse.Namespace, source: "Source") -> "Config":

@@ -60,7 +60,7 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     Every worker writes the rows of a consecutive share of the images; the file appears when all are there. Rows that an
     earlier call left are kept, whatever the number of workers was: a row that is done has unit norm.
     """
-    images, _ = open_dataset(task, worker.run, worker.device)
+    images, _ = open_dataset(task, worker.run, worker.device, worker.scratch)
     backbone = load_backbone(task, worker.run)
     folder = worker.run / "features"
     partial = folder / f"features.{_called(task, backbone)}.partial.npy"

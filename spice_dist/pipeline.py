@@ -22,7 +22,7 @@ from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
-from spice_dist.distributed.worker import LocalWorker
+from spice_dist.distributed.worker import LocalWorker, Storage
 from spice_dist.errors import Interrupted, UserError, out_of_memory
 from spice_dist.evaluate import evaluate, evaluate_imc_swav, evaluate_scan, relabel
 from spice_dist.methods import byol, imc_swav, moco, reliable, scan, spice_self, spice_semi
@@ -46,6 +46,7 @@ class Launch:
     threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
     address: str | None = None  # of a running Ray cluster; None: our own on this machine
     insecure: bool = False  # join a cluster that asks for no token
+    storage: Storage = Storage()  # how often workers save, and where they read images from
     labels: str | None = None  # where true labels come from, for scores only
 
 
@@ -298,7 +299,9 @@ def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
         return
     from spice_dist.distributed import ray_elastic, ray_train
 
-    job = ray_train.Job(train, run.config, config, run.folder, stage, run.threads, run.stop.requested, bar.show)
+    job = ray_train.Job(
+        train, run.config, config, run.folder, stage, run.threads, run.stop.requested, bar.show, run.launch.storage
+    )
     if len(run.sizes) == 1:
         ray_train.train_on_workers(job, run.sizes[0])
     else:
@@ -311,7 +314,8 @@ def _train_here(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or usable_cores())
     try:
-        train(task, config, LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show))
+        worker = LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show, run.launch.storage)
+        train(task, config, worker)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(stage, error) from error
     finally:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from spice_dist.distributed import ray_auth, ray_nodes, trackers
-from spice_dist.distributed.worker import LocalWorker
+from spice_dist.distributed.worker import LocalWorker, Storage
 from spice_dist.errors import Interrupted, UserError, out_of_memory
 from spice_dist.task import Task
 
@@ -36,7 +36,7 @@ RAY_SETTINGS = {
 class RayWorker(LocalWorker):
     """One of several workers of a Ray Train job."""
 
-    def __init__(self, run: Path, stage: str):
+    def __init__(self, run: Path, stage: str, storage: Storage):
         import ray.train
         import ray.train.torch
 
@@ -51,7 +51,7 @@ class RayWorker(LocalWorker):
                 beside.write_text(json.dumps([step, total, loss]))
                 beside.replace(shown)
 
-        super().__init__(run, stage, ray.train.torch.get_device(), stop.exists, progress)
+        super().__init__(run, stage, ray.train.torch.get_device(), stop.exists, progress, storage)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
@@ -104,6 +104,7 @@ class Job:
     threads: int  # of the CPU, for each worker
     stop_requested: Callable[[], bool]
     progress: Callable[[int, int, float | None], None]  # told (done, total, loss)
+    storage: Storage = Storage()  # how often workers save, and where they read images from
 
     @property
     def shown(self) -> Path:
@@ -181,7 +182,7 @@ def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
         _train_loop,
         train_loop_config={
             "train": job.train, "task": job.task, "config": job.config, "run": str(job.run), "stage": job.stage,
-            "threads": job.threads, "environment": trackers.environment(),
+            "threads": job.threads, "environment": trackers.environment(), "storage": job.storage,
         },
         torch_config=OnNodeAddress(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
@@ -202,7 +203,7 @@ def _train_loop(options: dict[str, Any]) -> str:
     """What every worker runs. Its value says how it ended: an exception would make Ray try again."""
     torch.set_num_threads(options["threads"])
     os.environ.update(options["environment"])
-    worker = RayWorker(Path(options["run"]), options["stage"])
+    worker = RayWorker(Path(options["run"]), options["stage"], options["storage"])
     try:
         options["train"](options["task"], options["config"], worker)
     except Interrupted:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +25,18 @@ Probes = Mapping[str, Callable[[], Tensor]]
 NO_PROBES: Probes = {}
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How workers use disks; nothing here changes a result."""
+
+    checkpoint_seconds: float = 60.0  # between two checkpoints: what a lost node or worker can cost
+    scratch: Path | None = None  # on each node's own disk: where the packed images are copied to and read from
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_seconds > 0:
+            raise UserError(f"--checkpoint-seconds is {self.checkpoint_seconds:g}; it must be above 0, such as 60")
+
+
 @runtime_checkable
 class Worker(Protocol):
     """One training process. Every worker of a stage calls the same methods in the same order."""
@@ -32,6 +45,7 @@ class Worker(Protocol):
     world: int
     device: torch.device
     run: Path
+    scratch: Path | None  # where the packed images are copied to first, on this node's own disk
     progress: Callable[[int, int, float | None], None]  # told (done, total, loss); only the first worker's is shown
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -64,7 +78,6 @@ class LocalWorker:
 
     rank = 0
     world = 1
-    checkpoint_seconds = 60.0  # between two checkpoints; a function of the clock, so it must not change results
 
     def __init__(
         self,
@@ -73,10 +86,12 @@ class LocalWorker:
         device: torch.device,
         stop_requested: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int, float | None], None] = lambda step, total, loss: None,
+        storage: Storage = Storage(),  # noqa: B008  immutable
     ):
         """`progress` gets (step, total, loss) at most twice a second, on the first worker only."""
         self.run, self.stage, self.device = run, stage, device
         self.stop_requested, self.progress = stop_requested, progress
+        self.checkpoint_seconds, self.scratch = storage.checkpoint_seconds, storage.scratch
         self.folder, self.store = run / stage, run / stage / "checkpoints"
         self.log: MetricLog | None = None
         self.saved_at = self.shown_at = time.monotonic()

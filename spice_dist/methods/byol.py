@@ -50,7 +50,7 @@ class BYOLConfig:
 
 def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
     """Leaves the online network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch

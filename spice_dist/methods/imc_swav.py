@@ -172,7 +172,7 @@ class Bank(nn.Module):
 
 def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     """Leaves all of the network in the stage's last checkpoint: the backbone, with it `network` makes a clustering."""
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     check(task, config, manifest.training, manifest.clustered)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch

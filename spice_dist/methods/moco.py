@@ -61,7 +61,7 @@ class MoCoConfig:
 
 def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     """Leaves the query network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch

@@ -14,6 +14,7 @@ from spice_dist.data.augment import View
 from spice_dist.data.images import Images, open_images
 from spice_dist.data.ingest import Ingested, read_manifest
 from spice_dist.data.order import epoch_order, worker_batches
+from spice_dist.data.scratch import staged
 from spice_dist.distributed import checkpoint, collectives
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
 from spice_dist.distributed.worker import Worker
@@ -26,10 +27,16 @@ from spice_dist.task import Task
 M = TypeVar("M", bound=nn.Module)
 
 
-def open_dataset(task: Task, run: Path, device: torch.device) -> tuple[Images, Ingested]:
-    """The images of a run, and the manifest that says which of them are clustered, only train, or are held out."""
-    data = task.data
-    images = open_images(run / "data", device=device, size=data.size, channels=data.channels, loader=data.loader)
+def open_dataset(task: Task, run: Path, device: torch.device, scratch: Path | None = None) -> tuple[Images, Ingested]:
+    """The images of a run, and the manifest that says which of them are clustered, only train, or are held out.
+
+    Args:
+        scratch: a folder on this node's own disk, to read the images from a copy there.
+    """
+    data, folder = task.data, run / "data"
+    if scratch is not None:
+        folder = staged(folder, scratch)
+    images = open_images(folder, device=device, size=data.size, channels=data.channels, loader=data.loader)
     return images, read_manifest(run / "data")
 
 

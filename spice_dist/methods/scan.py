@@ -113,7 +113,7 @@ class Selection(nn.Module):
 
 def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     """Leaves the selected network and its heads' losses in the last checkpoint, see `trained`."""
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     check(task, config, manifest.clustered)
     steps_per_epoch = manifest.clustered // config.batch
     total = config.epochs * steps_per_epoch
@@ -168,7 +168,7 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
     Raises:
         UserError: nothing in the first batch is predicted with enough confidence to start from.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     check_self_label(task, config, manifest.clustered)
     total = config.epochs * (manifest.clustered // config.batch)
     scan_net, loss = trained(task, worker.run)

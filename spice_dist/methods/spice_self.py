@@ -93,7 +93,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     With a backbone that changed also `spice_self/features.npy`, of the backbone at the moment of the selected head.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     num_images = manifest.clustered
     check(task, config, num_images)
     if config.encodes_anew and worker.world > 1:

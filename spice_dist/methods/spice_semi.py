@@ -89,7 +89,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     Raises:
         UserError: no image has a reliable label, or these settings cannot train.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     labels = torch.from_numpy(np.load(worker.run / "reliable/labels.npy"))
     if not (labels != UNRELIABLE).any():
         raise UserError(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import LocalWorker, MetricLog, Worker
+from spice_dist.distributed.worker import LocalWorker, MetricLog, Storage, Worker
 from spice_dist.errors import Interrupted, UserError
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def loss(value: float) -> dict[str, Tensor]:
     return {"loss": torch.tensor(value)}
 
 
-def started(run: Path, **options: Callable) -> LocalWorker:
+def started(run: Path, **options: Any) -> LocalWorker:
     worker = LocalWorker(run, "moco", CPU, **options)
     worker.resume()
     return worker
@@ -205,6 +206,24 @@ def test_a_damaged_newest_checkpoint_takes_the_metrics_back_with_it(tmp_path):
     assert found is not None
     assert found.step == 1
     assert steps(tmp_path / "moco") == [1]
+
+
+def test_checkpoints_are_as_far_apart_as_asked_for(tmp_path, monkeypatch):
+    """By a clock that moves a second per step: after every 25th second, and at the end."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    worker = started(tmp_path, storage=Storage(checkpoint_seconds=25))
+    kept = []
+    for step in range(1, 101):
+        now += 1
+        worker.report(step, 100, loss(1.0), weights(step))
+        kept += saved(tmp_path)[-1:]
+    assert sorted({int(name) for name in kept}) == [26, 52, 78, 100]
+
+
+def test_no_time_between_checkpoints_is_a_mistake():
+    with pytest.raises(UserError, match="--checkpoint-seconds is 0; it must be above 0"):
+        Storage(checkpoint_seconds=0)
 
 
 def test_a_full_disk_in_the_middle_warns_and_training_goes_on(tmp_path):

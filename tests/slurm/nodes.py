@@ -89,7 +89,7 @@ class Nodes:
             self._network("ip", "link", "delete", f"{name}-port")
         with contextlib.suppress(ProcessLookupError):
             os.kill(init, 9)
-        keeper.wait(20)
+        keeper.wait(60)
 
     def boot(self, name: str) -> None:
         """Start a host; its /tmp is as it was left."""
@@ -111,7 +111,7 @@ class Nodes:
         if LOGIN in self.inits:
             self.kill(LOGIN)  # the others are in its process table
         for keeper, _ in self.inits.values():
-            keeper.wait(20)
+            keeper.wait(60)
         self.inits.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,0 +1,82 @@
+"""A node's own disk: the packed images are copied there once, checked by their hash, and read from there."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spice_dist.data import beton
+from spice_dist.data.files import fsync
+from spice_dist.errors import DamagedFile
+
+NAMES = ("dataset.beton", "dataset.beton.json", "manifest.json")
+
+
+def staged(data: Path, scratch: Path) -> Path:
+    """A copy of the folder of packed images `data` below `scratch`; `data` itself, with a warning, if that fails.
+
+    All processes of a node share the copy: one makes it, the others wait. It is named by the hash of what it holds, so
+    runs on the same images share it too, and it stays until whoever cleans the disk removes it.
+
+    Raises:
+        DamagedFile: the images are not those of their sidecar.
+    """
+    info = beton.verify(data / NAMES[0])
+    key = hashlib.sha256()
+    for name in NAMES[1:]:  # small, and they say all of the images
+        key.update((data / name).read_bytes())
+    try:
+        folder = _own_folder(scratch)
+        place = folder / key.hexdigest()[:32]
+        with _locked(folder / f"{place.name}.lock"):
+            if not place.exists():
+                _copy(data, place, info.sha256)
+        return place
+    except OSError as error:
+        why = error.strerror or error
+        warnings.warn(f"the images cannot be copied to {scratch} ({why}); they are read from {data}", stacklevel=2)
+        return data
+
+
+def _own_folder(scratch: Path) -> Path:
+    """Ours alone, also where everybody may write: nobody else can put images there for us."""
+    folder = scratch / f"spice-dist-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
+        raise PermissionError(0, f"{folder} can be written by others")
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """For one process of this machine at a time; the lock of one that dies is free."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(data: Path, place: Path, sha256: str | None) -> None:
+    """Whole or not at all."""
+    for leftover in place.parent.glob(f".{place.name}.*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        for name in NAMES:
+            shutil.copyfile(data / name, temporary / name)
+            fsync(temporary / name)
+        with open(temporary / NAMES[0], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise DamagedFile(f"{data / NAMES[0]} does not match its sidecar: write the data set again")
+        os.replace(temporary, place)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(temporary)
