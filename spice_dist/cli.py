@@ -61,6 +61,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_ingest_options(fit)
     _add_launch_options(fit)
 
+    tune = commands.add_parser("tune", help="search settings without labels: many trials on one base run, resumable")
+    tune.set_defaults(call=_tune)
+    tune.add_argument("data", help="as for fit")
+    tune.add_argument("--out", type=Path, required=True, help="the folder of the sweep")
+    tune.add_argument(
+        "--space",
+        required=True,
+        help="what is searched: heads, thresholds, augmentations, pretrain, or your own .py file with SPACE and METRIC",
+    )
+    tune.add_argument("--trials", type=int, default=20, help="how many, those before --resume included (20)")
+    tune.add_argument("--resume", action="store_true", help="go on with the sweep in --out; finished trials stay")
+    tune.add_argument("--objective", help="the label-free score that chooses (default: METRIC of the space)")
+    tune.add_argument("--search", choices=("optuna", "random"), default="optuna", help="TPE (default) or chance")
+    tune.add_argument(
+        "--scheduler", choices=("none", "asha"), default="none", help="asha: stop trials that promise little"
+    )
+    tune.add_argument("--max-concurrent", type=int, help="trials at a time (default: as many as cores or GPUs)")
+    tune.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no trial and stop all after this")
+    tune.add_argument("--base", type=Path, metavar="RUN", help="take data, stage 1 and features from this run folder")
+    _add_task_options(tune)
+    _add_ingest_options(tune)
+    tune.add_argument(
+        "--workers", type=int, default=0, help="training processes of stage 1; 0 (default): the trial's own process"
+    )
+    tune.add_argument("--threads", type=int, default=1, help="CPU threads of a trial, or of each of its workers (1)")
+    _add_cluster_options(tune)
+
     doctor = commands.add_parser(
         "doctor", help="check this machine, a cluster and a run that is meant, before it starts"
     )
@@ -113,6 +140,9 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
         help="digits, photos, cifar10, ...: whole settings, see recipes.py; default: digits for them, else photos",
     )
     command.add_argument(
+        "--config", type=Path, metavar="FILE", help="instead of a recipe: best.json of a sweep, config.json of a run"
+    )
+    command.add_argument(
         "--backbone", metavar="NAME", help="a timm model: vit_small_patch14_dinov2.lvd142m, resnet50, ..."
     )
     command.add_argument(
@@ -147,6 +177,10 @@ def _add_launch_options(command: argparse.ArgumentParser) -> None:
         "and then more again; 0: no Ray (default: as many as GPUs, or 2 on a CPU)",
     )
     command.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
+    _add_cluster_options(command)
+
+
+def _add_cluster_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
     )
@@ -251,6 +285,38 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     _print_scores(out)
 
 
+def _tune(options: argparse.Namespace, given: list[str]) -> None:
+    source = _open(options)
+    config = _config(options, source)
+
+    from spice_dist.distributed.ray_tune import Search
+    from spice_dist.pipeline import Launch
+    from spice_dist.report.sweep import format_sweep
+    from spice_dist.sweep import tune
+
+    search = Search(
+        options.trials,
+        search=options.search,
+        scheduler=options.scheduler,
+        max_concurrent=options.max_concurrent,
+        seconds=options.time_budget,
+    )
+    launch = Launch(options.workers, options.threads, options.address, options.insecure, labels=options.labels)
+    rows = tune(
+        config,
+        source,
+        options.space,
+        options.out,
+        search,
+        launch,
+        objective=options.objective,
+        resume=options.resume,
+        base=options.base,
+        command=["spice-dist", *given],
+    )
+    print(format_sweep(options.out, rows))
+
+
 def _doctor(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.doctor import BAD, Patient, examine
     from spice_dist.errors import UserError
@@ -277,7 +343,7 @@ def _launch(options: argparse.Namespace) -> "Launch":
 
 
 def _config(options: argparse.Namespace, source: "Source") -> "Config":
-    """The recipe for these images, with the changes that were asked for."""
+    """The recipe for these images, or the file's configuration, with the changes that were asked for."""
     from spice_dist.errors import UserError
 
     digits = options.data == "digits"
@@ -296,9 +362,13 @@ def _config(options: argparse.Namespace, source: "Source") -> "Config":
     }
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
 
-    from spice_dist.config import override
+    from spice_dist.config import override, read_config
     from spice_dist.recipes import RECIPES, recipe
 
+    if options.config is not None:
+        if options.recipe or options.method != "spice":
+            raise UserError("--config is a whole configuration: leave --recipe and --method out")
+        return override(read_config(options.config), {**_network(options.backbone, options.weights), **changes})
     if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
         published = options.data.partition(":")[0].replace("-", "_")
         hint = f", or the settings for it with --recipe {published}" * (published in RECIPES)

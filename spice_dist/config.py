@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import difflib
+import json
 import numbers
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spice_dist.errors import UserError
@@ -45,6 +47,29 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
             raise UserError(_no_setting(name, list(leaves)))
         config = _replace(config, name.split("."), value, name)
     return config
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a JSON file with a "config": a run's config.json, or the best of a sweep.
+
+    Raises:
+        UserError: there is no such file, or it holds no configuration of this version.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        return override(Config(), dotted(content["config"]))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is no configuration: it must be JSON with an object "config"') from error
+
+
+def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects by dotted names, as `override` takes them."""
+    leaves: dict[str, Any] = {}
+    for name, value in content.items():
+        leaves |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

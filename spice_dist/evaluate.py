@@ -213,6 +213,12 @@ def write_assignments(
         file.write(table.getvalue().encode())
 
 
+def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
+    """ACC of a clustering of the run's clustered images; None without true labels. For tables, never to choose by."""
+    y_true = _true_labels(run)
+    return None if y_true is None else metrics.accuracy(y_true[: len(clusters)], clusters)
+
+
 def relabel(run: Path, source: Source) -> bool:
     """Bring data/labels.npy in line with the labels that `source` has now; whether the scores must be made again."""
     path, before = run / "data/labels.npy", _true_labels(run)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
@@ -89,6 +89,22 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     collectives.barrier()
     if worker.rank == 0:
         partial.rename(folder / "features.npy")
+
+
+def backbone_features(
+    task: Task,
+    weights: dict[str, Tensor],
+    images: Images,
+    device: torch.device,
+    progress: Progress = lambda done, total: None,
+) -> Float16[np.ndarray, "N D"]:
+    """Unit-norm features of all images by a backbone with these weights, rounded as in features.npy."""
+    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
+    backbone.load_state_dict(weights)
+    place(backbone, device)
+    everything = np.arange(images.n)
+    chunks = outputs(backbone, images, everything, task.backbone.statistics, progress, task.precision)
+    return np.concatenate([unit(chunk).half().cpu().numpy() for chunk in chunks])
 
 
 def _called(task: Task, backbone: Backbone) -> str:

@@ -73,6 +73,25 @@ def fit(
         UserError: the data, the settings or the folder cannot be used; one line says why.
         Interrupted: asked to stop; the same call goes on from there.
     """
+    with _opened(config, data, out, launch, command) as (run, settings):
+        finished = _run_stages(run, settings)
+        return _conclude(run, settings, finished)
+
+
+def fit_until(
+    last: str, config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None = None
+) -> None:
+    """The stages of `fit` up to the one named `last`; it raises what `fit` raises."""
+    with _opened(config, data, out, launch, command) as (run, settings):
+        names = list(settings)
+        _run_stages(run, {name: settings[name] for name in names[: names.index(last) + 1]})
+
+
+@contextlib.contextmanager
+def _opened(
+    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None
+) -> Iterator[tuple[Run, dict[str, dict[str, Any]]]]:
+    """The run in the folder `out`, which is ours meanwhile, and the settings of each of its stages."""
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
     check_settings(config, source, source.name)
     backbone = new_backbone(config)  # what cannot be built is told at once
@@ -95,7 +114,7 @@ def fit(
             file=sys.stderr,
         )
         try:
-            return _run_stages(run, settings)
+            yield run, settings
         except Interrupted:
             stop.check()  # says which signal it was
             raise
@@ -164,14 +183,12 @@ def _num_threads(bn_groups: int, wanted: int | None) -> int:
     return wanted or max(1, usable_cores() // bn_groups)
 
 
-def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    from spice_dist.report import write_report
-
-    config, folder, device = run.config, run.folder, run.device
-    brief = _brief(run)
+def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> set[str]:
+    """Run those stages that have settings here and are not finished; returns which were finished before."""
+    config, folder = run.config, run.folder
     stages: dict[str, Callable[[Bar], None]] = {
         "data": lambda bar: pack(run, bar),
-        **{name: partial(_train, run, train, own, name) for name, train, own in _pretext(config)},
+        **{name: partial(_train, run, train, own, name) for name, train, own in pretext_stages(config)},
         "features": lambda bar: _embed(run, bar),
         "spice_self": lambda bar: _cluster_features(run, bar),
         "reliable": lambda bar: _select_labels(run, bar),
@@ -187,9 +204,17 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> dict[str, Any]
                 print(f"{stage:<11} finished before", file=sys.stderr)
             else:
                 _run_stage(run, stage, settings[stage], work)
-    seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in stages}
+    return finished
+
+
+def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str]) -> dict[str, Any]:
+    """Assignments, scores and the report of a run whose stages are done; `finished` were so before this call."""
+    from spice_dist.report import write_report
+
+    config, folder, device, brief = run.config, run.folder, run.device, _brief(run)
+    seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in settings}
     relabelled = "data" in finished and relabel(folder, run.source)
-    if relabelled or finished != set(stages) or _evaluated_otherwise(config, folder / "metrics.json"):
+    if relabelled or finished != set(settings) or _evaluated_otherwise(config, folder / "metrics.json"):
         with Bar("evaluate", run.stop) as bar:
             if config.method == "imc_swav":
                 evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
@@ -211,7 +236,7 @@ def _evaluated_otherwise(config: Config, metrics: Path) -> bool:
     return (found.get("method"), found.get("eval_bn")) != wanted
 
 
-def _pretext(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
+def pretext_stages(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
     """Stage 1 as (name, train, its settings); none if the backbone is taken as it is."""
     stages = [
         ("moco", moco.train, config.moco),
@@ -311,13 +336,18 @@ def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
 def _train_here(
     run: Run, task: Task, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None
 ) -> None:
+    worker = LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show, run.launch.storage)
+    train_here(train, task, config, worker, threads or usable_cores())
+
+
+def train_here(train: Callable[..., None], task: Task, config: Any, worker: LocalWorker, threads: int) -> None:
+    """Run a stage in this process, on so many CPU threads. UserError if the GPU's memory does not suffice."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or usable_cores())
+    torch.set_num_threads(threads)
     try:
-        worker = LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show, run.launch.storage)
         train(task, config, worker)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(stage, error) from error
+        raise out_of_memory(worker.stage, error) from error
     finally:
         torch.set_num_threads(before)
 
@@ -388,7 +418,10 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
-        **{name: ("seed", "bn_groups", "precision", "pretext", "backbone", name) for name, _, _ in _pretext(config)},
+        **{
+            name: ("seed", "bn_groups", "precision", "pretext", "backbone", name)
+            for name, _, _ in pretext_stages(config)
+        },
         "features": ("precision", "pretext", "backbone"),
     }
     if config.pretext == "imc_swav":

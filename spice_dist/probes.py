@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from torch import Tensor
 from spice_dist import metrics
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import Progress, publish_json
-from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_manifest
 from spice_dist.distributed import checkpoint
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import kmeans
-from spice_dist.inference import outputs
-from spice_dist.methods.plumbing import open_dataset, place
-from spice_dist.models.backbone import Backbone, BackboneConfig, unit
+from spice_dist.inference import backbone_features
+from spice_dist.methods.plumbing import open_dataset
+from spice_dist.models.backbone import BackboneConfig
 from spice_dist.neighbors import search
 from spice_dist.task import Task
 
@@ -116,10 +116,15 @@ def probe_checkpoints(
         with closing(images):
             for number, (step, weights) in enumerate(saved):
                 start, total = number * images.n, len(saved) * images.n
-                features = _embed(task, weights, images, device, lambda done, _: progress(start + done, total))  # noqa: B023
+                shown = partial(_show, progress, start, total)
+                features = backbone_features(task, weights, images, device, shown)
                 rows.append({"step": step, **_probe(features, known, task, kinds, device)})
     publish_json(run / "probes.json", rows)
     return rows
+
+
+def _show(progress: Progress, start: int, total: int, done: int, _: int) -> None:
+    progress(start + done, total)
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -200,18 +205,6 @@ def _kept_backbones(store: Path) -> list[tuple[int, dict[str, Tensor]]]:
     if not found:
         raise UserError(f"{store} has no checkpoint to probe yet; the first comes after a minute of stage 1")
     return found
-
-
-def _embed(
-    task: Task, weights: dict[str, Tensor], images: Images, device: torch.device, progress: Progress
-) -> Float16[np.ndarray, "N D"]:
-    """Unit-norm features of all images, rounded as in features.npy."""
-    backbone = Backbone(task.backbone, task.data.channels, task.data.size)
-    backbone.load_state_dict(weights)
-    place(backbone, device)
-    everything = np.arange(images.n)
-    chunks = outputs(backbone, images, everything, task.backbone.statistics, progress, task.precision)
-    return np.concatenate([unit(chunk).half().cpu().numpy() for chunk in chunks])
 
 
 def _probe(

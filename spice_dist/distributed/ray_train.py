@@ -70,16 +70,11 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
     Raises:
         UserError: no cluster answers there; it lets anybody in, and `insecure` is False; it refuses our token.
     """
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    address = prepare(address, insecure)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        ray_auth.use_own_token()
         options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
-    else:
-        address = ray_auth.resolved(address)
-        ray_auth.use_token_of(address, insecure)
-    import ray  # reads its environment when it is imported
+    import ray
 
     try:
         ray.init(address or "local", **options)
@@ -90,6 +85,21 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
         yield
     finally:
         ray.shutdown()
+
+
+def prepare(address: str | None, insecure: bool = False) -> str | None:
+    """Before Ray is imported, which is when it reads its environment: our settings and a token; the address in full.
+
+    It raises what `session` raises.
+    """
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        ray_auth.use_own_token()
+        return None
+    address = ray_auth.resolved(address)
+    ray_auth.use_token_of(address, insecure)
+    return address
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         number = step % (config.view_epochs * steps_per_epoch) if config.view_epochs else step  # of these views
         chosen = np.random.default_rng([task.seed, number, ORDER]).permutation(num_images)[:batch]
         if number not in drawn:
-            drawn[number] = _views(task, config, encode, images, chosen, number)
+            drawn[number] = _views(task, config, encode, images, chosen, number // steps_per_epoch, worker.run)
         views = drawn[number] if config.view_epochs else drawn.pop(number)
         scored, learned = (x.to(worker.device).float() for x in views)
 
@@ -343,16 +344,57 @@ def _check_prior(task: Task, config: SpiceSelfConfig, batch: int) -> None:
 
 
 def _views(
-    task: Task, config: SpiceSelfConfig, encode: Callable, images: Images, chosen: np.ndarray, number: int
+    task: Task, config: SpiceSelfConfig, encode: Callable, images: Images, chosen: np.ndarray, epoch: int, run: Path
 ) -> list[Tensor]:
-    """Of these images what confidence comes from, and what the heads learn from; half precision on the host if kept."""
+    """Of these images what confidence comes from, and what the heads learn from; half precision on the host if kept.
+
+    Views are a function of the epoch, not of the step, so that runs which take other images per step can share them.
+    """
+    views = _drawn_views(task, config, epoch)
+    uses = [encode, _as_it_is if config.encodes_anew else encode]
+    if not config.view_epochs:
+        return view_features(task, images, chosen, views, uses)
+    stored = {number: path for number, view in enumerate(views) if (path := _stored(run, view)).exists()}
+    missing = [number for number in range(len(views)) if number not in stored]
+    made = {number: torch.from_numpy(np.load(path, mmap_mode="r")[chosen]) for number, path in stored.items()}
+    if missing:
+        new = view_features(task, images, chosen, [views[i] for i in missing], [uses[i] for i in missing])
+        made |= {number: x.half().cpu() for number, x in zip(missing, new, strict=True)}
+    return [made[number] for number in range(len(views))]
+
+
+def _drawn_views(task: Task, config: SpiceSelfConfig, epoch: int) -> list[tuple[View, Key]]:
+    """The kind and the key of the views that confidence comes from, and of those that the heads learn from."""
     kinds = {"weak": (config.weak, WEAK), "strong": (config.strong, STRONG)}
     (score, score_stream), (learn, learn_stream) = kinds[config.score_view], kinds[config.learn_view]
     # the same view twice is two draws of it
     streams = (score_stream, learn_stream if learn_stream != score_stream else learn_stream + AGAIN)
-    views = [(view, (task.seed, number, stream)) for view, stream in zip((score, learn), streams, strict=True)]
-    made = view_features(task, images, chosen, views, [encode, _as_it_is if config.encodes_anew else encode])
-    return [x.half().cpu() for x in made] if config.view_epochs else made
+    return [(view, (task.seed, epoch, stream)) for view, stream in zip((score, learn), streams, strict=True)]
+
+
+def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequence[str] = ("weak", "strong")) -> None:
+    """Leaves `views/`: the features (N, D), float16, of all images' views of these kinds, of `view_epochs` epochs.
+
+    `train` reads them in place of encoding, so that many runs on the same features share one encoding. Files that an
+    earlier call left are kept.
+    """
+    images, manifest = open_dataset(task, worker.run, worker.device)
+    encode = partial(_encode, task, place(load_backbone(task, worker.run), worker.device).eval())
+    (worker.run / "views").mkdir(exist_ok=True)
+    for epoch in range(config.view_epochs):
+        drawn = zip(_drawn_views(task, config, epoch), (config.score_view, config.learn_view), strict=True)
+        missing = [view for view, kind in drawn if kind in kinds and not _stored(worker.run, view).exists()]
+        made = view_features(task, images, np.arange(manifest.clustered), missing, [encode] * len(missing))
+        for features, view in zip(made, missing, strict=True):
+            with publish(_stored(worker.run, view)) as file:
+                np.save(file, features.half().cpu().numpy())
+        worker.progress(epoch + 1, config.view_epochs, None)
+    images.close()
+
+
+def _stored(run: Path, view: tuple[View, Key]) -> Path:
+    """Where `store_views` leaves this view: named by everything that it depends on beside images and backbone."""
+    return run / f"views/{sha256(repr(view).encode()).hexdigest()[:16]}.npy"
 
 
 def _as_it_is(view: Tensor) -> Tensor:

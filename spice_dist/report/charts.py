@@ -98,7 +98,7 @@ def line_chart(curve: Curve, name: str, width: int, height: int, beside: Curve |
             parts.append(Markup('<path class="line" d="M{}"/>').format(line))
     last = float(curve.values[known][-1])
     title = f"{name} over {len(curve.steps):,} records up to step {curve.steps[-1]:,.0f}; last value {short(last)}"
-    return _svg(title, width, height, parts)
+    return svg(title, width, height, parts)
 
 
 def size_chart(
@@ -156,7 +156,7 @@ def size_chart(
             left, y(even), width - right, short(even)
         )
     )
-    return _svg(f"Sizes of {len(sizes)} clusters, from {sizes.min():,} to {sizes.max():,} images", width, height, parts)
+    return svg(f"Sizes of {len(sizes)} clusters, from {sizes.min():,} to {sizes.max():,} images", width, height, parts)
 
 
 def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool, width: int = 700) -> Markup:
@@ -184,7 +184,7 @@ def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool, wid
                 )
             )
     title = f"Map of {len(points):,} images by the two main directions of their features, coloured by cluster"
-    return _svg(title, width, height, parts)
+    return svg(title, width, height, parts)
 
 
 def cluster_mark(cluster: int) -> Markup:
@@ -231,7 +231,7 @@ def _pieces(points: list[tuple]) -> list[list[tuple]]:
     return [*pieces, piece] if piece else pieces
 
 
-def _svg(title: str, width: int, height: int, parts: list[Markup]) -> Markup:
+def svg(title: str, width: int, height: int, parts: list[Markup]) -> Markup:
     return Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         title, width, height, Markup("").join(parts)
     )

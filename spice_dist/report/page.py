@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -20,6 +21,9 @@ from spice_dist.report.gallery import (
     read_images,
 )
 from spice_dist.report.run_folder import SCORES, Run, load, mapping, number
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MAX_SMALL_CHARTS = 12  # per stage
 STAGE_TITLES = {
@@ -81,20 +85,9 @@ def write_report(run: Path, out: Path | None = None, images: ReadImages = read_i
 
 
 def render(run: Run, images: ReadImages) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     similarity = None if run.features is None else center_similarity(run.features, run.labels, run.num_clusters)
     shown, notes = galleries(run, similarity, images)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "mark": charts.cluster_mark}
-    return environment.get_template("template.html").render(
+    return template("template.html").render(
         title=title(run),
         summary=summary(run),
         facts=facts(run),
@@ -120,6 +113,22 @@ def render(run: Run, images: ReadImages) -> str:
         configuration=flatten(mapping(run.config.get("config"))),
         fingerprint=flatten(mapping(run.config.get("data"))),
     )
+
+
+def template(name: str) -> "Template":
+    """One of the pages of this folder, which escapes whatever is put into it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "mark": charts.cluster_mark}
+    return environment.get_template(name)
 
 
 def printable(value: object) -> object:

@@ -1,0 +1,261 @@
+"""Ray Tune proposes settings and runs trials side by side; what they leave is in their folders, and Ray only schedules.
+
+Ray's own state of a sweep is thrown away: a sweep that goes on tells a new search what the finished trials gave.
+"""
+
+import logging
+import os
+import runpy
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spice_dist.distributed import ray_nodes, ray_train
+from spice_dist.errors import Interrupted, UserError
+from spice_dist.trials import FAILED, RUNGS, RUNNING, STOPPED, Plan, read_record, run_trial, trial_folder, write_record
+
+SEARCHES = ("optuna", "random")
+SCHEDULERS = ("none", "asha")
+RAY_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our rows are in the trials' folders
+    "RAY_AIR_NEW_OUTPUT": "0",  # the table is ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a failed trial is a row with a reason
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+Space = dict[str, Any]
+"""Ray Tune's domains by dotted names of settings."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a sweep looks for settings."""
+
+    trials: int  # in all, those of earlier calls included
+    metric: str = "generalization"  # the score that guides it
+    direction: int = +1  # of that score: +1 if high is good
+    search: str = "optuna"
+    scheduler: str = "none"
+    max_concurrent: int | None = None  # trials at a time; None: as many as there are cores, or GPUs
+    seconds: float | None = None  # after which no trial goes on
+
+
+@contextmanager
+def session(address: str | None, insecure: bool, plan: Plan, search: Search) -> Iterator[None]:
+    """A Ray session with room for the trials."""
+    at_once = search.max_concurrent or max(1, len(os.sched_getaffinity(0)) // plan.threads)
+    with ray_train.session(address, num_cpus=at_once * (plan.threads + plan.workers), insecure=insecure):
+        if address:
+            ray_nodes.require_shared(plan.folder)
+        yield
+
+
+def read_space(path: Path, address: str | None = None, insecure: bool = False) -> tuple[Space, str]:
+    """SPACE and METRIC of a Python file, which is run: only read your own.
+
+    Raises:
+        UserError: it cannot be run, or lacks one of them.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no search space {path}; give heads, thresholds, augmentations, pretrain or a file")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    ray_train.prepare(address, insecure)  # the file imports Ray
+    try:
+        found = runpy.run_path(str(path))
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    space, metric = found.get("SPACE"), found.get("METRIC", "generalization")
+    if not isinstance(space, dict) or not space:
+        raise UserError(f"{path} has no SPACE, a dictionary of Ray Tune's domains by dotted names of settings")
+    return space, str(metric)
+
+
+def texts(space: Space) -> dict[str, str]:
+    """Each range in words, by which a sweep recognises its space."""
+    return {name: _text(domain) for name, domain in space.items()}
+
+
+def _text(domain: Any) -> str:
+    parts = {name: value for name, value in vars(domain).items() if name in ("lower", "upper", "categories")}
+    sampler = domain.get_sampler() if hasattr(domain, "get_sampler") else ""
+    inner = ", ".join(map(str, parts.get("categories", list(parts.values()))))
+    return f"{type(sampler).__name__.strip('_')} {type(domain).__name__} {inner}"
+
+
+def values_of(space: Space, seed: int) -> dict[str, Any]:
+    """One value of every range, to see whether there are such settings."""
+    import random
+
+    random.seed(seed)
+    return {name: domain.sample() if hasattr(domain, "sample") else domain for name, domain in space.items()}
+
+
+def run_trials(
+    plan: Plan,
+    space: Space,
+    search: Search,
+    count: int,
+    known: Sequence[tuple[Mapping[str, Any], float | None]],
+    unfinished: Sequence[Mapping[str, Any]],
+    ended: Callable[[Path], None],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Run `count` trials inside the current session, the unfinished ones first.
+
+    Args:
+        known: settings of earlier trials with their scores, None for a failed one.
+        ended: told the folder of every trial that has ended, in this process.
+
+    Raises:
+        Interrupted: `stop_requested` came true; unfinished trials go on in a later call.
+    """
+    from ray import tune
+
+    deadline = time.monotonic() + search.seconds if search.seconds else None
+    storage = plan.folder / ".ray"
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, plan=plan, search=search), _resources(plan, search)),
+        tune_config=tune.TuneConfig(
+            search_alg=_search(plan, space, search, known, unfinished),
+            scheduler=_scheduler(search),
+            num_samples=count,
+            max_concurrent_trials=search.max_concurrent,
+            time_budget_s=search.seconds,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=secrets.token_hex(4),
+            storage_path=str(storage),
+            verbose=0,
+            callbacks=[_watch(plan, search, deadline, ended)],
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    # beside the main thread, which stays free to take signals, as in ray_train
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.25)
+        if stop_requested():
+            raise Interrupted
+    shutil.rmtree(storage, ignore_errors=True)
+    if outcome:
+        raise UserError(f"the sweep failed: {_last_line(str(outcome[0]))}") from outcome[0]
+
+
+def _trial(changes: dict[str, Any], plan: Plan, search: Search) -> None:
+    """What runs in a trial's process."""
+    from ray import tune
+
+    def told(part: int, scores: dict[str, float]) -> None:
+        if search.metric in scores:  # a rung of stage 1 knows fewer scores
+            tune.report({"part": part, "objective": search.direction * scores[search.metric], "scores": scores})
+
+    run_trial(plan, changes, told)
+
+
+def _resources(plan: Plan, search: Search) -> dict[str, float]:
+    """Of one trial; processes that it starts for several workers ask for their own."""
+    if not torch.cuda.is_available() or plan.workers:
+        return {"CPU": plan.threads}
+    at_once = search.max_concurrent or 1
+    return {"CPU": plan.threads, "GPU": min(1.0, torch.cuda.device_count() / at_once)}
+
+
+def _search(
+    plan: Plan, space: Space, search: Search, known: Sequence[tuple[Mapping[str, Any], float | None]],
+    unfinished: Sequence[Mapping[str, Any]],
+) -> Any:  # fmt: skip
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    seed = plan.config.seed * 1000 + len(known)  # a sweep that goes on draws other settings
+    samplers = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    try:
+        distributions = OptunaSearch.convert_search_space(space)
+    except ValueError as error:
+        raise UserError(f"Optuna cannot search this space: {_last_line(str(error))}") from error
+    algorithm = OptunaSearch(
+        distributions, metric="objective", mode="max", sampler=samplers[search.search](seed=seed),
+        points_to_evaluate=[dict(changes) for changes in unfinished],
+    )  # fmt: skip
+    for changes, score in known:
+        value = None if score is None else search.direction * score
+        algorithm.add_evaluated_point(dict(changes), value, error=value is None)  # pyright: ignore[reportArgumentType]
+    return algorithm
+
+
+def _scheduler(search: Search) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+
+    if search.scheduler == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="part", metric="objective", mode="max", max_t=RUNGS[-1], grace_period=RUNGS[0],
+        reduction_factor=RUNGS[1] / RUNGS[0],
+    )  # fmt: skip
+
+
+def _watch(plan: Plan, search: Search, deadline: float | None, ended: Callable[[Path], None]) -> Any:
+    from ray.tune import Callback
+
+    class Watch(Callback):
+        """Completes the record of a trial whose process could not, then tells that it has ended."""
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                self._tell_if_recorded(trial)  # one that was cut off stays unfinished
+            else:
+                self._complete(trial, STOPPED, "the scheduler saw no promise in it")
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            self._complete(trial, FAILED, why_it_died(str(trial.get_error() or "")))
+
+        def _complete(self, trial: Any, state: str, reason: str) -> None:
+            folder = trial_folder(plan, trial.config)
+            record = read_record(folder)
+            if record is None or record["state"] == RUNNING:
+                now = time.time()
+                started = record["started"] if record else now
+                scores = (trial.last_result or {}).get("scores")
+                write_record(folder, trial.config, started, state, now - started, scores, reason)
+            ended(folder)
+
+        def _tell_if_recorded(self, trial: Any) -> None:
+            folder = trial_folder(plan, trial.config)
+            record = read_record(folder)
+            if record and record["state"] != RUNNING:
+                ended(folder)
+
+    return Watch()
+
+
+def why_it_died(trace: str) -> str:
+    """One line for a trial whose process wrote none, from Ray's trace."""
+    if "OutOfMemoryError" in trace:
+        return "out of memory: Ray ended its process, as the machine had too little left"
+    if "ActorDiedError" in trace or "RayActorError" in trace or "WorkerCrashedError" in trace:
+        return "its process was killed; by the system if memory ran out"
+    return _last_line(trace)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

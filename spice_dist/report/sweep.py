@@ -1,0 +1,231 @@
+"""The page about a sweep, and its table in the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from spice_dist.data.files import publish
+from spice_dist.objectives import OBJECTIVES, combined, importance, spearman
+from spice_dist.report import charts
+from spice_dist.report.page import duration, template
+
+Row = dict[str, Any]
+MEANINGS = {
+    "generalization": "how well a linear classifier of the base run's features predicts the clusters of other images",
+    "agreement": "mean agreement (ARI) between the heads, or the students, of a trial",
+    "silhouette": "how much closer an image is to its own cluster than to the next, in the base run's features",
+    "select_loss": "SPICE's loss of the chosen head, measured alike for all trials; lower is better",
+    "combined": "the mean place by all of these",
+}
+TOP = 10  # trials in the tables
+
+
+def write_sweep_report(folder: Path, found: Sequence[Row], ordered: Sequence[Row], objective: str) -> Path:
+    """Write SWEEP/report.html about these rows, `found` as they began and `ordered` the best first."""
+    about = json.loads((folder / "sweep.json").read_text())
+    finished = [row for row in ordered if row["state"] == "finished"]
+    names = sorted(about["ranges"])
+    shares = importances(finished, names, objective)
+    names.sort(key=lambda name: -shares[name])
+    page = template("sweep.html").render(
+        title=f"{about['space']} on {about['images'].split(',')[0]}",
+        objective=objective,
+        meanings=MEANINGS,
+        facts=facts(found, finished),
+        best=best_settings(finished, names, about["config"]),
+        correlations=correlations(finished),
+        parallel=parallel_coordinates(finished, names, objective) if len(finished) > 1 else None,
+        effects=[(name, shares[name], effect(finished, name, objective)) for name in names]
+        if len(finished) > 1
+        else [],
+        columns=[*names, *scores_of(finished)],
+        top=finished[:TOP],
+        failed=[row for row in found if row["state"] not in ("finished", "running")],
+        command=" ".join(about["command"] or []),
+        short=short,
+    )
+    path = folder / "report.html"
+    with publish(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def format_sweep(folder: Path, ordered: Sequence[Row]) -> str:
+    """The best trials and what each objective would have chosen, for a terminal."""
+    finished = [row for row in ordered if row["state"] == "finished"]
+    if not finished:
+        reasons = {row["reason"] for row in ordered if row["reason"]}
+        return f"no trial has finished{': ' * bool(reasons)}{'; '.join(sorted(reasons)[:3])}"
+    scores = scores_of(finished)
+    lines = [f"{'trial':>5} {'seconds':>8} " + " ".join(f"{name:>14}" for name in scores) + "  settings"]
+    for row in finished[:TOP]:
+        values = " ".join(f"{_plain(row.get(name)):>14}" for name in scores)
+        lines.append(f"{row['number']:>5} {row['seconds']:8.1f} {values}  {settings_line(row['settings'])}")
+    for name, rho, place in correlations(finished):
+        shown = "undefined" if rho is None else f"{rho:+.2f}"
+        lines.append(f"{name:<15} Spearman with ACC {shown}, its choice is number {place} of {len(finished)} by ACC")
+    others = len(ordered) - len(finished)
+    lines += [f"{others} trials failed or were stopped: the reasons are in trials.csv"] * (others > 0)
+    lines += ["", f"best         {folder / 'best.json'}   (spice-dist fit DATA --config ...)"]
+    return "\n".join([*lines, f"all trials   {folder / 'trials.csv'}", f"report       {folder / 'report.html'}"])
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """The settings by the last part of their names, which tells them apart well enough in a line."""
+    return " ".join(f"{name.rpartition('.')[2]}={_plain(value)}" for name, value in sorted(settings.items()))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def scores_of(finished: Sequence[Row]) -> list[str]:
+    """The scores that these trials have, the objectives first, ACC last."""
+    order = [*OBJECTIVES, "reliable", "nonempty", "size_entropy", "acc"]
+    return [name for name in order if any(name in row for row in finished)]
+
+
+def goodness(finished: Sequence[Row], objective: str) -> list[float]:
+    """The objective of every trial, higher is better."""
+    if objective == "combined":
+        return combined(finished, [name for name in OBJECTIVES if any(name in row for row in finished)]).tolist()
+    return [OBJECTIVES[objective] * row[objective] for row in finished]
+
+
+def correlations(finished: Sequence[Row]) -> list[tuple[str, float | None, int]]:
+    """(objective, Spearman's correlation with ACC, place by ACC of the trial that it chooses); empty without ACC."""
+    if not finished or not all("acc" in row for row in finished):
+        return []
+    accuracy = [row["acc"] for row in finished]
+    names = [name for name in OBJECTIVES if all(name in row for row in finished)]
+    table = []
+    for name in [*names, "combined"]:
+        values = goodness(finished, name)
+        chosen = accuracy[int(np.argmax(values))]
+        table.append((name, spearman(values, accuracy), 1 + sum(other > chosen for other in accuracy)))
+    return table
+
+
+def importances(finished: Sequence[Row], names: Sequence[str], objective: str) -> dict[str, float]:
+    values = goodness(finished, objective)
+    return {name: importance([row["settings"].get(name) for row in finished], values) for name in names}
+
+
+def facts(found: Sequence[Row], finished: Sequence[Row]) -> list[tuple[str, str]]:
+    """(name, value) for the head of the page."""
+    states = [row["state"] for row in found]
+    seconds = [row["seconds"] for row in finished]
+    counted = [(state, states.count(state)) for state in ("finished", "stopped", "failed", "running")]
+    known = [(f"Trials {state}", str(count)) for state, count in counted if count or state == "finished"]
+    return [*known, ("Median trial", duration(float(np.median(seconds))))] if seconds else known
+
+
+def best_settings(finished: Sequence[Row], names: Sequence[str], config: dict) -> list[tuple[str, str, str]]:
+    """(setting, the best trial's value, the value that the sweep started from)."""
+    if not finished:
+        return []
+    before = {name: _looked_up(config, name) for name in names}
+    return [(name, short(finished[0]["settings"].get(name)), short(before[name])) for name in names]
+
+
+def _looked_up(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def short(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return charts.short(value)
+    return str(value)
+
+
+class Axis:
+    """Where the values of one setting or score lie between 0 and 1: numbers by size, others in order of their names."""
+
+    def __init__(self, name: str, values: Sequence[Any]):
+        self.name = name
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        self.logarithmic = numbers and min(values) > 0 and max(values) > 20 * min(values)
+        self.names = [] if numbers else sorted({str(value) for value in values})
+        if numbers:
+            known = [self._scaled(value) for value in values]
+            self.low, self.high = min(known), max(known)
+            self.ends = [(0.0, short(float(min(values)))), (1.0, short(float(max(values))))]
+        else:
+            self.ends = [(self.place(value), value) for value in self.names]
+
+    def _scaled(self, value: float) -> float:
+        return float(np.log(value)) if self.logarithmic else float(value)
+
+    def place(self, value: Any) -> float:
+        if self.names:
+            return self.names.index(str(value)) / max(1, len(self.names) - 1)
+        return (self._scaled(value) - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+
+
+def parallel_coordinates(finished: Sequence[Row], names: Sequence[str], objective: str) -> Markup:
+    """A line per trial through its settings to its score, the better the darker, the best one marked."""
+    values = goodness(finished, objective)
+    columns = [(name.partition(".")[2] or name, [row["settings"].get(name) for row in finished]) for name in names]
+    columns.append((objective, values))
+    if all("acc" in row for row in finished):
+        columns.append(("ACC", [row["acc"] for row in finished]))
+    width, height, left, right, top, bottom = 1040, 380, 40, 60, 46, 26
+    axes = [Axis(name, column) for name, column in columns]
+    xs = np.linspace(left, width - right, len(axes))
+
+    def y(place: float) -> float:
+        return top + (1 - place) * (height - top - bottom)
+
+    parts = []
+    worst_first = sorted(range(len(finished)), key=lambda trial: values[trial])
+    for place, trial in enumerate(worst_first):
+        places = [axis.place(column[trial]) for axis, (_, column) in zip(axes, columns, strict=True)]
+        points = [f"{x:.1f} {y(there):.1f}" for x, there in zip(xs, places, strict=True)]
+        share = (place + 1) / len(finished)
+        look = "trial best" if place == len(finished) - 1 else "trial"
+        title = f"Trial {finished[trial]['number']}: {objective} {short(values[trial])}"
+        parts.append(
+            Markup('<path class="{}" style="opacity:{:.2f}" d="M{}"><title>{}</title></path>').format(
+                look, 0.08 + 0.55 * share**2 if look == "trial" else 1.0, "L".join(points), title
+            )
+        )
+    for number, (x, axis) in enumerate(zip(xs, axes, strict=True)):
+        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, y(1), y(0)))
+        high = 14 if number % 2 else 30  # two rows of names: they are long
+        parts.append(Markup('<text class="count mid" x="{:.1f}" y="{}">{}</text>').format(x, high, axis.name))
+        for place, text in axis.ends:
+            parts.append(Markup('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 5, y(place) + 4, text))
+    return charts.svg(f"Settings and score of {len(finished)} trials", width, height, parts)
+
+
+def effect(finished: Sequence[Row], name: str, objective: str) -> Markup:
+    """The score of every trial over one setting."""
+    values = goodness(finished, objective)
+    settings = [row["settings"].get(name) for row in finished]
+    across, up = Axis(name, settings), Axis(objective, values)
+    width, height, left, right, top, bottom = 320, 190, 16, 16, 12, 30
+
+    def x(place: float) -> float:
+        return left + 14 + place * (width - left - right - 28)
+
+    def y(place: float) -> float:
+        return top + (1 - place) * (height - top - bottom)
+
+    parts = [Markup('<path class="axis" d="M{} {}H{}"/>').format(left, height - bottom + 6, width - right)]
+    for row, setting, value in zip(finished, settings, values, strict=True):
+        parts.append(
+            Markup(
+                '<circle class="dot mark" cx="{:.1f}" cy="{:.1f}" r="3.4"><title>Trial {}: {}</title></circle>'
+            ).format(x(across.place(setting)), y(up.place(value)), row["number"], short(value))
+        )
+    for place, text in across.ends:
+        parts.append(Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(x(place), height - 6, text))
+    return charts.svg(f"{objective} over {name}", width, height, parts)
