@@ -121,9 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.add_argument("--out", type=Path, help="default: report.html in the run folder")
 
-    evaluate = commands.add_parser("evaluate", help="print the scores of a finished run, or probe its features")
+    evaluate = commands.add_parser("evaluate", help="print the scores of finished runs, or probe a run's features")
     evaluate.set_defaults(call=_evaluate)
-    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument(
+        "run", type=Path, nargs="+", help="of several, such as seeds, mean and standard deviation are printed"
+    )
     evaluate.add_argument(
         "--probe",
         action="append",
@@ -406,17 +408,26 @@ def _report(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, given: list[str]) -> None:
+    first, *others = options.run
     if options.probe is None:
-        _print_scores(options.run)
+        if others:
+            from spice_dist.report.table import format_seeds
+
+            print(format_seeds(options.run))
+        else:
+            _print_scores(first)
         return
     import torch
 
+    from spice_dist.errors import UserError
     from spice_dist.pipeline import Bar, StopSignal
     from spice_dist.probes import format_rows, probe_checkpoints
 
+    if others:
+        raise UserError("--probe takes one run at a time")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with StopSignal() as stop, Bar("probe", stop) as bar:
-        rows = probe_checkpoints(options.run, options.probe, device, bar.show)
+        rows = probe_checkpoints(first, options.probe, device, bar.show)
     print(format_rows(rows))
 
 

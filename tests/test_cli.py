@@ -83,6 +83,23 @@ def test_imc_swav_as_stage_1_scores_as_it_does_alone(tmp_path):
     assert "IMC-SwAV, stage 1" in (tmp_path / "stage 1/report.html").read_text()
 
 
+def test_several_runs_are_one_table_of_means_and_deviations(digits_run, tmp_path, capsys):
+    other = Path(shutil.copytree(digits_run, tmp_path / "other"))
+    metrics, scores = (json.loads((other / name).read_text()) for name in ("metrics.json", "spice_semi/eval.json"))
+    acc, silhouette = scores["acc"], metrics["select"]["silhouette"]
+    scores["acc"] += 0.2
+    metrics["select"]["silhouette"] += 0.1
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    (other / "spice_semi/eval.json").write_text(json.dumps(scores))
+    assert run("evaluate", digits_run, other) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 runs")
+    (spice,) = (line for line in lines if line.startswith("SPICE "))
+    assert spice.split()[1:4] == [f"{acc + 0.1:.3f}", "±", "0.141"]  # 0.2 / sqrt(2)
+    assert f"silhouette {silhouette + 0.05:.3f} ± 0.071" in " ".join(lines[-1].split())
+    assert run("evaluate", digits_run, other, "--probe", "knn") == 1
+
+
 def test_kmeans_on_pixels_scores_what_is_known_of_it(digits_run):
     metrics = json.loads((digits_run / "metrics.json").read_text())
     assert metrics["baselines"]["kmeans_pixels"]["acc"] == pytest.approx(0.792, abs=0.02)

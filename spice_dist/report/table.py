@@ -1,6 +1,9 @@
 """The scores of a finished run for a terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from spice_dist.report.run_folder import SCORES, load
 
@@ -29,3 +32,26 @@ def format_scores(run: Path) -> str:
     lines.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items()))
     lines += ["", f"assignments  {run / 'assignments.csv'}", f"report       {run / 'report.html'}"]
     return "\n".join(lines)
+
+
+def format_seeds(runs: Sequence[Path]) -> str:
+    """A table of several runs: mean ± standard deviation (of a sample) of every score, as in the published tables."""
+    found = [load(run) for run in runs]
+    lines = [f"{len(runs)} runs, mean ± standard deviation"]
+    labelled = [run.scores for run in found if run.has_labels]
+    if labelled:
+        lines.append(" " * 20 + "".join(f"{HEADINGS[name]:>15}" for name in SCORES))
+        for method in labelled[0]:
+            of_method = [scores.get(method) or {} for scores in labelled]
+            cells = "".join(f"{_spread([scores.get(name) for scores in of_method]):>15}" for name in SCORES)
+            lines.append(f"{method:<20}{cells}")
+    else:
+        lines.append("No true labels, so no ACC, NMI or ARI.")
+    selected = [run.metrics["select"] for run in found]
+    spreads = (f"{name} {_spread([values.get(name) for values in selected])}" for name in selected[0])
+    return "\n".join([*lines, "", "without labels: " + ", ".join(spreads)])
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = np.array([np.nan if value is None else value for value in values])
+    return f"{known.mean():.3f} ± {known.std(ddof=1) if len(known) > 1 else 0:.3f}"

@@ -1,0 +1,179 @@
+"""The sbatch files on a real SLURM of two nodes: a local run's result, through everything that ends a job early."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spice_dist import cli
+from spice_dist.distributed import checkpoint
+from tests.slurm.cluster import SlurmCluster, slurm_cluster, wait_until
+from tests.slurm.nodes import REPOSITORY
+from tests.test_cli import TINY
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+# stage 1 takes about a minute on two idle cores, so that there is time to end it early
+SETTINGS = [*TINY[2:], "--set", "moco.epochs=50"]
+JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> bytes:
+    """The assignments that one process makes, without SLURM and Ray."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert cli.main(["fit", "digits", "--out", str(out), "--workers", "0", *SETTINGS]) == 0
+    return (out / "assignments.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all nodes see."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def slurm(shared) -> Iterator[SlurmCluster]:
+    with slurm_cluster(["node1", "node2"], [shared]) as cluster:
+        yield cluster
+
+
+class Job:
+    """One submission of an sbatch file; its output is shown when a test fails."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path, *arguments: str | Path, **variables: str):
+        """`arguments`: options of sbatch, the file, and what it is given."""
+        self.slurm, self.log = slurm, folder / "job.out"
+        folder.mkdir(exist_ok=True)
+        variables = {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25", **variables}
+        self.number = slurm.submit(*JOB, f"--output={self.log}", *arguments, **variables)
+
+    def wait(self, *states: str, seconds: float = 400.0) -> dict[str, str]:
+        try:
+            return self.slurm.wait(self.number, states, seconds)
+        except AssertionError:
+            print(self.log.read_text() if self.log.exists() else "no output")
+            raise
+
+    def wait_for_training(self, run: Path) -> None:
+        self.wait("RUNNING")
+        wait_until(lambda: (run / "moco/metrics.jsonl").exists() or self.failed(), 300)
+
+    def states(self) -> set[str]:
+        """Of the tasks of an array."""
+        return set(self.slurm.command("squeue", "-h", "--states=all", "-j", self.number, "-r", "-o", "%T").split())
+
+    def failed(self) -> bool:
+        """False, or an AssertionError that shows the output."""
+        state = self.slurm.job(self.number)["JobState"]
+        assert state == "RUNNING", f"{state}: {self.log.read_text()}"
+        return False
+
+
+def fit(slurm: SlurmCluster, folder: Path, *options: str, **variables: str) -> Job:
+    given = [option for option in options if option.startswith("--signal")]
+    rest = [option for option in options if option not in given]
+    file = REPOSITORY / "slurm/fit.sbatch"
+    command = ["fit", "digits", "--out", folder / "run", *SETTINGS, *rest]
+    return Job(slurm, folder, "--nodes=2", *given, file, *command, **variables)
+
+
+def require_quiet(slurm: SlurmCluster, *names: str) -> None:
+    """AssertionError if a job left a process, or a file outside what it was asked to write."""
+    wait_until(lambda: slurm.idle_nodes() == 2, 60)
+    for name in names:
+        wait_until(lambda name=name: set(slurm.nodes.processes(name).values()) == {f"slurmd -D -N {name}"}, 5)
+        assert slurm.nodes.run(name, "find", "/tmp", "-maxdepth", "1", "-name", "spice-[0-9]*") == ""
+
+
+def resumed_at(run: Path) -> list[int]:
+    """The steps at which stage 1 was begun and gone on with, in that order."""
+    return sorted(int(path.suffix[1:]) for path in (run / "moco/events").iterdir())
+
+
+def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared, alone):
+    folder = shared / "two"
+    job = fit(slurm, folder, SPICE_SCRATCH="/tmp/disk")
+    job.wait_for_training(folder / "run")
+    for name in slurm.nodes.names:
+        workers = [command for command in slurm.nodes.processes(name).values() if "RayTrainWorker" in command]
+        assert len(workers) == 1
+        assert slurm.nodes.run(name, "find", "/tmp/disk", "-name", "dataset.beton") != ""
+        tokens = slurm.nodes.run(name, "find", "/tmp", "-path", "/tmp/spice-*/token*", "-printf", "%m\n").split()
+        assert set(tokens) == {"600"}
+    job.wait("COMPLETED")
+    assert (folder / "run/assignments.csv").read_bytes() == alone
+    require_quiet(slurm, *slurm.nodes.names)
+
+
+def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slurm, shared, alone):
+    folder = shared / "limit"
+    job = fit(slurm, folder, "--signal=B:USR1@60")
+    job.wait_for_training(folder / "run")
+    slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds")
+    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 90)
+    slurm.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
+    job.wait("COMPLETED")
+    begun, gone_on = resumed_at(folder / "run")
+    assert begun == 0 < gone_on
+    assert (folder / "run/assignments.csv").read_bytes() == alone
+
+
+def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alone):
+    folder, interval, saving = shared / "killed", 4.0, 3.0
+    store = folder / "run/moco/checkpoints"
+    job = fit(slurm, folder, "--checkpoint-seconds", str(interval))
+    job.wait_for_training(folder / "run")
+    wait_until(lambda: list(store.glob("0*/manifest.json")), 60)
+    slurm.nodes.kill("node2")
+    killed_at = time.time()
+    newest = max(store.glob("0*/manifest.json"))
+    assert newest.stat().st_mtime > killed_at - interval - saving
+    slurm.nodes.boot("node2")
+    slurm.start_node("node2")
+    job.wait("COMPLETED")
+    assert int(slurm.job(job.number)["Restarts"]) >= 1
+    assert resumed_at(folder / "run")[1] >= int(newest.parent.name)
+    assert (folder / "run/assignments.csv").read_bytes() == alone
+
+
+def test_scancel_saves_and_leaves_no_process(slurm, shared):
+    folder = shared / "cancelled"
+    job = fit(slurm, folder, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
+    job.wait_for_training(folder / "run")
+    slurm.command("scancel", job.number)
+    job.wait("CANCELLED", seconds=60)
+    require_quiet(slurm, *slurm.nodes.names)
+    saved = checkpoint.newest(folder / "run/moco/checkpoints")
+    assert saved is not None
+    assert saved.step > 0
+    assert "back into the queue" not in job.log.read_text()
+
+
+def test_any_command_runs_and_ray_has_the_gpus_that_slurm_gave(slurm, shared):
+    folder = shared / "gpus"
+    job = Job(
+        slurm, folder, "--nodes=2", "--gpus-per-node=1", REPOSITORY / "slurm/fit.sbatch", "evaluate", shared / "none"
+    )
+    job.wait("FAILED")
+    assert "Ray runs on 2 of 2 nodes: 2 CPUs, 2 GPUs" in job.log.read_text()
+    assert f"spice-dist: {shared / 'none'} is not a folder" in job.log.read_text()
+
+
+def test_an_array_of_seeds_leaves_one_table(slurm, shared):
+    folder = shared / "seeds"
+    settings = [*TINY[2:], "--workers", "1"]
+    job = Job(
+        slurm, folder, "--array=0-1", f"--output={folder}/%a.out", REPOSITORY / "slurm/seeds.sbatch", "digits",
+        "--out", folder / "runs", *settings,
+    )  # fmt: skip
+    wait_until(lambda: "RUNNING" not in job.states() and "PENDING" not in job.states(), 300)
+    assert job.states() == {"COMPLETED"}
+    assert (folder / "runs/seeds.txt").read_text().startswith("2 runs, mean ± standard deviation")
+
+
+def test_shell_files_pass_shellcheck():
+    files = [*REPOSITORY.glob("slurm/*.sbatch"), *REPOSITORY.glob("launch/*.sh"), REPOSITORY / ".ci/run"]
+    assert len(files) > 5
+    subprocess.run(["shellcheck", "-x", *files], check=True, cwd=REPOSITORY)
