@@ -159,10 +159,11 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--method",
-        choices=("spice", "imc_swav", "scan"),
+        choices=("spice", "imc_swav", "scan", "fixmatch", "supervised"),
         default="spice",
         help="imc_swav: learn features and clusters in one stage, from crops of two sizes; scan: cluster by nearest "
-        "neighbours and self-labelling after stage 1 (default: spice)",
+        "neighbours and self-labelling after stage 1; fixmatch, supervised: baselines that USE TRUE LABELS, "
+        "given_labels.per_class of each class, with and without the other images (default: spice)",
     )
     command.add_argument("--seed", type=int, help="another seed, another run (default 0)")
     command.add_argument(
@@ -222,7 +223,8 @@ def _add_ingest_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--labels",
         choices=("folder", "array", "list"),
-        help="where true labels are, for scores only: sub-folder names, an array of the .npz, a column of the list",
+        help="where true labels are, for scores only (and for --method fixmatch and supervised): sub-folder names, an "
+        "array of the .npz, a column of the list",
     )
     command.add_argument(
         "--split",

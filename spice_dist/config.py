@@ -13,6 +13,7 @@ from typing import Any
 
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
+from spice_dist.methods.given_labels import GivenLabelsConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
@@ -34,6 +35,7 @@ class Config(Task):
     imc_swav: ImcSwavConfig = field(default_factory=ImcSwavConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
     self_label: SelfLabelConfig = field(default_factory=SelfLabelConfig)
+    given_labels: GivenLabelsConfig = field(default_factory=GivenLabelsConfig)
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

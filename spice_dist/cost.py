@@ -21,6 +21,7 @@ from spice_dist.methods.plumbing import autocast, place
 from spice_dist.methods.spice_semi import network_task
 from spice_dist.models.backbone import Backbone, BackboneConfig
 from spice_dist.neighbors import BLOCK_GPU
+from spice_dist.task import USING_LABELS
 
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
 USED = 0.2  # share of it that training a ResNet reaches
@@ -85,6 +86,8 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
     count = _Count(config, training, clustered, workers * passes)
     pretext = {"moco": count.moco, "byol": count.byol, "imc_swav": count.imc_swav}
     found = [pretext[config.pretext]()] if config.pretext in pretext else []
+    if config.method in USING_LABELS:
+        return [count.spice_semi()]
     found.append(count.features())
     if config.method == "spice":
         found += [count.spice_self(), count.reliable(), count.spice_semi()]

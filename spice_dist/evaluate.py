@@ -1,4 +1,7 @@
-"""The end of a run: assignments of every image, and scores. Only this, metrics.py and probes.py see true labels."""
+"""The end of a run: assignments of every image, and scores.
+
+Only this, metrics.py and probes.py see true labels, and methods/given_labels.py, whose baselines learn from some.
+"""
 
 import csv
 import io
@@ -22,9 +25,10 @@ from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
+from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import Task
+from spice_dist.task import USING_LABELS, Task
 
 KMEANS_BYTES = 256 << 20  # k-means baselines are fitted on a random sample of this size and assigned to all
 Scores = dict[str, float] | None
@@ -49,12 +53,13 @@ def evaluate(
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
     reliable = np.load(run / "reliable/labels.npy")
-    result = _judge(joint, run, net, images, manifest, reliable != UNRELIABLE, by_head, loss, progress)
+    scored, kept = _scored(manifest), reliable != UNRELIABLE
+    result, _ = _judge(joint, run, net, images, manifest, scored, kept, by_head, loss, progress)
     y_true = _true_labels(run)
     if task.pretext == "imc_swav" and y_true is not None:
         stage1 = place(imc_swav.network(task, run), device)
         clusters = inference.probabilities(stage1, images, task.backbone.statistics, precision=task.precision).argmax(1)
-        publish_json(run / "imc_swav/eval.json", _scores(y_true, manifest, clusters))
+        publish_json(run / "imc_swav/eval.json", _scores(y_true, scored, clusters))
     images.close()
 
     summary = json.loads((run / "reliable/summary.json").read_text())
@@ -68,7 +73,7 @@ def evaluate(
         "advice": summary["advice"],
     }
     _write_head_selection(task, run, y_true, manifest.clustered)
-    publish_json(run / "spice_self/eval.json", _scores(y_true, manifest, selected))
+    publish_json(run / "spice_self/eval.json", _scores(y_true, scored, selected))
     publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
@@ -91,7 +96,8 @@ def evaluate_imc_swav(
     )
     with torch.no_grad():
         by_head = torch.cat([classifiers(z).argmax(2).cpu() for z in raw], 1).numpy()  # H N
-    result = _judge(task, run, net, images, manifest, np.zeros(manifest.n, bool), by_head, loss, progress)
+    none = np.zeros(manifest.n, bool)
+    result, _ = _judge(task, run, net, images, manifest, _scored(manifest), none, by_head, loss, progress)
     images.close()
     result |= {"seconds": seconds, "eval_bn": config.eval_bn}
     result["reliable"] = {"count": 0, "fraction": 0.0, "acc": None}
@@ -108,11 +114,50 @@ def evaluate_scan(
     before, loss = scan.trained(task, run)
     by_head = _labels_by_head(task, place(before, device), images)
     net = place(scan.network(task, run), device)
-    result = _judge(task, run, net, images, manifest, np.zeros(manifest.n, bool), by_head, loss, progress)
+    scored, none = _scored(manifest), np.zeros(manifest.n, bool)
+    result, _ = _judge(task, run, net, images, manifest, scored, none, by_head, loss, progress)
     images.close()
     result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
-    publish_json(run / "scan/eval.json", _scores(_true_labels(run), manifest, by_head[int(loss.argmin())]))
+    publish_json(run / "scan/eval.json", _scores(_true_labels(run), scored, by_head[int(loss.argmin())]))
     publish_json(run / "self_label/eval.json", result["eval"])
+    publish_json(run / "metrics.json", result)
+    return result
+
+
+def evaluate_given_labels(
+    task: Task, semi: SpiceSemiConfig, run: Path, device: torch.device, seconds: dict[str, float],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `evaluate`, of a run that learned from given labels; scores are of images whose labels were not.
+
+    `given_labels.accuracy` is the share of these put into their own class, without the matching behind ACC. The
+    features that are left are those of the trained network.
+    """
+    joint = network_task(task, semi)
+    net = place(new_network(joint, semi, run), device)
+    net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
+    images, manifest = open_dataset(task, run, device)
+    every = np.arange(images.n)
+    chunks = inference.outputs(
+        net.backbone, images, every, joint.backbone.statistics, lambda done, total: None, task.precision
+    )
+    features = torch.cat([unit(found).half().cpu() for found in chunks]).numpy()
+    (run / "features").mkdir(exist_ok=True)
+    with publish(run / "features/features.npy") as file:
+        np.save(file, features)
+
+    given = np.load(run / "given_labels/labels.npy") != UNRELIABLE
+    scored = _scored(manifest)
+    scored = scored[~given[scored]]
+    none, no_heads = np.zeros(manifest.n, bool), np.zeros((0, manifest.n), np.int64)
+    result, assigned = _judge(joint, run, net, images, manifest, scored, none, no_heads, torch.zeros(0), progress)
+    images.close()
+    y_true = np.load(run / "data/labels.npy")
+    known = y_true[: manifest.clustered]
+    own_class = np.unique(known[known >= 0])[assigned[scored]] == y_true[scored]
+    result["given_labels"] = {"count": int(given.sum()), "scored": len(scored), "accuracy": float(own_class.mean())}
+    result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
+    publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
 
@@ -129,37 +174,43 @@ def _judge(
     net: ClusterNet | ClassifierNet,
     images: Images,
     manifest: Ingested,
+    scored: Int[np.ndarray, " M"],
     reliable: Bool[np.ndarray, " N"],
     by_head: Int[np.ndarray, "H N"],
     loss: Float[Tensor, " H"],
     progress: Progress,
-) -> dict[str, Any]:
-    """What every method has in common: leaves `model/` and `assignments.csv`, returns its part of metrics.json."""
+) -> tuple[dict[str, Any], Int[np.ndarray, " N"]]:
+    """What every method has in common: leaves `model/` and `assignments.csv`, returns its part of metrics.json and the
+    cluster of each image. Scores are of the images `scored`."""
     inference.save_model(net, task, run / "model")
     probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
     assigned, confidence = probs.argmax(1), probs.max(1)
     write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable)
     features = np.load(run / "features/features.npy", mmap_mode="r")
-    baselines = {
-        "kmeans_pixels": kmeans(manifest, task, lambda index: _pixels(images, index)),
-        "kmeans_features": kmeans(manifest, task, lambda index: features[index].astype(np.float32)),
-    }
-    y_true, scored = _true_labels(run), _scored(manifest)
+    blind = task.method not in USING_LABELS
+    baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: _pixels(images, index))}
+    if blind:  # no baseline are features that have seen labels
+        baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
+    selection = {
+        "select_loss": float(loss.min()),
+        "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
+    } if len(loss) else {}  # fmt: skip
+    y_true = _true_labels(run)
     sizes = metrics.cluster_sizes(assigned, task.clusters)
-    return {
+    result = {
         "method": task.method,
+        "uses_labels": not blind,
         "n": len(assigned),
         "k": task.clusters,
         "nonempty": int((sizes > 0).sum()),
         "select": {
-            "select_loss": float(loss.min()),
-            "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
+            **selection,
             "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
             "mean_confidence": float(confidence.mean()),
             "size_entropy": metrics.size_entropy(assigned, task.clusters),
         },
-        "eval": _scores(y_true, manifest, assigned),
-        "baselines": {name: _scores(y_true, manifest, clusters) for name, clusters in baselines.items()},
+        "eval": _scores(y_true, scored, assigned),
+        "baselines": {name: _scores(y_true, scored, clusters) for name, clusters in baselines.items()},
         "heads": [
             {
                 "select_loss": float(value),
@@ -168,10 +219,10 @@ def _judge(
             for value, labels in zip(loss, by_head, strict=True)
         ],
     }
+    return result, assigned
 
 
-def _scores(y_true: np.ndarray | None, manifest: Ingested, y_pred: np.ndarray) -> Scores:
-    scored = _scored(manifest)
+def _scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) -> Scores:
     return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
 

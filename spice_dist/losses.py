@@ -117,12 +117,14 @@ def consistency(
     """FixMatch's unlabelled term, SPICE eqs. (8) and (9): (loss, share of images above the threshold).
 
     An image whose weak view is predicted with probability >= threshold, which may be one for each class, passes that
-    class on to its strong view; the sum of the cross-entropies is divided by U, not by the number that passed.
+    class on to its strong view; the sum of the cross-entropies is divided by U, not by the number that passed. Of no
+    images at all both are 0.
     """
+    images = max(1, len(weak_logits))
     confidence, target = F.softmax(weak_logits.detach().float(), dim=1).max(1)
     passed = (confidence >= (threshold[target] if isinstance(threshold, Tensor) else threshold)).float()
-    loss = (F.cross_entropy(strong_logits.float(), target, reduction="none") * passed).mean()
-    return loss, passed.mean()
+    loss = (F.cross_entropy(strong_logits.float(), target, reduction="none") * passed).sum() / images
+    return loss, passed.sum() / images
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A run: the stages in order, each skipped when finished, resumed when interrupted, refused when it no longer fits."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,12 +26,12 @@ from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker, Storage
 from spice_dist.errors import Interrupted, UserError, out_of_memory
-from spice_dist.evaluate import evaluate, evaluate_imc_swav, evaluate_scan, relabel
-from spice_dist.methods import byol, imc_swav, moco, reliable, scan, spice_self, spice_semi
+from spice_dist.evaluate import evaluate, evaluate_given_labels, evaluate_imc_swav, evaluate_scan, relabel
+from spice_dist.methods import byol, given_labels, imc_swav, moco, reliable, scan, spice_self, spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import Task, check_task, require_positive
+from spice_dist.task import USING_LABELS, Task, check_task, require_positive
 
 # no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn")
@@ -103,7 +105,7 @@ def _opened(
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, sizes, threads, launch, stop)
         images = f"{len(source.paths)} images, {listing(source)[:16]}"
-        settings = _settings(config, images)
+        settings = _settings(config, images, _fingerprint(source.labels))
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
         _write_config(run, images, command)
@@ -192,6 +194,7 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> set[str]:
         "features": lambda bar: _embed(run, bar),
         "spice_self": lambda bar: _cluster_features(run, bar),
         "reliable": lambda bar: _select_labels(run, bar),
+        "given_labels": lambda bar: _give_labels(run, bar),
         "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
         "scan": lambda bar: _train(run, scan.train, config.scan, "scan", bar),
         "self_label": lambda bar: _train(run, scan.self_label, config.self_label, "self_label", bar),
@@ -220,6 +223,8 @@ def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str])
                 evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
             elif config.method == "scan":
                 evaluate_scan(brief, folder, device, seconds, bar.show)
+            elif config.method in USING_LABELS:
+                evaluate_given_labels(brief, config.spice_semi, folder, device, seconds, bar.show)
             else:
                 evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -315,6 +320,11 @@ def _select_labels(run: Run, bar: "Bar") -> None:
         _train_here(run, run.config, reliable.select, run.config.reliable, "reliable", bar)
     else:
         _train(run, reliable.select, run.config.reliable, "reliable", bar)
+
+
+def _give_labels(run: Run, bar: "Bar") -> None:
+    relabel(run.folder, run.source)  # the images may have been packed without labels
+    _train_here(run, run.config, given_labels.give, run.config.given_labels, "given_labels", bar)
 
 
 def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
@@ -414,7 +424,11 @@ class Bar:
         self.tqdm.update(done - self.tqdm.n)
 
 
-def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
+def _fingerprint(labels: np.ndarray | None) -> str:
+    return hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _settings(config: Config, images: str, labels: str) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
@@ -424,6 +438,10 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
         },
         "features": ("precision", "pretext", "backbone"),
     }
+    if config.method in USING_LABELS:
+        del names["features"]
+        names["given_labels"] = ("seed", "clusters", "given_labels")
+        names["spice_semi"] = ("bn_groups", "precision", "backbone", "spice_semi")
     if config.pretext == "imc_swav":
         names["imc_swav"] = ("clusters", *names["imc_swav"])
     if config.method == "spice":
@@ -438,6 +456,8 @@ def _settings(config: Config, images: str) -> dict[str, dict[str, Any]]:
     depends: dict[str, Any] = {"images": images}
     settings = {}
     for stage, own in names.items():
+        if stage == "given_labels":
+            depends["labels"] = labels
         depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
         settings[stage] = dict(depends)
         depends["weights"] = weights_fingerprint(config.backbone)  # of every stage but the first
@@ -463,6 +483,11 @@ def check_settings(config: Config, images: Source | Ingested, data: str) -> None
     if config.method == "scan":
         scan.check(config, config.scan, num_images)
         scan.check_self_label(config, config.self_label, num_images)
+    if config.method in USING_LABELS:
+        spice_semi.check(config, config.spice_semi)
+        given_labels.check(config, config.given_labels, config.spice_semi)
+        if isinstance(images, Source):
+            given_labels.draw(config, config.given_labels, images.labels, num_images, images.held_out)
 
 
 def _write_config(run: Run, images: str, command: list[str] | None) -> None:

@@ -18,6 +18,7 @@ from spice_dist.methods.scan import ScanConfig, SelfLabelConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.models.backbone import BackboneConfig
+from spice_dist.task import USING_LABELS
 
 
 def digits(num_images: int = 1797) -> Config:
@@ -50,7 +51,7 @@ def digits(num_images: int = 1797) -> Config:
             global_view=view,
             local_view=replace(view, crop_scale=(0.35, 0.7), size=6),
         ),
-        scan=ScanConfig(epochs=30, batch=256, lr=1e-3, neighbors=10, heads=5, view=view),
+        scan=ScanConfig(lr=5e-4, heads=3, view=view),
         self_label=SelfLabelConfig(epochs=30, batch=256, view=view),
     )
 
@@ -269,6 +270,13 @@ def imc_swav(config: Config, name: str) -> Config:
     return replace(config, bn_groups=1, backbone=IMC_BACKBONES[name])
 
 
+def given_labels(config: Config, method: str) -> Config:
+    """The recipe for a baseline that learns from true labels: stage 3 alone, from scratch or the backbone's weights."""
+    ratio = 0 if method == "supervised" else config.spice_semi.ratio
+    semi = replace(config.spice_semi, init="scratch", ratio=ratio)
+    return replace(config, method=method, pretext="none", spice_semi=semi)
+
+
 RECIPES: dict[str, Callable[[int], Config]] = {
     function.__name__: function
     for function in (
@@ -286,4 +294,6 @@ def recipe(name: str, num_images: int, method: str = "spice") -> Config:
     if name not in RECIPES:
         raise UserError(f'there is no recipe "{name}"; there are {", ".join(RECIPES)}')
     config = RECIPES[name](num_images)
+    if method in USING_LABELS:
+        return given_labels(config, method)
     return imc_swav(config, name) if method == "imc_swav" else replace(config, method=method)

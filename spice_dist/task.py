@@ -6,7 +6,8 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
 
-METHODS = ("spice", "imc_swav", "scan")
+METHODS = ("spice", "imc_swav", "scan", "fixmatch", "supervised")
+USING_LABELS = ("fixmatch", "supervised")  # baselines that learn from some true labels
 PRETEXTS = ("moco", "byol", "imc_swav", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -17,7 +18,7 @@ class Task:
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
     precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
-    method: str = "spice"  # or "scan"; or "imc_swav", whose one stage, which is its pretext, clusters by itself
+    method: str = "spice"  # or "scan"; "imc_swav", whose one stage is its pretext; or one of USING_LABELS
     pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -41,7 +42,9 @@ def check_task(task: Task) -> None:
         raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:
         raise UserError(f"--seed is {task.seed}; give 0 or more")
-    if task.pretext == "none" and not task.backbone.weights:
+    if task.method in USING_LABELS and task.pretext != "none":
+        raise UserError(f'method "{task.method}" has no stage 1: leave pretext "{task.pretext}" out')
+    if task.pretext == "none" and not task.backbone.weights and task.method not in USING_LABELS:
         raise UserError(
             'pretext is "none", and the backbone has no weights to go on with: give --backbone NAME --weights timm, '
             "--weights FILE, or a pretext"

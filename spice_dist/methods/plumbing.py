@@ -109,7 +109,7 @@ def own_positions(sizes: Sequence[int], worker: Worker) -> Int[Tensor, " b"]:
 
 def by_group(parts: Sequence[Tensor], groups: int) -> Tensor:
     """(G, V, ...): what each BatchNorm group sees, its share of every part of a batch in turn."""
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+    return torch.cat([part.unflatten(0, (groups, len(part) // groups)) for part in parts], dim=1)
 
 
 def view_pairs(

@@ -51,7 +51,7 @@ from spice_dist.models.split_batch_norm import set_momentum, update_statistics
 from spice_dist.models.wide_resnet import SHAPES
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import Task, require_positive
+from spice_dist.task import USING_LABELS, Task, require_positive
 
 DRAW, WEAK, STRONG, SAMPLE = 20, 21, 22, 23  # streams of random numbers
 CALIBRATED = 2048  # images by which the temperature of stage 2's head is found
@@ -64,7 +64,7 @@ ENOUGH = 100  # predictions for each cluster from which it can be told that one 
 class SpiceSemiConfig:
     steps: int = 2**20
     labelled: int = 64  # L, images per step with a reliable label, all workers together
-    ratio: int = 7  # mu = U / L, other images per labelled one
+    ratio: int = 7  # mu = U / L, other images per labelled one; 0: labelled ones alone
     threshold_rule: str = "fixed"  # "adaptive": FreeMatch's, which rises with the network's confidence, class by class
     threshold: float = 0.95  # eta of the fixed rule, confidence from which a prediction is taken as a label
     threshold_momentum: float = 0.999  # lambda of the adaptive rule
@@ -90,7 +90,8 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         UserError: no image has a reliable label, or these settings cannot train.
     """
     images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
-    labels = torch.from_numpy(np.load(worker.run / "reliable/labels.npy"))
+    path = "given_labels/labels.npy" if task.method in USING_LABELS else "reliable/labels.npy"
+    labels = torch.from_numpy(np.load(worker.run / path))
     if not (labels != UNRELIABLE).any():
         raise UserError(
             "no image has a reliable label to start from; use --set reliable.rule=adaptive, ask for fewer clusters, "
@@ -131,12 +132,15 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak = augment.apply(config.weak, image, position, (task.seed, step, WEAK), task.backbone.statistics)
         key = (task.seed, step, STRONG)
-        strong = augment.apply(config.strong, image[labelled:], position[labelled:], key, task.backbone.statistics)
+        strong = weak[labelled:]
+        if config.ratio:
+            strong = augment.apply(config.strong, image[labelled:], position[labelled:], key, task.backbone.statistics)
+        watched = weak[labelled:] if config.ratio else weak
         threshold = config.threshold if config.threshold_rule == "fixed" else adaptive.of_classes()
 
         optimizer.zero_grad()
         sums = torch.zeros(4, device=worker.device)
-        predictions: list[Tensor] = []  # logits of the weak views, pass by pass
+        predictions: list[Tensor] = []  # logits of the watched views, pass by pass
         views = by_group([weak[:labelled], weak[labelled:], strong], groups)  # G V C H W
         sizes = [labelled // groups, *[len(strong) // groups] * 2]
         labels_of_pass = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
@@ -150,7 +154,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
             loss.backward()
             agreed = (taught_logits.argmax(1) == label).float().mean()
             sums += torch.stack([(supervised + consistent).detach(), supervised.detach(), passed, agreed]) / passes
-            predictions.append(weak_logits.detach())
+            predictions.append((weak_logits if config.ratio else taught_logits).detach())
         optimizer.step()
         update_statistics(net)
         follow(ema, net, config.ema)
@@ -160,7 +164,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         if config.threshold_rule == "adaptive":
             update_threshold(adaptive, predictions)
             metrics["threshold"] = adaptive.confidence
-        probes = monitor.see(step + 1, ema, weak[labelled:], predictions, reliable)
+        probes = monitor.see(step + 1, ema, watched, predictions, reliable)
         worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer), probes)
     images.close()
 
@@ -249,7 +253,7 @@ class Monitor:
             empty = [cluster for cluster in reliable.clusters() if since_judgement[cluster] == 0]
             if empty and not self.told and self.worker.rank == 0:
                 self.told = True
-                tqdm.write(collapsed(step, empty, self.config), sys.stderr)
+                tqdm.write(collapsed(step, empty, self.task, self.config), sys.stderr)
         return (since_line > 0).float().mean()
 
     @torch.no_grad()
@@ -265,14 +269,16 @@ class Monitor:
         return torch.tensor(speed, device=self.worker.device)
 
 
-def collapsed(step: int, empty: list[int], config: SpiceSemiConfig) -> str:
+def collapsed(step: int, empty: list[int], task: Task, config: SpiceSemiConfig) -> str:
     """One line: which clusters have vanished, and what to do."""
+    labels_given = task.method in USING_LABELS
     named = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)
     remedies = ["use --set spice_semi.threshold_rule=adaptive"] * (config.threshold_rule == "fixed")
     remedies += ["use --set spice_semi.balanced_draw=True"] * (not config.balanced_draw)
     own = config.network or config.mean
-    remedies += ["use --set spice_semi.init=stage2"] * (config.init == "scratch" and not own)
-    remedies += [f"lower spice_semi.lr, now {config.lr:g}", "ask for fewer clusters"]
+    remedies += ["use --set spice_semi.init=stage2"] * (config.init == "scratch" and not own and not labels_given)
+    remedies += [f"lower spice_semi.lr, now {config.lr:g}"]
+    remedies += ["give more labels" if labels_given else "ask for fewer clusters"]
     many = "s" * (len(empty) > 1)
     return f"step {step}: no image is predicted into cluster{many} {named} any more; {', or '.join(remedies)}"
 
@@ -399,7 +405,9 @@ def images_of_steps(
 
 def check(task: Task, config: SpiceSemiConfig) -> None:
     """UserError if these settings cannot train."""
-    require_positive("spice_semi", steps=config.steps, labelled=config.labelled, ratio=config.ratio)
+    require_positive("spice_semi", steps=config.steps, labelled=config.labelled)
+    if config.ratio < 0:
+        raise UserError(f"spice_semi.ratio is {config.ratio}; give 1 or more, or 0 for labelled images alone")
     choices = {"init": ("scratch", "stage2"), "threshold_rule": THRESHOLDS}
     for name, allowed in choices.items():
         if (value := getattr(config, name)) not in allowed:

@@ -20,7 +20,7 @@ from spice_dist.report.gallery import (
     principal_axes,
     read_images,
 )
-from spice_dist.report.run_folder import SCORES, Run, load, mapping, number
+from spice_dist.report.run_folder import LEARN_FROM_LABELS, SCORES, Run, load, mapping, number
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -90,6 +90,7 @@ def render(run: Run, images: ReadImages) -> str:
     return template("template.html").render(
         title=title(run),
         summary=summary(run),
+        labels_note=run.labels_note,
         facts=facts(run),
         score_titles=SCORE_TITLES,
         score_rows=score_rows(run),
@@ -308,11 +309,14 @@ def curves(run: Run) -> list[dict]:
         if not found:
             continue
         others = [name for name in found if name != "loss"]
+        name, about = STAGE_TITLES[stage]
+        if stage == "spice_semi" and run.labels_note:
+            name, about = LEARN_FROM_LABELS[run.metrics["method"]], "Trains the whole network, from the labels given."
         steps = max(int(curve.steps[-1]) for curve in found.values())
         stages.append(
             {
-                "name": STAGE_TITLES[stage][0],
-                "about": STAGE_TITLES[stage][1],
+                "name": name,
+                "about": about,
                 "steps": f"{steps:,}",
                 "averaged": any(len(curve.steps) > charts.MAX_POINTS for curve in found.values()),
                 "loss": charts.line_chart(found["loss"], "loss", 560, 300) if "loss" in found else None,

@@ -16,6 +16,7 @@ import numpy as np
 from spice_dist.errors import DamagedFile, UserError
 
 STAGES = ("moco", "byol", "spice_self", "spice_semi", "imc_swav", "scan", "self_label")  # with curves, in order
+LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 
 
@@ -41,6 +42,18 @@ class Run:
     manifest: dict
     quarantine: list[tuple[str, str]]  # (path, reason), the first ones
     num_quarantined: int
+
+    @property
+    def labels_note(self) -> str:
+        """What must be said of a run that learned from true labels; empty for any other."""
+        if self.metrics.get("method") not in LEARN_FROM_LABELS:
+            return ""
+        given = mapping(self.metrics.get("given_labels"))
+        count, scored = (number(given.get(name)) or 0 for name in ("count", "scored"))
+        return (
+            f"This run USED TRUE LABELS: it learned from {count:,.0f} of them and is no clustering without labels. "
+            f"Scores are of the {scored:,.0f} images whose labels were not given."
+        )
 
     @property
     def has_labels(self) -> bool:
@@ -118,6 +131,10 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
         "Features + k-means": read_scores(baselines.get("kmeans_features")),
     }
+    if metrics.get("method") in LEARN_FROM_LABELS:
+        count = number(mapping(metrics.get("given_labels")).get("count")) or 0
+        del rows["Features + k-means"]  # they have seen labels
+        return rows | {f"{LEARN_FROM_LABELS[metrics['method']]} ({count:.0f} labels)": final}
     if metrics.get("method") == "scan":
         alone = read_scores(read_json(folder / "scan" / "eval.json"))
         return rows | {"SCAN, no self-label": alone, "SCAN": final}

@@ -13,7 +13,7 @@ HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo"
 def format_scores(run: Path) -> str:
     """A table of every method's scores against true labels, where there are any, and the label-free numbers."""
     found = load(run)
-    lines = []
+    lines = [found.labels_note, ""] if found.labels_note else []
     if found.has_labels:
         lines.append(" " * 20 + "".join(f"{HEADINGS[name]:>9}" for name in SCORES))
         for method, scores in found.scores.items():

@@ -1,0 +1,104 @@
+"""Baselines that use true labels (SPICE's Tables III to V): the loop of stage 3 on n given labels of each class.
+
+`--method fixmatch` is FixMatch (Sohn et al. 2020): the labels that SPICE finds are replaced by true ones. `--method
+supervised` learns from the given images alone, `spice_semi.ratio` = 0: cross-entropy on weak views. Neither has a
+stage 1 or 2, and scores are of images whose labels were not given.
+
+Beside evaluate.py and probes.py this is the only file that reads true labels. To draw n of each class it looks at all
+of them, once; what training gets holds those of the drawn images and no others.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+
+from spice_dist.data.files import publish
+from spice_dist.data.ingest import read_manifest
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.methods.spice_semi import SpiceSemiConfig
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task
+
+DRAW = 50  # stream of random numbers
+
+
+@dataclass(frozen=True)
+class GivenLabelsConfig:
+    per_class: int = 4  # n, drawn by the seed; 0: all labels, where --split split holds images out for the scores
+
+
+def give(task: Task, config: GivenLabelsConfig, worker: Worker) -> None:
+    """Leaves `given_labels/labels.npy`, (N,) int64: the class of the images whose labels are given, -100 elsewhere.
+
+    Raises:
+        UserError: the data has no such labels.
+    """
+    manifest = read_manifest(worker.run / "data")
+    path = worker.run / "data/labels.npy"
+    labels = np.load(path) if path.exists() else None
+    given = np.full(manifest.n, UNRELIABLE)
+    given[: manifest.clustered] = draw(task, config, labels, manifest.clustered, manifest.held_out)
+    folder = worker.run / "given_labels"
+    folder.mkdir(exist_ok=True)
+    with publish(folder / "labels.npy") as file:
+        np.save(file, given)
+
+
+def draw(
+    task: Task, config: GivenLabelsConfig, labels: Int[np.ndarray, " N"] | None, clustered: int, held_out: int
+) -> NDArray[np.int64]:
+    """(clustered,): the number of its class, in ascending order, for each drawn image, UNRELIABLE for every other.
+
+    Images come in an order that the seed alone decides, those below 0 having no label: with the labels of all others
+    unknown, the same would be drawn.
+
+    Raises:
+        UserError: there are no labels, too few of a class, as many classes as clusters there are not, or no image
+            would be left to score.
+    """
+    if labels is None:
+        raise UserError(
+            f'method "{task.method}" learns from true labels, which this data has not; say where they are by --labels '
+            "folder (names of sub-folders), array or list, or use --method spice, which needs none"
+        )
+    labels = labels[:clustered]
+    classes, sizes = np.unique(labels[labels >= 0], return_counts=True)
+    if len(classes) != task.clusters:
+        raise UserError(f"--clusters is {task.clusters}, but the labels name {len(classes)} classes; give that number")
+    if sizes.min() < config.per_class:
+        raise UserError(
+            f"given_labels.per_class is {config.per_class}, but the smallest class has {sizes.min()} images; give that "
+            "or less"
+        )
+    order = np.random.default_rng([task.seed, DRAW]).permutation(clustered)
+    given = np.full(clustered, UNRELIABLE)
+    for number, name in enumerate(classes):
+        of_class = order[labels[order] == name]
+        given[of_class[: config.per_class or len(of_class)]] = number
+    if not held_out and (given[labels >= 0] != UNRELIABLE).all():
+        raise UserError(
+            "all labels would be given, and no image be left to score; set a smaller given_labels.per_class, or hold "
+            "the test part of a named data set out by --split split"
+        )
+    return given
+
+
+def check(task: Task, config: GivenLabelsConfig, semi: SpiceSemiConfig) -> None:
+    """UserError if stage 3 cannot learn from given labels with these settings."""
+    if config.per_class < 0:
+        raise UserError(f"given_labels.per_class is {config.per_class}; give 1 or more, or 0 for all labels")
+    if semi.init != "scratch":
+        raise UserError(
+            f'spice_semi.init is "{semi.init}", but method "{task.method}" has no stage 2 to go on from; leave it '
+            '"scratch": the backbone as it is, with its --weights if it has any'
+        )
+    if semi.refresh_steps:
+        raise UserError(f'spice_semi.refresh_steps is {semi.refresh_steps}; with method "{task.method}" give 0')
+    if (semi.ratio == 0) != (task.method == "supervised"):
+        raise UserError(
+            f'spice_semi.ratio is {semi.ratio}, but method "{task.method}" '
+            + ("is 0 images beside the given ones" if semi.ratio else "learns from other images too; use supervised")
+        )
