@@ -1,0 +1,154 @@
+"""How many workers run when: the choice of a size, what a loss and a returning node do. Real clusters: tests/slurm."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from spice_dist.cli import _parser
+from spice_dist.distributed import ray_elastic, ray_network, ray_nodes
+from spice_dist.distributed.ray_train import Job, WorkersLost
+from spice_dist.errors import Interrupted, UserError
+from spice_dist.pipeline import Launch, plan
+from spice_dist.task import Task
+
+SIZES = (1, 2, 4)
+
+
+class Cluster:
+    """In place of Ray: `free` seats, and groups that end as told; `ran` are their sizes."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        self.free, self.ran, self.ends = 4, [], []
+        self.stop = False
+        self.job = Job(lambda *_: None, Task(), None, tmp_path, "moco", 1, lambda: self.stop, lambda *_: None)
+        (tmp_path / "moco/checkpoints").mkdir(parents=True)
+        monkeypatch.setattr(ray_elastic, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ray_nodes, "free_seats", lambda: self.free)
+        monkeypatch.setattr(ray_nodes, "seats", lambda: 4)
+        monkeypatch.setattr(ray_elastic, "run_group", self.run_group)
+
+    def run_group(self, job: Job, workers: int, max_failures: int, leave) -> bool:
+        assert max_failures == 0  # Ray would wait for as many workers as there were
+        self.ran.append(workers)
+        return self.ends.pop(0)(leave)
+
+    def loses(self, free: int, step: int | None):
+        """A group that ends when only `free` seats are left, after saving `step`."""
+
+        def end(leave) -> bool:
+            self.free = free
+            if step is not None:
+                (self.job.run / f"moco/checkpoints/{step:09d}").mkdir()
+            raise WorkersLost("killed")
+
+        return end
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch) -> Cluster:
+    return Cluster(tmp_path, monkeypatch)
+
+
+def test_after_losses_the_largest_size_with_room_goes_on(cluster):
+    cluster.ends = [cluster.loses(3, 10), cluster.loses(1, 20), lambda leave: True]
+    ray_elastic.train(cluster.job, SIZES)
+    assert cluster.ran == [4, 2, 1]
+
+
+def test_losses_without_a_new_checkpoint_end_the_run(cluster):
+    cluster.ends = [cluster.loses(4, 10), *(cluster.loses(4, None) for _ in range(9))]
+    with pytest.raises(WorkersLost, match="killed"):
+        ray_elastic.train(cluster.job, SIZES)
+    assert len(cluster.ran) == 1 + ray_elastic.ATTEMPTS
+
+
+def test_a_group_leaves_for_a_larger_one_once_two_looks_find_room(cluster):
+    cluster.free = 2
+    answers = []
+
+    def grows(leave) -> bool:
+        cluster.job.shown.touch()
+        cluster.free = 1
+        answers.extend([leave(), leave()])  # two busy seats and one free: no larger divisor
+        cluster.free = 2
+        answers.extend([leave(), leave()])
+        cluster.free = 4
+        return False
+
+    cluster.ends = [grows, lambda leave: True]
+    ray_elastic.train(cluster.job, SIZES)
+    assert answers == [False, False, False, True]
+    assert cluster.ran == [2, 4]
+
+
+def test_a_group_that_is_starting_does_not_take_its_own_seats_for_free_ones(cluster):
+    growth = ray_elastic._Growth(cluster.job, SIZES, 2)
+    assert [growth.possible() for _ in range(3)] == [False] * 3
+    cluster.job.shown.touch()
+    assert [growth.possible() for _ in range(2)] == [False, True]
+
+
+def test_asked_to_stop_it_does_not_start_again(cluster):
+    def stopped(leave) -> bool:
+        cluster.stop = True
+        return False
+
+    cluster.ends = [stopped]
+    with pytest.raises(Interrupted):
+        ray_elastic.train(cluster.job, SIZES)
+
+
+def test_without_room_for_the_smallest_group_it_waits_and_then_says_so(cluster, monkeypatch):
+    cluster.free = 1
+    monkeypatch.setattr(ray_elastic, "WAIT_SECONDS", 0.05)
+    with pytest.raises(UserError, match="at least 2"):
+        ray_elastic.train(cluster.job, (2, 4))
+    assert cluster.ran == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "wanted", "sizes"),
+    [(4, 2, (2,)), (4, (1, 8), (1, 2, 4)), (6, (2, 5), (2, 3)), (4, (3, 4), (4,)), (4, 0, (0,))],
+)
+def test_sizes_divide_the_groups_of_a_batch(groups, wanted, sizes):
+    assert plan(groups, Launch(wanted, threads=1)) == (sizes, 1)
+
+
+@pytest.mark.parametrize("wanted", [3, -1, (3, 3), (5, 8)])
+def test_a_number_that_divides_nothing_is_refused(wanted):
+    with pytest.raises(UserError, match="divisor of 4"):
+        plan(4, Launch(wanted))
+
+
+def test_the_option_takes_a_number_or_a_range(capsys):
+    def parsed(text: str):
+        return _parser().parse_args(["fit", "digits", "--workers", text]).workers
+
+    assert (parsed("3"), parsed("2:8")) == (3, (2, 8))
+    for text in ("8:2", "0:2", "2:", "many"):
+        with pytest.raises(SystemExit):
+            parsed(text)
+        assert "--workers" in capsys.readouterr().err
+
+
+def test_the_interface_of_an_address_is_found():
+    assert ray_network.interface_of("127.0.0.1") == "lo"
+    assert ray_network.interface_of("192.0.2.199") is None
+
+
+def test_a_node_whose_daemon_is_gone_does_not_count():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": server.getsockname()[1]}
+        assert ray_nodes._answers(node)
+    assert not ray_nodes._answers(node)
+
+
+def test_a_node_reports_whether_it_shares_the_folder(tmp_path):
+    path, text = ray_nodes._leave_mark(tmp_path)
+    good = ray_nodes.report_of_this_node(path, text)
+    assert (good.problem, good.free > 0) == ("", True)
+    assert "another folder" in ray_nodes.report_of_this_node(path, "other").problem
+    path.unlink()
+    assert "No such file" in ray_nodes.report_of_this_node(path, text).problem
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,209 @@
+"""A real Ray cluster of two hosts that asks for a token: who gets in, what a job does, what a lost host costs."""
+
+import json
+import os
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.nodes import REPOSITORY, Nodes
+from tests.test_cli import TINY
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+PYTHON, RAY = str(REPOSITORY / ".venv/bin/python"), str(REPOSITORY / ".venv/bin/ray")
+SPICE_DIST = [PYTHON, "-m", "spice_dist.cli"]
+SETTINGS = [*TINY[2:], "--set", "moco.epochs=1"]
+LONG = [*TINY[2:], "--set", "moco.epochs=60"]  # long enough to lose a host and to get it back
+DASHBOARD = "http://127.0.0.1:8265"
+HEAD, OTHER = "node1", "node2"
+
+
+class Cluster:
+    """Ray on two hosts, of one core each; `environment` has the token."""
+
+    def __init__(self, nodes: Nodes):
+        self.nodes = nodes
+        self.token = nodes.folder / "token"
+        self.token.touch(mode=0o600)
+        self.token.write_text(secrets.token_hex(32))
+        anybody = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.anybody = {**anybody, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.environment = {**self.anybody, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        self.address = f"{nodes.address(HEAD)}:6379"
+
+    def start(self, name: str, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+        command = [RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        place = f"--node-ip-address={self.nodes.address(name)}"
+        with open(self.nodes.folder / f"{name}.log", "w") as log:
+            env = environment or self.environment
+            return self.nodes.popen(name, *command, place, *options, env=env, stdout=log, stderr=log)
+
+    def start_head(self, port: int = 6379, dashboard: int = 8265, **options) -> subprocess.Popen:
+        ports = (f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1")
+        return self.start(HEAD, "--head", *ports, **options)
+
+    def join(self) -> subprocess.Popen:
+        return self.start(OTHER, f"--address={self.address}")
+
+    def run(self, *command: str, name: str = HEAD, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The command on a host, with the token unless `environment` says otherwise."""
+        return subprocess.run(
+            self.nodes._enter(name, command),
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    def count(self) -> int:
+        """How many hosts the cluster has; 0 before it answers."""
+        code = "import sys; from ray._raylet import GcsClient as C; print(sum(n.state == 0 for n in "
+        code += "C(address=sys.argv[1]).get_all_node_info(timeout=10).values()))"
+        done = self.run(PYTHON, "-c", code, self.address)
+        return int(done.stdout) if done.returncode == 0 else 0
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Nodes([HEAD, OTHER]) as nodes:
+        found = Cluster(nodes)
+        found.start_head()
+        wait_until(lambda: found.count() == 1, "the head did not start")
+        found.join()
+        wait_until(lambda: found.count() == 2, "the other host did not join")
+        yield found
+
+
+def alone(out: Path, settings: list[str]) -> bytes:
+    """The assignments that one process makes without Ray."""
+    command = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "0", *settings]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    return (out / "assignments.csv").read_bytes()
+
+
+def test_a_job_with_the_token_runs_on_both_hosts_and_leaves_the_bits_of_one_process(cluster, tmp_path):
+    out = cluster.nodes.folder / "job"
+    script = str(REPOSITORY / "launch/ray_job.sh")
+    wait_until(lambda: "200" in dashboard_answers(cluster), "the dashboard did not start")
+    done = cluster.run(
+        script, "fit", "digits", "--out", str(out), "--workers", "2", *SETTINGS, SPICE_DIST=" ".join(SPICE_DIST)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "assignments.csv").read_bytes() == alone(tmp_path / "run", SETTINGS)
+
+
+def dashboard_answers(cluster: Cluster) -> str:
+    """The code of HTTP that the dashboard gives somebody with the token."""
+    code = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{DASHBOARD}/api/jobs/"]
+    return cluster.run(*code, "-H", f"Authorization: Bearer {cluster.token.read_text()}").stdout
+
+
+def test_without_the_token_or_with_another_no_job_is_taken(cluster):
+    wrong = cluster.nodes.folder / "wrong"
+    wrong.touch(mode=0o600)
+    wrong.write_text(secrets.token_hex(32))
+    mark = cluster.nodes.folder / "was-here"
+    submit = [RAY, "job", "submit", "--address", DASHBOARD, "--", "touch", str(mark)]
+    for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN_PATH": str(wrong)}):
+        done = cluster.run(*submit, **environment)
+        assert done.returncode != 0
+        assert "uthenticat" in done.stdout + done.stderr
+    assert not mark.exists()
+    assert cluster.run(*submit).returncode == 0  # the same with the token
+    assert mark.exists()
+
+
+def test_the_dashboard_is_not_reached_from_another_host(cluster):
+    url = f"http://{cluster.nodes.address(HEAD)}:8265"
+    assert cluster.run("curl", "-s", "-m", "5", url, name=OTHER).returncode != 0
+    assert cluster.run("curl", "-s", "-m", "5", DASHBOARD).returncode == 0
+
+
+def test_a_run_says_in_one_line_why_a_cluster_does_not_let_it_in(cluster):
+    fit = [*SPICE_DIST, "fit", "digits", "--out", str(cluster.nodes.folder / "no"), *SETTINGS]
+    wrong = {"RAY_AUTH_TOKEN": "0" * 64}
+    missing = {"RAY_AUTH_TOKEN_PATH": str(cluster.nodes.folder / "absent")}
+    for environment, words in ((wrong, "refuses the token of RAY_AUTH_TOKEN"), (missing, "asks for a token, and none")):
+        done = cluster.run(*fit, "--address", cluster.address, **environment)
+        assert done.returncode == 1
+        assert [line for line in done.stderr.splitlines() if "spice-dist:" in line and words in line]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_lets_anybody_in_is_refused_unless_told(cluster):
+    head = cluster.start_head(7379, 9265, environment={**cluster.anybody, "RAY_AUTH_MODE": "disabled"})
+    try:
+        address = cluster.address.replace("6379", "7379")
+        doctor = [*SPICE_DIST, "doctor", "--address", address]
+        wait_until(lambda: "asks for no token" in cluster.run(*doctor).stdout, "an open cluster was not refused")
+        assert cluster.run(*doctor).returncode == 1
+        told = cluster.run(*doctor, "--insecure")
+        assert (told.returncode, "room for 1 workers" in told.stdout) == (0, True)
+    finally:
+        head.kill()
+
+
+def test_the_doctor_visits_every_host(cluster):
+    out = cluster.nodes.folder / "later"
+    done = cluster.run(*SPICE_DIST, "doctor", "--address", cluster.address, "--out", str(out))
+    assert done.returncode == 0, done.stdout
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("ok   node")] == [HEAD, OTHER]
+    private = cluster.run(*SPICE_DIST, "doctor", "--address", cluster.address, "--out", "/tmp/run")
+    assert private.returncode == 1
+    bad = [line for line in private.stdout.splitlines() if line.startswith("BAD")]
+    assert len(bad) == 1  # /tmp is each host's own
+    assert f"node      {OTHER}" in bad[0]
+
+
+def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, tmp_path):
+    """Two workers, then one after a power cut, then two again: counted among the processes of the hosts."""
+    out = cluster.nodes.folder / "elastic"
+    fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "1:2", *LONG]
+    seen: list[str] = []
+
+    def lose_and_return() -> None:
+        wait_until(lambda: step(out) > 20 and workers(cluster) == 2, "two workers did not start", 200)
+        cluster.nodes.kill(OTHER)
+        before = step(out)
+        wait_until(lambda: workers(cluster) == 1 and 0 < step(out) != before, "one worker did not go on", 200)
+        seen.append("shrunk")
+        cluster.nodes.boot(OTHER)
+        cluster.join()
+        wait_until(lambda: workers(cluster) == 2, "the group did not grow back", 200)
+        seen.append("grown")
+
+    hand = threading.Thread(target=lose_and_return, daemon=True)
+    hand.start()
+    done = cluster.run(*fit, "--address", cluster.address)
+    hand.join(10)
+    assert done.returncode == 0, done.stderr
+    assert seen == ["shrunk", "grown"]
+    assert (out / "assignments.csv").read_bytes() == alone(tmp_path / "run", LONG)
+
+
+def step(out: Path) -> int:
+    """How far stage 1 has come; 0 if no group is training."""
+    try:
+        return json.loads((out / "moco/.progress.json").read_text())[0]
+    except (OSError, ValueError):
+        return 0
+
+
+def workers(cluster: Cluster) -> int:
+    """How many training workers run on the hosts that are up."""
+    names = [
+        line for name in (HEAD, OTHER) if name in cluster.nodes.inits for line in cluster.nodes.processes(name).values()
+    ]
+    return sum("TrainWorker" in line for line in names)
