@@ -14,17 +14,21 @@ from tests.slurm.nodes import REPOSITORY
 from tests.test_cli import TINY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-# stage 1 takes about a minute on two idle cores, so that there is time to end it early
-SETTINGS = [*TINY[2:], "--set", "moco.epochs=50"]
+SHORT = [*TINY[2:], "--set", "moco.epochs=2"]
+LONG = [*TINY[2:], "--set", "moco.epochs=100"]  # about a minute of stage 1: time to end it early
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
+
+
+def assignments_alone(out: Path, settings: list[str]) -> bytes:
+    """What one process makes, without SLURM and Ray."""
+    assert cli.main(["fit", "digits", "--out", str(out), "--workers", "0", *settings]) == 0
+    return (out / "assignments.csv").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> bytes:
-    """The assignments that one process makes, without SLURM and Ray."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    assert cli.main(["fit", "digits", "--out", str(out), "--workers", "0", *SETTINGS]) == 0
-    return (out / "assignments.csv").read_bytes()
+    """The assignments with the LONG settings, uninterrupted."""
+    return assignments_alone(tmp_path_factory.mktemp("alone") / "run", LONG)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +76,16 @@ class Job:
 
 
 def fit(slurm: SlurmCluster, folder: Path, *options: str, **variables: str) -> Job:
-    given = [option for option in options if option.startswith("--signal")]
-    rest = [option for option in options if option not in given]
+    """`fit.sbatch` on both nodes; the job is told that its time is up a minute before it is."""
     file = REPOSITORY / "slurm/fit.sbatch"
-    command = ["fit", "digits", "--out", folder / "run", *SETTINGS, *rest]
-    return Job(slurm, folder, "--nodes=2", *given, file, *command, **variables)
+    command = ["fit", "digits", "--out", folder / "run", *options]
+    return Job(slurm, folder, "--nodes=2", "--signal=B:USR1@60", file, *command, **variables)
 
 
-def require_quiet(slurm: SlurmCluster, *names: str) -> None:
+def require_quiet(slurm: SlurmCluster) -> None:
     """AssertionError if a job left a process, or a file outside what it was asked to write."""
     wait_until(lambda: slurm.idle_nodes() == 2, 60)
-    for name in names:
+    for name in slurm.nodes.names:
         wait_until(lambda name=name: set(slurm.nodes.processes(name).values()) == {f"slurmd -D -N {name}"}, 5)
         assert slurm.nodes.run(name, "find", "/tmp", "-maxdepth", "1", "-name", "spice-[0-9]*") == ""
 
@@ -92,24 +95,24 @@ def resumed_at(run: Path) -> list[int]:
     return sorted(int(path.suffix[1:]) for path in (run / "moco/events").iterdir())
 
 
-def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared, alone):
+def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared):
     folder = shared / "two"
-    job = fit(slurm, folder, SPICE_SCRATCH="/tmp/disk")
+    alone = assignments_alone(shared / "one", SHORT)
+    job = fit(slurm, folder, *SHORT, SPICE_SCRATCH="/tmp/disk")
     job.wait_for_training(folder / "run")
     for name in slurm.nodes.names:
-        workers = [command for command in slurm.nodes.processes(name).values() if "RayTrainWorker" in command]
-        assert len(workers) == 1
-        assert slurm.nodes.run(name, "find", "/tmp/disk", "-name", "dataset.beton") != ""
         tokens = slurm.nodes.run(name, "find", "/tmp", "-path", "/tmp/spice-*/token*", "-printf", "%m\n").split()
         assert set(tokens) == {"600"}
     job.wait("COMPLETED")
     assert (folder / "run/assignments.csv").read_bytes() == alone
-    require_quiet(slurm, *slurm.nodes.names)
+    for name in slurm.nodes.names:  # each had room for one worker, and that read its own disk
+        assert slurm.nodes.run(name, "find", "/tmp/disk", "-name", "dataset.beton") != ""
+    require_quiet(slurm)
 
 
 def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slurm, shared, alone):
     folder = shared / "limit"
-    job = fit(slurm, folder, "--signal=B:USR1@60")
+    job = fit(slurm, folder, *LONG)
     job.wait_for_training(folder / "run")
     slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds")
     wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 90)
@@ -123,7 +126,7 @@ def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slur
 def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alone):
     folder, interval, saving = shared / "killed", 4.0, 3.0
     store = folder / "run/moco/checkpoints"
-    job = fit(slurm, folder, "--checkpoint-seconds", str(interval))
+    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", str(interval))
     job.wait_for_training(folder / "run")
     wait_until(lambda: list(store.glob("0*/manifest.json")), 60)
     slurm.nodes.kill("node2")
@@ -140,15 +143,29 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
 
 def test_scancel_saves_and_leaves_no_process(slurm, shared):
     folder = shared / "cancelled"
-    job = fit(slurm, folder, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
+    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
     job.wait_for_training(folder / "run")
     slurm.command("scancel", job.number)
     job.wait("CANCELLED", seconds=60)
-    require_quiet(slurm, *slurm.nodes.names)
+    require_quiet(slurm)
     saved = checkpoint.newest(folder / "run/moco/checkpoints")
     assert saved is not None
     assert saved.step > 0
     assert "back into the queue" not in job.log.read_text()
+
+
+def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
+    folder = shared / "preempted"
+    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", "3600")
+    job.wait_for_training(folder / "run")
+    urgent = slurm.submit("--nodes=2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1")
+    slurm.wait(urgent, seconds=90)
+    assert slurm.job(job.number)["Restarts"] == "1"
+    slurm.command("scancel", job.number)
+    saved = checkpoint.newest(folder / "run/moco/checkpoints")
+    assert saved is not None
+    assert saved.step > 0
+    require_quiet(slurm)
 
 
 def test_any_command_runs_and_ray_has_the_gpus_that_slurm_gave(slurm, shared):
