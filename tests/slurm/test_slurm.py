@@ -92,7 +92,7 @@ def require_quiet(slurm: SlurmCluster) -> None:
 
 def resumed_at(run: Path) -> list[int]:
     """The steps at which stage 1 was begun and gone on with, in that order."""
-    return sorted(int(path.suffix[1:]) for path in (run / "moco/events").iterdir())
+    return sorted(int(path.suffix[1:]) for path in (run / "moco").glob("events.*"))
 
 
 def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared):
