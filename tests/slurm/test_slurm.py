@@ -50,7 +50,7 @@ class Job:
         """`arguments`: options of sbatch, the file, and what it is given."""
         self.slurm, self.log = slurm, folder / "job.out"
         folder.mkdir(exist_ok=True)
-        variables = {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25", **variables}
+        variables |= {"PYTHONPATH": str(REPOSITORY), "SPICE_LOGS": str(folder)}
         self.number = slurm.submit(*JOB, f"--output={self.log}", *arguments, **variables)
 
     def wait(self, *states: str, seconds: float = 400.0) -> dict[str, str]:
