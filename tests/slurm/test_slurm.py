@@ -101,7 +101,7 @@ def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm,
     job = fit(slurm, folder, *SHORT, SPICE_SCRATCH="/tmp/disk")
     job.wait_for_training(folder / "run")
     for name in slurm.nodes.names:
-        tokens = slurm.nodes.run(name, "find", "/tmp", "-path", "/tmp/spice-*/token*", "-printf", "%m\n").split()
+        tokens = slurm.nodes.run(name, "sh", "-c", "stat -c %a /tmp/spice-*/token*").split()
         assert set(tokens) == {"600"}
     job.wait("COMPLETED")
     assert (folder / "run/assignments.csv").read_bytes() == alone
