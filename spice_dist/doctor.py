@@ -82,7 +82,8 @@ def examine(patient: Patient) -> Iterator[Finding]:
 
 
 def python(patient: Patient) -> Iterator[Finding]:
-    machine = f"{platform.system()} {platform.machine()}, {usable_cores()} cores"
+    host = os.uname()
+    machine = f"{host.sysname} {host.machine}, {usable_cores()} cores"
     yield Finding("python", OK, f"{platform.python_version()} on {machine}")
 
 
