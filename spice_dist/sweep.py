@@ -84,6 +84,8 @@ def tune(
     objective = objective or metric
     _check(plan, search, objective)
     search = replace(search, metric=_guide(objective), direction=OBJECTIVES[_guide(objective)])
+    if base is not None and not (base / "features/features.npy").exists():
+        raise UserError(f"--base {base} has no features yet: give the folder of a run that is past stage 1")
     with owned(plan.folder):
         _begin(plan, source, space, ranges, resume, command)
         if base is not None:

@@ -272,6 +272,7 @@ def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
         (["--space", "heads", "--trials", "0"], "--trials is 0"),
         (["--space", "thresholds", "--scheduler", "asha"], "trials of thresholds have none"),
         (["--space", "heads", "--method", "imc_swav"], "leave --method out"),
+        (["--space", "heads", "--base", "nowhere"], "--base nowhere has no features yet"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_made(arguments, line, tmp_path, capsys):

@@ -129,13 +129,14 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     followed = followed_images(task, num_images, selection.followed.shape[2])
     encode = partial(_encode, task, backbone)
     learn = _loss_of(task, config)
+    keep = config.view_epochs > 0 and not _all_stored(task, config, worker.run)
     drawn: dict[int, list[Tensor]] = {}
     for step in range(start, total):
         number = step % (config.view_epochs * steps_per_epoch) if config.view_epochs else step  # of these views
         chosen = np.random.default_rng([task.seed, number, ORDER]).permutation(num_images)[:batch]
         if number not in drawn:
             drawn[number] = _views(task, config, encode, images, chosen, number // steps_per_epoch, worker.run)
-        views = drawn[number] if config.view_epochs else drawn.pop(number)
+        views = drawn[number] if keep else drawn.pop(number)
         scored, learned = (x.to(worker.device).float() for x in views)
 
         with torch.no_grad():  # E-step
@@ -390,6 +391,12 @@ def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequ
                 np.save(file, features.half().cpu().numpy())
         worker.progress(epoch + 1, config.view_epochs, None)
     images.close()
+
+
+def _all_stored(task: Task, config: SpiceSelfConfig, run: Path) -> bool:
+    """Whether no view has to be encoded, so that none has to be kept in memory either."""
+    views = (view for epoch in range(config.view_epochs) for view in _drawn_views(task, config, epoch))
+    return all(_stored(run, view).exists() for view in views)
 
 
 def _stored(run: Path, view: tuple[View, Key]) -> Path:

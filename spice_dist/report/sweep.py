@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from spice_dist.data.files import publish
-from spice_dist.objectives import OBJECTIVES, combined, importance, spearman
+from spice_dist.objectives import OBJECTIVES, combined, importance, ranks, spearman
 from spice_dist.report import charts
 from spice_dist.report.page import duration, template
 
@@ -27,7 +27,7 @@ TOP = 10  # trials in the tables
 def write_sweep_report(folder: Path, found: Sequence[Row], ordered: Sequence[Row], objective: str) -> Path:
     """Write SWEEP/report.html about these rows, `found` as they began and `ordered` the best first."""
     about = json.loads((folder / "sweep.json").read_text())
-    finished = [row for row in ordered if row["state"] == "finished"]
+    finished = with_objective(ordered, objective)
     names = sorted(about["ranges"])
     shares = importances(finished, names, objective)
     names.sort(key=lambda name: -shares[name])
@@ -83,6 +83,12 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def with_objective(ordered: Sequence[Row], objective: str) -> list[Row]:
+    """The finished trials that have the score: a trial of one head knows no agreement."""
+    finished = [row for row in ordered if row["state"] == "finished"]
+    return [row for row in finished if objective == "combined" or objective in row]
+
+
 def scores_of(finished: Sequence[Row]) -> list[str]:
     """The scores that these trials have, the objectives first, ACC last."""
     order = [*OBJECTIVES, "reliable", "nonempty", "size_entropy", "acc"]
@@ -111,8 +117,9 @@ def correlations(finished: Sequence[Row]) -> list[tuple[str, float | None, int]]
 
 
 def importances(finished: Sequence[Row], names: Sequence[str], objective: str) -> dict[str, float]:
-    values = goodness(finished, objective)
-    return {name: importance([row["settings"].get(name) for row in finished], values) for name in names}
+    """Of the trials' places rather than of their scores, which one failure would rule."""
+    places = (-ranks(goodness(finished, objective), +1)).tolist()
+    return {name: importance([row["settings"].get(name) for row in finished], places) for name in names}
 
 
 def facts(found: Sequence[Row], finished: Sequence[Row]) -> list[tuple[str, str]]:
@@ -211,7 +218,7 @@ def effect(finished: Sequence[Row], name: str, objective: str) -> Markup:
     values = goodness(finished, objective)
     settings = [row["settings"].get(name) for row in finished]
     across, up = Axis(name, settings), Axis(objective, values)
-    width, height, left, right, top, bottom = 320, 190, 16, 16, 12, 30
+    width, height, left, right, top, bottom = 320, 190, 50, 16, 12, 30
 
     def x(place: float) -> float:
         return left + 14 + place * (width - left - right - 28)
@@ -228,4 +235,6 @@ def effect(finished: Sequence[Row], name: str, objective: str) -> Markup:
         )
     for place, text in across.ends:
         parts.append(Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(x(place), height - 6, text))
+    for place, text in up.ends:
+        parts.append(Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>').format(left, y(place) + 4, text))
     return charts.svg(f"{objective} over {name}", width, height, parts)
