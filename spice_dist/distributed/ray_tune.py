@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spice_dist.distributed import ray_nodes, ray_train
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.trials import FAILED, RUNGS, RUNNING, STOPPED, Plan, read_record, run_trial, trial_folder, write_record
@@ -172,10 +170,10 @@ def _trial(changes: dict[str, Any], plan: Plan, search: Search) -> None:
 
 def _resources(plan: Plan, search: Search) -> dict[str, float]:
     """Of one trial; processes that it starts for several workers ask for their own."""
-    if not torch.cuda.is_available() or plan.workers:
+    if plan.workers or ray_nodes.kind_of_seat() != "GPU":
         return {"CPU": plan.threads}
-    at_once = search.max_concurrent or 1
-    return {"CPU": plan.threads, "GPU": min(1.0, torch.cuda.device_count() / at_once)}
+    gpus = ray_nodes.seats()  # of all nodes; more trials at a time than these share them
+    return {"CPU": plan.threads, "GPU": min(1.0, gpus / (search.max_concurrent or gpus))}
 
 
 def _search(
