@@ -9,7 +9,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 launch/setup.sh
 
 declare -A debian_packages=([slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [ip]=iproute2
-  [nsenter]=util-linux [shellcheck]=shellcheck)
+  [nsenter]=util-linux [pgrep]=procps [shellcheck]=shellcheck)
 missing=()
 for program in "${!debian_packages[@]}"; do
   command -v "$program" >/dev/null || missing+=("${debian_packages[$program]}")

@@ -180,16 +180,6 @@ def _add_launch_options(command: argparse.ArgumentParser) -> None:
         "and then more again; 0: no Ray (default: as many as GPUs, or 2 on a CPU)",
     )
     command.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
-    _add_cluster_options(command)
-
-
-def _add_cluster_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
-    )
-    command.add_argument(
-        "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"
-    )
     command.add_argument(
         "--checkpoint-seconds",
         type=float,
@@ -202,6 +192,16 @@ def _add_cluster_options(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="a folder on each node's own disk: the packed images are copied there once and read from there",
+    )
+    _add_cluster_options(command)
+
+
+def _add_cluster_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
+    )
+    command.add_argument(
+        "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"
     )
 
 
