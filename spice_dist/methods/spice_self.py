@@ -379,7 +379,7 @@ def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequ
     `train` reads them in place of encoding, so that many runs on the same features share one encoding. Files that an
     earlier call left are kept.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     encode = partial(_encode, task, place(load_backbone(task, worker.run), worker.device).eval())
     (worker.run / "views").mkdir(exist_ok=True)
     for epoch in range(config.view_epochs):
