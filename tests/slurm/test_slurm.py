@@ -13,7 +13,7 @@ from tests.slurm.cluster import SlurmCluster, slurm_cluster, wait_until
 from tests.slurm.nodes import REPOSITORY
 from tests.test_cli import TINY
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SHORT = [*TINY[2:], "--set", "moco.epochs=2"]
 LONG = [*TINY[2:], "--set", "moco.epochs=100"]  # about a minute of stage 1: time to end it early
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
