@@ -12,11 +12,14 @@ from jaxtyping import Float, Int
 
 OBJECTIVES = {  # name: +1 if higher is better, -1 if lower
     "generalization": +1,
+    "consensus": +1,
     "agreement": +1,
     "silhouette": +1,
     "select_loss": -1,
 }
+COMBINED = ("generalization", "consensus")  # whose places together choose best, see the README's table
 FOLDS = 5
+COMPARED = 5_000  # images by which clusterings are compared
 SAMPLE = 20_000  # images that a linear classifier is fitted and asked on, at most
 RIDGE = 1e-3  # of the mean square of a feature
 
@@ -49,6 +52,22 @@ def generalization(
     return float(np.mean(recognised / np.maximum(sizes, 1)))
 
 
+def consensus(clusterings: Int[np.ndarray, "T N"], seed: int = 0) -> Float[np.ndarray, " T"]:
+    """The mean ARI of each clustering with all others: what many settings find is more often there than what one finds.
+
+    On COMPARED images at most. It takes no space of features at all; it is worth little if the trials are all alike.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    chosen = np.random.default_rng(seed).permutation(clusterings.shape[1])[:COMPARED]
+    rows = clusterings[:, chosen]
+    pairs = np.zeros((len(rows), len(rows)))
+    for i in range(len(rows)):
+        for j in range(i):
+            pairs[i, j] = pairs[j, i] = adjusted_rand_score(rows[i], rows[j])
+    return pairs.sum(1) / max(1, len(rows) - 1)
+
+
 def ranks(values: Sequence[float | None], direction: int) -> Float[np.ndarray, " T"]:
     """Places 1 .. T of T trials, 1 the best; equal ones share the mean of theirs, one without a value is last."""
     from scipy.stats import rankdata
@@ -57,7 +76,7 @@ def ranks(values: Sequence[float | None], direction: int) -> Float[np.ndarray, "
     return rankdata(-np.array(known), method="average")
 
 
-def combined(scores: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Float[np.ndarray, " T"]:
+def combined(scores: Sequence[Mapping[str, Any]], names: Sequence[str] = COMBINED) -> Float[np.ndarray, " T"]:
     """Minus the mean place of each trial over several objectives: they have no common unit, but places have."""
     places = [ranks([score.get(name) for score in scores], OBJECTIVES[name]) for name in names]
     return -np.mean(places, axis=0)

@@ -35,13 +35,13 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.methods import spice_self
-from spice_dist.objectives import OBJECTIVES, combined
+from spice_dist.objectives import OBJECTIVES, combined, consensus
 from spice_dist.pipeline import Bar, Launch, StopSignal, fit_until, train_here, usable_cores
 from spice_dist.report.sweep import settings_line, write_sweep_report
 from spice_dist.run_folder import owned
 from spice_dist.trials import FINISHED, RUNNING, Plan, read_record, start_of
 
-COMBINED = "combined"  # the mean place by all objectives that a sweep has
+COMBINED = "combined"  # the mean place by several objectives
 VIEW_EPOCHS = 10  # epochs whose views the trials share, unless the settings say otherwise
 STATES = ("number", "trial", "state", "reason", "seconds")
 Row = dict[str, Any]
@@ -93,7 +93,7 @@ def tune(
         _run_base(plan, source, ranges, replace(launch, workers=workers, threads=None), command)
         try:
             with StopSignal() as stop:
-                _run_trials(plan, ranges, search, objective, launch, stop)
+                _run_trials(plan, ranges, search, launch, stop)
                 stop.check()
         finally:
             found = write_results(plan.folder, objective)
@@ -115,8 +115,8 @@ def objectives_of(plan: Plan) -> list[str]:
 
 
 def _guide(objective: str) -> str:
-    """The score that Optuna and ASHA follow: places among all trials change with every trial, so it is not those."""
-    return "generalization" if objective == COMBINED else objective
+    """The score that Optuna and ASHA follow: one that a trial has alone, not by comparison with the others."""
+    return "generalization" if objective in (COMBINED, "consensus") else objective
 
 
 def _with_shared_views(config: Config) -> Config:
@@ -199,14 +199,14 @@ def _run_base(plan: Plan, source: Source, ranges: Space, launch: Launch, command
         train_here(store, plan.config, own, worker, usable_cores())
 
 
-def _run_trials(plan: Plan, ranges: Space, search: Search, objective: str, launch: Launch, stop: StopSignal) -> None:
+def _run_trials(plan: Plan, ranges: Space, search: Search, launch: Launch, stop: StopSignal) -> None:
     """Rounds of trials until there are enough, or a round finds no settings that are new."""
     began = time.monotonic()
     shown = Progress(plan.folder, search)
 
     def ended(folder: Path) -> None:
         shown.show(folder)
-        write_tables(plan.folder, objective)
+        write_tables(plan.folder, rows(plan.folder))
 
     missing = search.trials - len(_ended(plan.folder))
     if missing <= 0:
@@ -271,8 +271,7 @@ def best_first(found: Sequence[Row], objective: str) -> list[Row]:
     finished = [row for row in found if row["state"] == FINISHED]
     others = [row for row in found if row["state"] != FINISHED]
     if objective == COMBINED:
-        names = [name for name in OBJECTIVES if any(name in row for row in finished)]
-        values = combined(finished, names).tolist() if finished else []
+        values = combined(finished).tolist() if finished else []
     else:
         values = [OBJECTIVES[objective] * row.get(objective, float("-inf")) for row in finished]
     order = sorted(range(len(finished)), key=lambda place: (-values[place], place))
@@ -291,7 +290,7 @@ def scored(folder: Path, found: Sequence[Row]) -> list[Row]:
 
 def write_results(folder: Path, objective: str) -> list[Row]:
     """Leaves trials.csv, trials.parquet, best.json and report.html; returns the rows, the best first."""
-    found = write_tables(folder, objective)
+    found = write_tables(folder, with_consensus(folder, rows(folder)))
     ordered = best_first(found, objective)
     if ordered and ordered[0]["state"] == FINISHED:
         best = ordered[0]
@@ -302,12 +301,22 @@ def write_results(folder: Path, objective: str) -> list[Row]:
     return ordered
 
 
-def write_tables(folder: Path, objective: str) -> list[Row]:
-    """Leaves trials.csv and trials.parquet; returns the rows as they began."""
+def with_consensus(folder: Path, found: Sequence[Row]) -> list[Row]:
+    """The rows with what only all trials together can tell: how far each agrees with the others."""
+    finished = [row["trial"] for row in found if row["state"] == FINISHED]
+    if len(finished) < 2:
+        return list(found)
+    clusterings = np.stack([np.load(folder / "trials" / trial / "clusters.npy") for trial in finished])
+    known = dict(zip(finished, consensus(clusterings).tolist(), strict=True))
+    return [{**row, "consensus": known[row["trial"]]} if row["trial"] in known else row for row in found]
+
+
+def write_tables(folder: Path, found: Sequence[Row]) -> list[Row]:
+    """Leaves trials.csv and trials.parquet of these rows; returns them with their ACC, where there are true labels."""
     import pyarrow as pa
     from pyarrow.parquet import write_table
 
-    found = scored(folder, rows(folder))
+    found = scored(folder, found)
     flat = [_flat(row) for row in found]
     names = list(dict.fromkeys(name for row in flat for name in row))
     table = io.StringIO()

@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway
 from sklearn.linear_model import Ridge
+from sklearn.metrics import adjusted_rand_score
 
-from spice_dist.objectives import FOLDS, OBJECTIVES, RIDGE, combined, generalization, importance, ranks, spearman
+from spice_dist.objectives import (
+    FOLDS,
+    OBJECTIVES,
+    RIDGE,
+    combined,
+    consensus,
+    generalization,
+    importance,
+    ranks,
+    spearman,
+)
 
 RNG = np.random.default_rng(0)
 N, D, K = 600, 8, 4
@@ -59,6 +70,19 @@ def test_the_combination_is_the_mean_place_and_knows_which_scores_are_losses():
     ]
     assert OBJECTIVES["select_loss"] == -1
     assert combined(scores, ["generalization", "select_loss"]).tolist() == [-1.5, -1.5, -3]
+
+
+def test_consensus_is_the_mean_agreement_with_the_others_and_finds_the_one_that_is_alone():
+    _, truth = blobs(0.5)
+    near = np.where(RNG.random(N) < 0.1, RNG.integers(0, K, N), truth)
+    alone = RNG.integers(0, K, N)
+    rows = np.stack([truth, (truth + 1) % K, near, alone])  # names do not count
+    found = consensus(rows)
+    pair = adjusted_rand_score(truth, near)
+    with_alone = adjusted_rand_score(truth, alone)
+    assert found[0] == pytest.approx((1 + pair + with_alone) / 3)
+    assert found[1] == pytest.approx(found[0])
+    assert found[3] == min(found) < 0.05
 
 
 def test_spearman_is_one_for_any_rising_function_and_nothing_for_a_constant():

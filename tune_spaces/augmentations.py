@@ -21,4 +21,4 @@ SPACE = {
     # published 0; MoCo blurs every second image
     "spice_self.strong.blur": tune.choice([0.0, 0.25, 0.5]),
 }
-METRIC = "generalization"
+METRIC = "combined"

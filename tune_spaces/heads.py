@@ -23,4 +23,4 @@ SPACE = {
     # published double_softmax; the other two are those of the paper's ablation
     "spice_self.loss": tune.choice(["double_softmax", "cross_entropy", "tempered"]),
 }
-METRIC = "generalization"
+METRIC = "combined"

@@ -16,4 +16,4 @@ SPACE = {
     # published 0.015 for batches of 128
     "moco.lr": tune.loguniform(0.005, 0.3),
 }
-METRIC = "generalization"
+METRIC = "combined"

@@ -19,7 +19,8 @@ MEANINGS = {
     "agreement": "mean agreement (ARI) between the heads, or the students, of a trial",
     "silhouette": "how much closer an image is to its own cluster than to the next, in the base run's features",
     "select_loss": "SPICE's loss of the chosen head, measured alike for all trials; lower is better",
-    "combined": "the mean place by all of these",
+    "consensus": "mean agreement (ARI) of a trial's clusters with those of all other trials",
+    "combined": "the mean place by generalization and consensus",
 }
 TOP = 10  # trials in the tables
 
@@ -98,7 +99,7 @@ def scores_of(finished: Sequence[Row]) -> list[str]:
 def goodness(finished: Sequence[Row], objective: str) -> list[float]:
     """The objective of every trial, higher is better."""
     if objective == "combined":
-        return combined(finished, [name for name in OBJECTIVES if any(name in row for row in finished)]).tolist()
+        return combined(finished).tolist()
     return [OBJECTIVES[objective] * row[objective] for row in finished]
 
 
