@@ -128,7 +128,7 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
     store = folder / "run/moco/checkpoints"
     job = fit(slurm, folder, *LONG, "--checkpoint-seconds", str(interval))
     job.wait_for_training(folder / "run")
-    wait_until(lambda: list(store.glob("0*/manifest.json")), 60)
+    wait_until(lambda: len(list(store.glob("0*/manifest.json"))) == 2, 60)  # the first is that of the first step
     slurm.nodes.kill("node2")
     killed_at = time.time()
     newest = max(store.glob("0*/manifest.json"))
