@@ -224,7 +224,8 @@ def _watch(plan: Plan, search: Search, deadline: float | None, ended: Callable[[
                 self._complete(trial, STOPPED, "the scheduler saw no promise in it")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            self._complete(trial, FAILED, why_it_died(str(trial.get_error() or "")))
+            trace = Path(trial.error_file or "")  # get_error looks where it has not been copied to yet
+            self._complete(trial, FAILED, why_it_died(trace.read_text() if trace.is_file() else ""))
 
         def _complete(self, trial: Any, state: str, reason: str) -> None:
             folder = trial_folder(plan, trial.config)
@@ -247,9 +248,9 @@ def _watch(plan: Plan, search: Search, deadline: float | None, ended: Callable[[
 
 def why_it_died(trace: str) -> str:
     """One line for a trial whose process wrote none, from Ray's trace."""
-    if "OutOfMemoryError" in trace:
+    if "low on memory" in trace:
         return "out of memory: Ray ended its process, as the machine had too little left"
-    if "ActorDiedError" in trace or "RayActorError" in trace or "WorkerCrashedError" in trace:
+    if "actor died" in trace or "worker died" in trace:
         return "its process was killed; by the system if memory ran out"
     return _last_line(trace)
 
