@@ -17,7 +17,7 @@ import yaml
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 GROUP = {"rayStartParams": STRINGS, "template": {"type": "object"}}
-# What KubeRay's reference of its resources (v1.6) says of the fields that the file may use; no others are let by.
+# Of the fields in KubeRay's reference of its resources, those that the file may use: its CRD comes in no package.
 RAY_JOB = {
     "apiVersion": {"const": "ray.io/v1"},
     "kind": {"const": "RayJob"},
