@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
 
 from spice_dist import cli
 from tests.test_cli import TINY, command, wait_for

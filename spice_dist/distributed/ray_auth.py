@@ -1,6 +1,7 @@
 """Who may use a Ray cluster: whoever can runs any code on it, so it asks for a token that others cannot read."""
 
 import atexit
+import json
 import os
 import secrets
 import socket
@@ -8,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from spice_dist.errors import UserError
 
 DEFAULT_TOKEN = Path("~/.ray/auth_token")  # where Ray looks if the environment names none
 SECONDS = 10.0  # how long a cluster may take to answer
 OPEN, REFUSED = "open", "refused"
-# Run by a child process, since Ray reads mode and token once in the life of a process.
+# Run by a child process, which reads mode and token by itself.
 PROBE = """
 import sys
 from ray._raylet import GcsClient
@@ -34,11 +36,11 @@ print(get_ray_address_from_environment("auto", None))
 def use_own_token() -> None:
     """Token authentication for a cluster that this process starts: the user's token, or a secret of this process.
 
-    Ray reads the token once in the life of a process, so all sessions of a process share it.
+    All sessions of a process share it.
     """
-    os.environ["RAY_AUTH_MODE"] = "token"
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         require_private_token()
+        _set_mode("token")
         return
     private = tempfile.TemporaryDirectory(prefix="spice-")
     atexit.register(private.cleanup)
@@ -46,6 +48,7 @@ def use_own_token() -> None:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    _set_mode("token")
 
 
 def use_token_of(address: str, insecure: bool = False) -> None:
@@ -61,7 +64,7 @@ def use_token_of(address: str, insecure: bool = False) -> None:
                 f"the Ray cluster at {address} asks for no token: whoever reaches it runs code on it; start it with "
                 "RAY_AUTH_MODE=token (launch/ray_cluster.yaml shows how), or give --insecure"
             )
-        os.environ["RAY_AUTH_MODE"] = "disabled"
+        _set_mode("disabled")
         return
     require_private_token()
     if not has_token():
@@ -73,7 +76,18 @@ def use_token_of(address: str, insecure: bool = False) -> None:
         raise UserError(
             f"the Ray cluster at {address} refuses the token of {token_place()}: copy the one it was started with"
         )
-    os.environ["RAY_AUTH_MODE"] = "token"
+    _set_mode("token")
+
+
+def _set_mode(mode: str) -> None:
+    """Ray reads mode and token when it is imported, which a notebook may have done long ago: there it is told again."""
+    os.environ["RAY_AUTH_MODE"] = mode
+    if "ray" in sys.modules:
+        import ray._raylet
+
+        raylet: Any = ray._raylet  # an extension module without types
+        raylet.Config.initialize(json.dumps({"AUTH_MODE": mode}))
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def require_answer(address: str, seconds: float = SECONDS) -> None:

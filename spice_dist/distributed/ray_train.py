@@ -88,7 +88,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
 
 
 def prepare(address: str | None, insecure: bool = False) -> str | None:
-    """Before Ray is imported, which is when it reads its environment: our settings and a token; the address in full.
+    """Before Ray is imported, if it can be: that is when it reads its settings. Ours and a token; the address in full.
 
     It raises what `session` raises.
     """
