@@ -17,6 +17,7 @@ OBJECTIVES = {  # name: +1 if higher is better, -1 if lower
     "silhouette": +1,
     "select_loss": -1,
 }
+SHOWN = ("silhouette", "select_loss")  # beside the others, for comparison: they chose worse, so they may not
 COMBINED = ("generalization", "consensus")  # whose places together choose best, see the README's table
 FOLDS = 5
 COMPARED = 5_000  # images by which clusterings are compared

@@ -35,7 +35,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.methods import spice_self
-from spice_dist.objectives import OBJECTIVES, combined, consensus
+from spice_dist.objectives import OBJECTIVES, SHOWN, combined, consensus
 from spice_dist.pipeline import Bar, Launch, StopSignal, fit_until, train_here, usable_cores
 from spice_dist.report.sweep import settings_line, write_sweep_report
 from spice_dist.run_folder import owned
@@ -66,7 +66,8 @@ def tune(
         space: heads, thresholds, augmentations, pretrain, or a .py file with SPACE and METRIC.
         search: its metric and direction are those of the objective, and need not be given.
         launch: of the base run; its workers also train stage 1 in the trials of a space that needs it.
-        objective: the score that chooses, of `objectives.OBJECTIVES` or "combined"; None: METRIC of the space.
+        objective: the score that chooses, of `objectives.OBJECTIVES` but those of SHOWN, or "combined"; None: METRIC
+            of the space.
         base: a run folder whose data, stage 1 and features are taken in place of a new base run.
 
     Raises:
@@ -128,7 +129,7 @@ def _with_shared_views(config: Config) -> Config:
 
 
 def _check(plan: Plan, search: Search, objective: str) -> None:
-    known = [*objectives_of(plan), COMBINED]
+    known = [name for name in objectives_of(plan) if name not in SHOWN] + [COMBINED]
     if objective not in known:
         raise UserError(f'--objective is "{objective}"; for this space it can be {", ".join(known)}')
     if search.trials < 1:

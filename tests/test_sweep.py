@@ -269,6 +269,7 @@ def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
         (["--space", "nothing"], "no search space nothing"),
         (["--space", "heads", "--objective", "acc"], '--objective is "acc"'),
         (["--space", "thresholds", "--objective", "select_loss"], '--objective is "select_loss"'),
+        (["--space", "heads", "--objective", "silhouette"], "it can be generalization, consensus, agreement, combined"),
         (["--space", "heads", "--trials", "0"], "--trials is 0"),
         (["--space", "thresholds", "--scheduler", "asha"], "trials of thresholds have none"),
         (["--space", "heads", "--method", "imc_swav"], "leave --method out"),
