@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(alone, tmp_pat
     assert len(killed) == 1
     assert (out / "assignments.csv").read_bytes() == alone
     assert not (out / "moco/.ray").exists()
+
+
+@pytest.mark.parametrize("first", ["", "import ray"])  # as in a notebook
+def test_outside_a_session_ray_starts_no_cluster_by_itself(first):
+    code = f"""
+{first}
+from spice_dist.distributed import ray_train
+ray_train.prepare(None)
+import ray
+try:
+    ray.put(1)
+except Exception as error:
+    print(type(error).__name__, ray.is_initialized())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_AUTO_CONNECT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["RaySystemError", "False"]
 
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path, capfd):

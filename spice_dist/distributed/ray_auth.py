@@ -124,10 +124,14 @@ def resolved(address: str) -> str:
     """host:port of "auto": the cluster that RAY_ADDRESS names, else the one that runs on this machine."""
     if address != "auto":
         return address
-    done = subprocess.run([sys.executable, "-c", AUTO], capture_output=True, text=True)
-    if done.returncode:
+    try:
+        done = subprocess.run([sys.executable, "-c", AUTO], capture_output=True, text=True, timeout=6 * SECONDS)
+        found = "" if done.returncode else done.stdout.strip()
+    except subprocess.TimeoutExpired:
+        found = ""
+    if not found:
         raise UserError("--address is auto, but no Ray cluster runs on this machine; give host:port")
-    return done.stdout.strip()
+    return found
 
 
 def has_token() -> bool:

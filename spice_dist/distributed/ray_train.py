@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
     "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
 }
 
 
@@ -80,7 +82,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
         ray.init(address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
-        raise UserError(f"{place}: {_last_line(str(error))}") from error
+        raise UserError(f"{place}: {last_line(str(error))}") from error
     try:
         yield
     finally:
@@ -94,6 +96,10 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if "ray" in sys.modules:  # a notebook imported it, and Ray has read that setting
+        from ray._private import auto_init_hook
+
+        auto_init_hook.enable_auto_connect = False
     if address is None:
         ray_auth.use_own_token()
         return None
@@ -235,12 +241,13 @@ def _is_done(outcome: Any) -> bool:
         cause = outcome
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise WorkersLost(f"the training workers failed: {_last_line(str(cause))}") from outcome
+        raise WorkersLost(f"the training workers failed: {last_line(str(cause))}") from outcome
     if outcome.return_value not in ("done", "interrupted"):
         raise UserError(str(outcome.return_value).removeprefix("error: "))
     return outcome.return_value == "done"
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """Where an exception of Ray, which may hold a trace, says what happened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

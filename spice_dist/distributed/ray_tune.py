@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from spice_dist.distributed import ray_nodes, ray_train
+from spice_dist.distributed.ray_train import last_line
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.trials import FAILED, RUNGS, RUNNING, STOPPED, Plan, read_record, run_trial, trial_folder, write_record
 
-SEARCHES = ("optuna", "random")
-SCHEDULERS = ("none", "asha")
 RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our rows are in the trials' folders
     "RAY_AIR_NEW_OUTPUT": "0",  # the table is ours
@@ -73,6 +72,11 @@ def read_space(path: Path, address: str | None = None, insecure: bool = False) -
     space, metric = found.get("SPACE"), found.get("METRIC", "generalization")
     if not isinstance(space, dict) or not space:
         raise UserError(f"{path} has no SPACE, a dictionary of Ray Tune's domains by dotted names of settings")
+    for name, domain in space.items():
+        if not hasattr(domain, "sample"):
+            raise UserError(
+                f"{path}: {name} is {domain!r}, which is no domain of Ray Tune; use --set for a fixed value"
+            )
     return space, str(metric)
 
 
@@ -93,7 +97,7 @@ def values_of(space: Space, seed: int) -> dict[str, Any]:
     import random
 
     random.seed(seed)
-    return {name: domain.sample() if hasattr(domain, "sample") else domain for name, domain in space.items()}
+    return {name: domain.sample() for name, domain in space.items()}
 
 
 def run_trials(
@@ -154,7 +158,7 @@ def run_trials(
             raise Interrupted
     shutil.rmtree(storage, ignore_errors=True)
     if outcome:
-        raise UserError(f"the sweep failed: {_last_line(str(outcome[0]))}") from outcome[0]
+        raise UserError(f"the sweep failed: {last_line(str(outcome[0]))}") from outcome[0]
 
 
 def _trial(changes: dict[str, Any], plan: Plan, search: Search) -> None:
@@ -189,7 +193,7 @@ def _search(
     try:
         distributions = OptunaSearch.convert_search_space(space)
     except ValueError as error:
-        raise UserError(f"Optuna cannot search this space: {_last_line(str(error))}") from error
+        raise UserError(f"Optuna cannot search this space: {last_line(str(error))}") from error
     algorithm = OptunaSearch(
         distributions, metric="objective", mode="max", sampler=samplers[search.search](seed=seed),
         points_to_evaluate=[dict(changes) for changes in unfinished],
@@ -252,9 +256,4 @@ def why_it_died(trace: str) -> str:
         return "out of memory: Ray ended its process, as the machine had too little left"
     if "actor died" in trace or "worker died" in trace:
         return "its process was killed; by the system if memory ran out"
-    return _last_line(trace)
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    return last_line(trace)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,12 @@ def test_a_token_is_taken_from_a_private_file_and_must_be_the_clusters(environme
     answers(environment, disabled="refused", token="open")
     ray_auth.use_token_of("head:6379")
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_look_for_a_cluster_of_this_machine_that_hangs_ends(environment):
+    environment.setattr(ray_auth, "SECONDS", 0.1)
+    environment.setattr(ray_auth, "AUTO", "import time; time.sleep(20)")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no Ray cluster runs on this machine"):
+        ray_auth.resolved("auto")
+    assert time.monotonic() - began < 10
