@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_ingest_options(fit)
     _add_launch_options(fit)
+    fit.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="time between two checkpoints, which is what a lost node or worker can cost (60)",
+    )
 
     tune = commands.add_parser("tune", help="search settings without labels: many trials on one base run, resumable")
     tune.set_defaults(call=_tune)
@@ -91,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="check this machine, a cluster and a run that is meant, before it starts"
     )
-    doctor.set_defaults(call=_doctor)
+    doctor.set_defaults(call=_doctor, checkpoint_seconds=60.0)  # it saves nothing
     doctor.add_argument("data", nargs="?", help="as for fit; its images and the cost of the recipe are looked at")
     doctor.add_argument("--out", type=Path, help="the run folder that is meant: is it writable, from every node?")
     _add_task_options(doctor)
@@ -181,13 +188,6 @@ def _add_launch_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--threads", type=int, help="CPU threads of each worker (default: cores / bn_groups)")
     command.add_argument(
-        "--checkpoint-seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="time between two checkpoints, which is what a lost node or worker can cost (60)",
-    )
-    command.add_argument(
         "--scratch",
         type=Path,
         metavar="DIR",
@@ -208,9 +208,11 @@ def _add_cluster_options(command: argparse.ArgumentParser) -> None:
 def _workers(text: str) -> int | tuple[int, int]:
     """N, or MIN:MAX for an elastic run."""
     least, colon, most = text.partition(":")
+    if not all(part.isdecimal() for part in (least, most or "0")):
+        raise argparse.ArgumentTypeError(f"it is {text}; give a number such as 4, or a range such as 2:8")
     if not colon:
         return int(text)
-    if not 0 < int(least) <= int(most):
+    if not (most and 0 < int(least) <= int(most)):
         raise argparse.ArgumentTypeError(f"{text} is no range; give such as 2:8")
     return int(least), int(most)
 

@@ -27,6 +27,7 @@ from spice_dist.data.beton import check_pixels, verify
 from spice_dist.data.decode import Packing
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import publish_json
+from spice_dist.data.ingest import manifest_path
 from spice_dist.data.sources import Source, is_beton
 from spice_dist.errors import UserError
 from spice_dist.pipeline import Launch, check_settings, plan, usable_cores
@@ -191,21 +192,24 @@ def slurm(patient: Patient) -> Iterator[Finding]:
 
 
 def storage(patient: Patient) -> Iterator[Finding]:
-    """The run folder, or where it will be made, from here: the same calls as saving a checkpoint."""
-    folder = _existing(patient.out)
-    if folder is None:
-        return
+    """The run folder and the scratch folder, or where they will be made: the same calls as saving a checkpoint."""
+    for option, wanted in (("--out", patient.out), ("--scratch", patient.launch.storage.scratch)):
+        folder = _existing(wanted)
+        if folder is not None:
+            yield _of_folder(option, folder)
+
+
+def _of_folder(option: str, folder: Path) -> Finding:
     tried = folder / f".doctor-{os.getpid()}.json"
     try:
         publish_json(tried, {})
         tried.unlink()
         free = shutil.disk_usage(folder).free
     except (OSError, UserError) as error:
-        yield Finding("storage", BAD, f"{folder}: {error}", "give another --out, or ask for the rights")
-        return
+        return Finding("storage", BAD, f"{folder}: {error}", f"give another {option}, or ask for the rights")
     few = free < FREE
     text = f"{folder}: written, flushed and renamed; {free / 1e9:,.0f} GB free"
-    yield Finding("storage", NOTE if few else OK, text, "make room: a full disk stops checkpoints" * few)
+    return Finding("storage", NOTE if few else OK, text, "make room: a full disk stops checkpoints" * few)
 
 
 def _existing(folder: Path | None) -> Path | None:
@@ -220,7 +224,8 @@ def ray_cluster(patient: Patient) -> Iterator[Finding]:
 
     address = patient.launch.address
     if address is None:
-        ray_auth.require_private_token()
+        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):  # else a run makes its own
+            ray_auth.require_private_token()
         yield Finding("ray", OK, f"{version('ray')}; a run starts its own on this machine, with a token of its own")
         return
     from spice_dist.distributed import ray_nodes, ray_train
@@ -262,7 +267,8 @@ def images(patient: Patient) -> Iterator[Finding]:
     if patient.prepare is None:
         return
     source, config = patient.prepare()
-    yield _of_beton(Path(source.name)) if is_beton(source.name) else _of_source(source)
+    ours = is_beton(source.name) and manifest_path(Path(source.name)).exists()
+    yield _of_beton(Path(source.name)) if ours else _of_source(source)
     yield _of_cost(source, config, patient.launch)
 
 

@@ -163,9 +163,11 @@ def _worker_sizes(bn_groups: int, wanted: int | tuple[int, int] | None) -> tuple
     least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
     found = _divisors(bn_groups, least, most)
     if least < 1 or not found:
-        shown = wanted if isinstance(wanted, int) else f"{least}:{most}, none of"
+        shown = (
+            f"{wanted}, which does not divide" if isinstance(wanted, int) else f"{least}:{most}; none of these divides"
+        )
         raise UserError(
-            f"--workers is {shown}, which does not divide the {bn_groups} BatchNorm groups of a batch; "
+            f"--workers is {shown} the {bn_groups} BatchNorm groups of a batch; "
             f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
         )
     return found

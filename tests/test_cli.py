@@ -277,6 +277,27 @@ def test_a_class_of_one_image_is_scored_like_any_other(tmp_path):
     assert all(np.isfinite(list(scores.values())))
 
 
+def test_numbers_of_workers_that_are_none_are_refused_in_one_line(tmp_path, capsys):
+    for workers, word in [("a", "give a number such as 4"), ("2:", "no range"), ("4:2", "no range"), ("-1", "range")]:
+        with pytest.raises(SystemExit):
+            run("fit", "digits", "--out", tmp_path / "run", f"--workers={workers}")
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert word in line
+    assert "3:3; none of these divides the 2" in mistake(
+        capsys, "fit", "digits", "--out", tmp_path / "run", "--workers", "3:3"
+    )
+
+
+def test_runs_of_two_methods_have_no_common_table(digits_run, tmp_path, capsys):
+    assert run("evaluate", digits_run, digits_run) == 0
+    assert capsys.readouterr().out.startswith("2 runs, mean ± standard deviation")
+    other = tmp_path / "other"
+    shutil.copytree(digits_run, other)
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps({**metrics, "method": "supervised"}))
+    assert "runs of spice and supervised" in mistake(capsys, "evaluate", digits_run, other)
+
+
 def test_too_many_bad_images_are_refused_with_the_option_that_allows_them(tmp_path, capsys):
     folder = photos(tmp_path / "in", count=20)
     for name in ("a.jpg", "b.jpg"):

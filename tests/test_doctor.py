@@ -9,6 +9,7 @@ import pytest
 from spice_dist import cli, doctor
 from spice_dist.data.dataset import open_data
 from spice_dist.distributed.ray_nodes import Report
+from spice_dist.distributed.worker import Storage
 from spice_dist.doctor import BAD, NOTE, OK, Finding, Patient
 from spice_dist.errors import UserError
 from spice_dist.pipeline import Launch
@@ -114,6 +115,27 @@ def test_gpus_that_torch_does_not_see_would_be_a_run_on_the_cpu(monkeypatch):
     assert states(doctor.accelerator) == [OK]
     monkeypatch.setattr(doctor.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
     assert states(doctor.accelerator) == [BAD]
+
+
+def test_a_token_in_the_home_that_no_run_here_reads_does_not_matter(monkeypatch, tmp_path):
+    (tmp_path / ".ray").mkdir()
+    token = tmp_path / ".ray/auth_token"
+    token.write_text("0" * 32)
+    token.chmod(0o644)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert states(doctor.ray_cluster) == [OK]
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(UserError, match="others can read the token"):
+        states(doctor.ray_cluster)
+
+
+def test_the_scratch_folder_is_tried_like_the_run_folder(tmp_path):
+    launch = Launch(storage=Storage(scratch=tmp_path / "disk"))
+    found = list(doctor.storage(Patient(out=tmp_path / "run", launch=launch)))
+    assert [finding.state for finding in found] == [OK, OK]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_few_open_files_and_a_small_dev_shm_are_told(monkeypatch):

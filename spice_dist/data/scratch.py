@@ -36,7 +36,8 @@ def staged(data: Path, scratch: Path) -> Path:
         folder = _own_folder(scratch)
         place = folder / key.hexdigest()[:32]
         with _locked(folder / f"{place.name}.lock"):
-            if not place.exists():
+            if not _is_whole(place, info.file_size):
+                shutil.rmtree(place, ignore_errors=True)
                 _copy(data, place, info.sha256)
         return place
     except OSError as error:
@@ -61,6 +62,14 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _is_whole(place: Path, size: int) -> bool:
+    """Whoever cleans a disk may take files and leave their folder."""
+    try:
+        return all((place / name).is_file() for name in NAMES) and (place / NAMES[0]).stat().st_size == size
+    except FileNotFoundError:  # taken at this moment
+        return False
 
 
 def _copy(data: Path, place: Path, sha256: str | None) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from spice_dist.errors import UserError
 from spice_dist.report.run_folder import SCORES, load
 
+WIDTH = 24  # of the methods' names: "Supervised (250 labels)"
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}
 
 
@@ -15,10 +17,10 @@ def format_scores(run: Path) -> str:
     found = load(run)
     lines = [found.labels_note, ""] if found.labels_note else []
     if found.has_labels:
-        lines.append(" " * 20 + "".join(f"{HEADINGS[name]:>9}" for name in SCORES))
+        lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>9}" for name in SCORES))
         for method, scores in found.scores.items():
             cells = "".join(f"{(scores or {}).get(name, float('nan')):9.3f}" for name in SCORES)
-            lines.append(f"{method:<20}{cells}")
+            lines.append(f"{method:<{WIDTH}}{cells}")
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
     metrics = found.metrics
@@ -35,16 +37,24 @@ def format_scores(run: Path) -> str:
 
 
 def format_seeds(runs: Sequence[Path]) -> str:
-    """A table of several runs: mean ± standard deviation (of a sample) of every score, as in the published tables."""
+    """A table of several runs: mean ± standard deviation (of a sample) of every score, as in the published tables.
+
+    Raises:
+        UserError: the runs are of different methods.
+    """
     found = [load(run) for run in runs]
-    lines = [f"{len(runs)} runs, mean ± standard deviation"]
+    methods = sorted({run.metrics["method"] for run in found})
+    if len(methods) > 1:
+        raise UserError(f"these are runs of {' and '.join(methods)}; give runs of one method, or one run at a time")
+    lines = [found[0].labels_note, ""] if found[0].labels_note else []
+    lines.append(f"{len(runs)} runs, mean ± standard deviation")
     labelled = [run.scores for run in found if run.has_labels]
     if labelled:
-        lines.append(" " * 20 + "".join(f"{HEADINGS[name]:>15}" for name in SCORES))
+        lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>15}" for name in SCORES))
         for method in labelled[0]:
             of_method = [scores.get(method) or {} for scores in labelled]
             cells = "".join(f"{_spread([scores.get(name) for scores in of_method]):>15}" for name in SCORES)
-            lines.append(f"{method:<20}{cells}")
+            lines.append(f"{method:<{WIDTH}}{cells}")
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
     selected = [run.metrics["select"] for run in found]

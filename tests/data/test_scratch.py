@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from spice_dist.data import scratch
 from spice_dist.data.images import open_images
 from spice_dist.data.scratch import staged
 from spice_dist.errors import DamagedFile
@@ -79,6 +80,14 @@ def test_a_killed_copy_leaves_nothing_for_the_next(data, tmp_path):
     place.rename(place.with_name(f".{place.name}.0123abcd"))
     assert staged(data, tmp_path / "disk") == place
     assert not place.with_name(f".{place.name}.0123abcd").exists()
+
+
+@pytest.mark.parametrize("lost", scratch.NAMES)
+def test_a_copy_of_which_a_cleaner_took_a_file_is_made_again(data, tmp_path, lost):
+    place = staged(data, tmp_path / "disk")
+    (place / lost).unlink()
+    assert staged(data, tmp_path / "disk") == place
+    assert (place / lost).read_bytes() == (data / lost).read_bytes()
 
 
 def test_without_room_the_images_are_read_where_they_are(data, tmp_path, monkeypatch):
