@@ -18,7 +18,7 @@ OBJECTIVES = {  # name: +1 if higher is better, -1 if lower
     "select_loss": -1,
 }
 SHOWN = ("silhouette", "select_loss")  # beside the others, for comparison: they chose worse, so they may not
-COMBINED = ("generalization", "consensus")  # whose places together choose best, see the README's table
+RANKED_BY = ("generalization", "consensus")  # whose places together choose best, see the README's table
 FOLDS = 5
 COMPARED = 5_000  # images by which clusterings are compared
 SAMPLE = 20_000  # images that a linear classifier is fitted and asked on, at most
@@ -77,7 +77,7 @@ def ranks(values: Sequence[float | None], direction: int) -> Float[np.ndarray, "
     return rankdata(-np.array(known), method="average")
 
 
-def combined(scores: Sequence[Mapping[str, Any]], names: Sequence[str] = COMBINED) -> Float[np.ndarray, " T"]:
+def combined(scores: Sequence[Mapping[str, Any]], names: Sequence[str] = RANKED_BY) -> Float[np.ndarray, " T"]:
     """Minus the mean place of each trial over several objectives: they have no common unit, but places have."""
     places = [ranks([score.get(name) for score in scores], OBJECTIVES[name]) for name in names]
     return -np.mean(places, axis=0)

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +80,8 @@ def tune(
         config = _with_shared_views(config)
     searches_labels = any(name.startswith("reliable.") for name in ranges)
     workers = launch.workers if isinstance(launch.workers, int) else 0
-    plan = Plan(out.resolve(), config, start, searches_labels, launch.threads or 1, workers)
+    threads = 1 if launch.threads is None else launch.threads
+    plan = Plan(out.resolve(), config, start, searches_labels, threads, workers)
     objective = objective or metric
     _check(plan, search, objective)
     search = replace(search, metric=_guide(objective), direction=OBJECTIVES[_guide(objective)])
@@ -132,10 +132,12 @@ def _check(plan: Plan, search: Search, objective: str) -> None:
     known = [name for name in objectives_of(plan) if name not in SHOWN] + [COMBINED]
     if objective not in known:
         raise UserError(f'--objective is "{objective}"; for this space it can be {", ".join(known)}')
-    if search.trials < 1:
-        raise UserError(f"--trials is {search.trials}; give 1 or more")
-    if search.max_concurrent is not None and search.max_concurrent < 1:
-        raise UserError(f"--max-concurrent is {search.max_concurrent}; give 1 or more")
+    counts = {"--trials": search.trials, "--max-concurrent": search.max_concurrent, "--threads": plan.threads}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; give 1 or more")
+    if search.seconds is not None and not search.seconds > 0:
+        raise UserError(f"--time-budget is {search.seconds:g}; give seconds above 0")
     if plan.config.method != "spice":
         raise UserError("a sweep searches the stages of SPICE; leave --method out")
     if search.scheduler == "asha" and (plan.start == "thresholds" or plan.workers):
@@ -259,10 +261,9 @@ def rows(folder: Path) -> list[Row]:
     """What is known of every trial, in the order in which they began: its record, with the scores among it."""
     found = []
     for trial in (folder / "trials").glob("*"):
-        with suppress(DamagedFile):  # a trial whose record is lost is run again
-            if record := read_record(trial):
-                scores = record.pop("scores")
-                found.append({"trial": trial.name, **record, **scores})
+        if record := read_record(trial):
+            scores = record.pop("scores")
+            found.append({"trial": trial.name, **record, **scores})
     found.sort(key=lambda row: (row["started"], row["trial"]))
     return [{"number": number, **row} for number, row in enumerate(found)]
 

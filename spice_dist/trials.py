@@ -33,7 +33,7 @@ from spice_dist.data.files import publish, publish_json
 from spice_dist.data.ingest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes
-from spice_dist.errors import DamagedFile, UserError
+from spice_dist.errors import UserError
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods import reliable, spice_self
 from spice_dist.methods.plumbing import open_dataset
@@ -162,15 +162,12 @@ def write_record(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What is known of the trial in this folder; None if it has not begun."""
-    path = folder / "trial.json"
+    """What is known of the trial in this folder; None if it has not begun or its record is lost: it is run again."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads((folder / "trial.json").read_bytes())
         return {name: record[name] for name in ("state", "reason", "started", "seconds", "settings", "scores")}
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged; remove {folder} to run this trial again") from error
 
 
 def link_base(plan: Plan, folder: Path) -> None:

@@ -21,7 +21,7 @@ from spice_dist.pipeline import Launch, fit_until
 from spice_dist.recipes import photos
 from spice_dist.report.sweep import correlations
 from spice_dist.sweep import best_first, objectives_of, rows, space_file, write_results
-from spice_dist.trials import FAILED, FINISHED, RUNGS, Plan, read_record, run_trial, start_of, trial_folder
+from spice_dist.trials import FAILED, FINISHED, RUNGS, Plan, run_trial, start_of, trial_folder
 from tests.methods.conftest import SMALL
 
 SPACES = ("heads", "thresholds", "augmentations", "pretrain")
@@ -29,6 +29,7 @@ CONFIG = override(
     SMALL, {"data.loader": "torch", "moco.epochs": 1, "spice_self.epochs": 3, "spice_self.view_epochs": 2}
 )
 SETTINGS = {"spice_self.lr": 0.004, "spice_self.layers": 1}
+FEW_NEIGHBORS = {"reliable.max_neighbors": 2, "reliable.floor_fraction": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,10 @@ def heads(base, tmp_path) -> Plan:
     """A plan of trials of heads, in a sweep of its own."""
     (tmp_path / "base").symlink_to(base / "base")
     return plan_of(tmp_path)
+
+
+def thresholds_of(heads: Plan) -> Plan:
+    return replace(heads, start="thresholds", reliable=True)
 
 
 def ignore(part: int, scores: dict) -> None:
@@ -108,12 +113,14 @@ def test_a_trial_of_heads_reads_no_image_and_encodes_nothing(heads, monkeypatch)
         run_trial(heads, {**SETTINGS, "spice_self.strong.noise": 0.2}, ignore)  # this view is not stored
 
 
-def test_no_true_label_changes_a_trial(heads, base, tmp_path):
-    scores = run_trial(heads, SETTINGS, ignore)
+@pytest.mark.parametrize("start", ["heads", "thresholds"])
+def test_no_true_label_changes_a_trial(start, heads, base, tmp_path):
+    plan, settings = (heads, SETTINGS) if start == "heads" else (thresholds_of(heads), FEW_NEIGHBORS)
+    scores = run_trial(plan, settings, ignore)
     blind = tmp_path / "blind"
     shutil.copytree(base / "base", blind / "base")
     (blind / "base/data/labels.npy").unlink()
-    assert run_trial(replace(heads, folder=blind), SETTINGS, ignore) == scores
+    assert run_trial(replace(plan, folder=blind), settings, ignore) == scores
 
 
 def test_the_rungs_are_told_in_order_and_the_last_is_the_result(heads):
@@ -152,11 +159,10 @@ def test_a_bad_value_is_a_row_with_its_reason(heads, settings, reason):
 
 
 def test_thresholds_start_from_the_heads_of_the_base_and_choose_by_labels_that_teach(heads):
-    plan = replace(heads, start="thresholds", reliable=True)
-    few = {"reliable.max_neighbors": 2, "reliable.floor_fraction": 0.0}
-    scores = run_trial(plan, few, ignore)
-    assert scores["reliable"] == np.mean(np.load(trial_folder(plan, few) / "reliable/labels.npy") >= 0)
-    assert (trial_folder(plan, few) / "spice_self").is_symlink()
+    plan = thresholds_of(heads)
+    scores = run_trial(plan, FEW_NEIGHBORS, ignore)
+    assert scores["reliable"] == np.mean(np.load(trial_folder(plan, FEW_NEIGHBORS) / "reliable/labels.npy") >= 0)
+    assert (trial_folder(plan, FEW_NEIGHBORS) / "spice_self").is_symlink()
     assert "select_loss" not in scores
     none = {"reliable.rule": "official", "reliable.ratio": 1.0, "reliable.min_confidence": 1.0}
     with pytest.raises(UserError, match="no label is reliable"):
@@ -271,6 +277,9 @@ def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
         (["--space", "thresholds", "--objective", "select_loss"], '--objective is "select_loss"'),
         (["--space", "heads", "--objective", "silhouette"], "it can be generalization, consensus, agreement, combined"),
         (["--space", "heads", "--trials", "0"], "--trials is 0"),
+        (["--space", "heads", "--threads", "-1"], "--threads is -1; give 1 or more"),
+        (["--space", "heads", "--threads", "0"], "--threads is 0; give 1 or more"),
+        (["--space", "heads", "--time-budget", "-1"], "--time-budget is -1; give seconds above 0"),
         (["--space", "thresholds", "--scheduler", "asha"], "trials of thresholds have none"),
         (["--space", "heads", "--method", "imc_swav"], "leave --method out"),
         (["--space", "heads", "--base", "nowhere"], "--base nowhere has no features yet"),
@@ -303,7 +312,9 @@ def test_a_space_of_the_user_s_own_that_cannot_be_used_is_one_line(text, line, t
 
 
 def test_a_damaged_record_is_a_trial_to_run_again(heads):
-    run_trial(heads, SETTINGS, ignore)
-    assert read_record(trial_folder(heads, SETTINGS))
-    (trial_folder(heads, SETTINGS) / "trial.json").write_text("{")
-    assert rows(heads.folder) == []
+    scores = run_trial(heads, SETTINGS, ignore)
+    for damaged in ("{", "", "[]", '{"state": "finished"}'):
+        (trial_folder(heads, SETTINGS) / "trial.json").write_text(damaged)
+        assert rows(heads.folder) == []
+    assert run_trial(heads, SETTINGS, ignore) == scores
+    assert [row["state"] for row in rows(heads.folder)] == [FINISHED]
