@@ -74,6 +74,13 @@ def trial_processes(command_pid: int) -> list[psutil.Process]:
     return [process for process in family if "ImplicitFunc" in " ".join(process.cmdline())]
 
 
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended, or is not ours to look at
+        return []
+
+
 def wait_until(condition, what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -205,6 +212,8 @@ def test_ctrl_c_ends_with_130_and_its_processes(base, tmp_path, own_space):
     assert "Traceback" not in printed
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+    (session,) = Path("/tmp/ray").glob(f"session_*_{child.pid}")  # the thread of the sweep started no other one
+    assert not [process for process in psutil.process_iter() if session.name in " ".join(_command_of(process))]
 
 
 def test_a_trial_of_two_workers_is_a_ray_train_run_with_the_result_of_one(base, tmp_path, own_space):
@@ -217,6 +226,13 @@ def test_a_trial_of_two_workers_is_a_ray_train_run_with_the_result_of_one(base, 
         assert row["state"] == "finished"
         found[workers] = row["generalization"], np.load(out / "trials" / row["trial"] / "clusters.npy").tobytes()
     assert found["0"] == found["2"]
+
+
+def test_trials_leave_room_for_their_workers(base, tmp_path, own_space):
+    out = tmp_path / "sweep"
+    space = own_space("{'moco.temperature': tune.uniform(0.1, 0.3)}")
+    assert run(arguments(base, out, "--space", space, "--trials", "3", "--workers", "2")) == 0
+    assert [row["state"] for row in table(out)] == ["finished"] * 3
 
 
 def test_the_best_configuration_is_fitted(base, tmp_path):

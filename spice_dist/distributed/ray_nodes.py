@@ -5,6 +5,7 @@ import secrets
 import shutil
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,8 +36,18 @@ def kind_of_seat() -> str:
 
 def seats() -> int:
     """How many workers the nodes that answer could run if nobody else used them."""
-    kind = kind_of_seat()
-    return sum(int(node["Resources"].get(kind, 0)) for node in _nodes())
+    return sum(amounts(kind_of_seat()))
+
+
+def amounts(kind: str) -> list[int]:
+    """How many CPUs or GPUs, by `kind`, each node has that answers."""
+    return [int(node["Resources"].get(kind, 0)) for node in _nodes()]
+
+
+def fits_a_node(resources: Mapping[str, float]) -> bool:
+    """Whether any one node that answers has all of these, by their names."""
+    there = [node["Resources"] for node in _nodes()]
+    return any(all(has.get(kind, 0) >= amount for kind, amount in resources.items()) for has in there)
 
 
 def free_seats() -> int:

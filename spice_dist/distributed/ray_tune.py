@@ -46,12 +46,50 @@ class Search:
 
 @contextmanager
 def session(address: str | None, insecure: bool, plan: Plan, search: Search) -> Iterator[None]:
-    """A Ray session with room for the trials."""
-    at_once = search.max_concurrent or max(1, len(os.sched_getaffinity(0)) // plan.threads)
-    with ray_train.session(address, num_cpus=at_once * (plan.threads + plan.workers), insecure=insecure):
+    """A Ray session with room for the trials.
+
+    Raises:
+        UserError: a trial fits no node of the cluster, or it cannot be used.
+    """
+    busy = plan.threads * max(1, plan.workers)  # threads of a trial: it waits while its workers train
+    trials = search.max_concurrent or max(1, len(os.sched_getaffinity(0)) // busy)
+    with ray_train.session(address, num_cpus=trials * (plan.threads + plan.workers), insecure=insecure):
+        require_room(plan, search)
         if address:
             ray_nodes.require_shared(plan.folder)
         yield
+
+
+def require_room(plan: Plan, search: Search) -> None:
+    """UserError if a trial would wait for ever: no node of the current session holds it, or all have too few seats."""
+    needed = _resources(plan, search)
+    if not ray_nodes.fits_a_node(needed):
+        shown = " and ".join(f"{amount:g} {kind}s" for kind, amount in needed.items())
+        largest = max(ray_nodes.amounts("CPU"), default=0)
+        raise UserError(f"a trial takes {shown}, and the largest node of Ray has {largest} CPUs; give fewer --threads")
+    if plan.workers and not _trials_with_workers(plan):
+        cpus, seats, kind = sum(ray_nodes.amounts("CPU")), ray_nodes.seats(), ray_nodes.kind_of_seat()
+        raise UserError(
+            f"a trial takes {plan.threads} CPUs, and a CPU and a seat for each of its {plan.workers} workers, but Ray "
+            f"has {cpus} CPUs, {seats} {kind}s for seats; give fewer --workers or --threads"
+        )
+
+
+def trials_at_once(plan: Plan, search: Search) -> int | None:
+    """How many trials Tune may run at a time in the current session; None: as many as Ray has room for.
+
+    Trials that start workers leave room for these: Ray would give it to more trials, and all would wait for ever.
+    """
+    if not plan.workers:
+        return search.max_concurrent
+    most = _trials_with_workers(plan)
+    return min(search.max_concurrent or most, most)
+
+
+def _trials_with_workers(plan: Plan) -> int:
+    """How many trials have room beside each other, their workers included."""
+    by_cpu = sum(ray_nodes.amounts("CPU")) // (plan.threads + plan.workers)
+    return min(by_cpu, ray_nodes.seats() // plan.workers)
 
 
 def read_space(path: Path, address: str | None = None, insecure: bool = False) -> tuple[Space, str]:
@@ -129,7 +167,7 @@ def run_trials(
             search_alg=_search(plan, space, search, known, unfinished),
             scheduler=_scheduler(search),
             num_samples=count,
-            max_concurrent_trials=search.max_concurrent,
+            max_concurrent_trials=trials_at_once(plan, search),
             time_budget_s=search.seconds,
             reuse_actors=True,
         ),

@@ -1,11 +1,38 @@
-"""Search spaces that cannot be used are told in one line; sweeps themselves are in tests/test_tune.py."""
+"""How much of a cluster a sweep takes, and spaces that cannot be used; sweeps themselves are in tests/test_tune.py."""
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from spice_dist.distributed import ray_tune
+from spice_dist.config import Config
+from spice_dist.distributed import ray_train, ray_tune
+from spice_dist.distributed.ray_tune import Search, require_room, trials_at_once
 from spice_dist.errors import UserError
+from spice_dist.trials import Plan
+
+
+def plan_of(threads: int, workers: int) -> Plan:
+    return Plan(Path(), Config(), "pretrain", False, threads, workers)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the seats of a machine without GPUs")
+def test_trials_and_all_their_workers_have_room_at_once():
+    eight, five = Search(8), Search(8, max_concurrent=5)
+    with ray_train.session(None, num_cpus=7):
+        assert trials_at_once(plan_of(1, 0), eight) is None
+        assert trials_at_once(plan_of(1, 0), five) == 5
+        for threads, workers, most in ((1, 1, 3), (1, 2, 2), (2, 2, 1), (1, 6, 1)):
+            plan = plan_of(threads, workers)
+            require_room(plan, eight)
+            assert trials_at_once(plan, eight) == trials_at_once(plan, five) == most
+        assert trials_at_once(plan_of(1, 1), Search(8, max_concurrent=2)) == 2
+        with pytest.raises(UserError, match="a trial takes 8 CPUs, and the largest node of Ray has 7 CPUs"):
+            require_room(plan_of(8, 0), eight)
+        with pytest.raises(UserError, match="of its 6 workers, but Ray has 7 CPUs"):
+            require_room(plan_of(2, 6), eight)
 
 
 @pytest.mark.parametrize(
