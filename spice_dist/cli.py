@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--scheduler", choices=("none", "asha"), default="none", help="asha: stop trials that promise little"
     )
-    tune.add_argument("--max-concurrent", type=int, help="trials at a time (default: as many as cores or GPUs)")
+    tune.add_argument("--max-concurrent", type=int, help="trials at a time (default: as many as there is room for)")
     tune.add_argument("--time-budget", type=float, metavar="SECONDS", help="start no trial and stop all after this")
     tune.add_argument("--base", type=Path, metavar="RUN", help="take data, stage 1 and features from this run folder")
     _add_task_options(tune)

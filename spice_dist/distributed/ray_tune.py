@@ -40,7 +40,7 @@ class Search:
     direction: int = +1  # of that score: +1 if high is good
     search: str = "optuna"
     scheduler: str = "none"
-    max_concurrent: int | None = None  # trials at a time; None: as many as there are cores, or GPUs
+    max_concurrent: int | None = None  # trials at a time; None: as many as cores, or GPUs, have room for
     seconds: float | None = None  # after which no trial goes on
 
 
