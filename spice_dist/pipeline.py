@@ -102,13 +102,14 @@ def _opened(
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, threads = plan(config.bn_groups, launch)
+    if (folder / "sweep.json").exists():
+        raise UserError(f"{folder} holds a sweep; give another --out")
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, sizes, threads, launch, stop)
-        images = f"{len(source.paths)} images, {listing(source)[:16]}"
-        settings = _settings(config, images, _fingerprint(source.labels))
+        settings = stage_settings(config, source)
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
-        _write_config(run, images, command)
+        _write_config(run, command)
         size = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
         print(
             f"{len(source.paths)} images into {config.clusters} clusters: {config.backbone.name} of {size:.2f} M "
@@ -430,7 +431,12 @@ def _fingerprint(labels: np.ndarray | None) -> str:
     return hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _settings(config: Config, images: str, labels: str) -> dict[str, dict[str, Any]]:
+def images_of(source: Source) -> str:
+    """What tells one list of images from another."""
+    return f"{len(source.paths)} images, {listing(source)[:16]}"
+
+
+def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
     """For each stage everything its result depends on: its own settings and those of the stages before it."""
     names = {
         "data": ("data",),
@@ -455,11 +461,11 @@ def _settings(config: Config, images: str, labels: str) -> dict[str, dict[str, A
     if config.method == "scan":
         names |= {"scan": ("seed", "clusters", "bn_groups", "scan"), "self_label": ("self_label",)}
     flat = flatten(config)
-    depends: dict[str, Any] = {"images": images}
+    depends: dict[str, Any] = {"images": images_of(source)}
     settings = {}
     for stage, own in names.items():
         if stage == "given_labels":
-            depends["labels"] = labels
+            depends["labels"] = _fingerprint(source.labels)
         depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
         settings[stage] = dict(depends)
         depends["weights"] = weights_fingerprint(config.backbone)  # of every stage but the first
@@ -492,7 +498,7 @@ def check_settings(config: Config, images: Source | Ingested, data: str) -> None
             given_labels.draw(config, config.given_labels, images.labels, num_images, images.held_out)
 
 
-def _write_config(run: Run, images: str, command: list[str] | None) -> None:
+def _write_config(run: Run, command: list[str] | None) -> None:
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "timm", "ray", "numpy", "scikit-learn")
@@ -500,7 +506,7 @@ def _write_config(run: Run, images: str, command: list[str] | None) -> None:
         "version": 1,
         "command": command,
         "config": asdict(run.config),
-        "data": {"source": Path(run.source.name).name, "images": images},
+        "data": {"source": Path(run.source.name).name, "images": images_of(run.source)},
         "launch": {"workers": run.launch.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

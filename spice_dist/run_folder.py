@@ -184,7 +184,9 @@ def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bo
     publish_json(run / stage / "stage.json", record)
 
 
-def refuse_changes(run: Path, stage: str, settings: dict[str, Any]) -> None:
+def refuse_changes(
+    run: Path, stage: str, settings: dict[str, Any], remedy: str = "give another --out or the same settings"
+) -> None:
     """UserError, with the difference, if the stage has left anything that was made with other settings than these."""
     record = stage_record(run, stage)
     trained = any((run / stage).glob("checkpoints/*"))
@@ -202,10 +204,7 @@ def refuse_changes(run: Path, stage: str, settings: dict[str, Any]) -> None:
     if changed:
         shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
         more = f" and {len(changed) - 3} more" * (len(changed) > 3)
-        raise UserError(
-            f"{run} was made with another configuration, stage {stage}: {shown}{more}; "
-            "give another --out or the same settings"
-        )
+        raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

@@ -27,7 +27,7 @@ import torch
 import spice_dist
 from spice_dist.config import Config, dotted, override, read_config
 from spice_dist.data.files import csv_cell, publish, publish_json
-from spice_dist.data.sources import Source, listing
+from spice_dist.data.sources import Source
 from spice_dist.distributed import ray_tune
 from spice_dist.distributed.ray_tune import Search, Space
 from spice_dist.distributed.worker import LocalWorker
@@ -35,9 +35,20 @@ from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.methods import spice_self
 from spice_dist.objectives import OBJECTIVES, SHOWN, combined, consensus
-from spice_dist.pipeline import Bar, Launch, StopSignal, fit_until, train_here, usable_cores
-from spice_dist.report.sweep import settings_line, write_sweep_report
-from spice_dist.run_folder import owned
+from spice_dist.pipeline import (
+    Bar,
+    Launch,
+    StopSignal,
+    check_settings,
+    fit_until,
+    images_of,
+    pretext_stages,
+    stage_settings,
+    train_here,
+    usable_cores,
+)
+from spice_dist.report.sweep import settings_line, with_objective, write_sweep_report
+from spice_dist.run_folder import owned, refuse_changes, stage_record
 from spice_dist.trials import FINISHED, RUNNING, Plan, read_record, start_of
 
 COMBINED = "combined"  # the mean place by several objectives
@@ -83,10 +94,11 @@ def tune(
     threads = 1 if launch.threads is None else launch.threads
     plan = Plan(out.resolve(), config, start, searches_labels, threads, workers)
     objective = objective or metric
-    _check(plan, search, objective)
+    _check(plan, search, objective, ranges)
+    check_settings(config, source, source.name)
     search = replace(search, metric=_guide(objective), direction=OBJECTIVES[_guide(objective)])
-    if base is not None and not (base / "features/features.npy").exists():
-        raise UserError(f"--base {base} has no features yet: give the folder of a run that is past stage 1")
+    if base is not None:
+        _check_base(base, config, source)
     with owned(plan.folder):
         _begin(plan, source, space, ranges, resume, command)
         if base is not None:
@@ -98,6 +110,8 @@ def tune(
                 stop.check()
         finally:
             found = write_results(plan.folder, objective)
+    if any(row["state"] == FINISHED for row in found) and not with_objective(found, objective):
+        raise UserError(f"no finished trial has the score {objective}; choose by another: --resume --objective ...")
     return found
 
 
@@ -128,10 +142,13 @@ def _with_shared_views(config: Config) -> Config:
     return override(config, {"spice_self.view_epochs": min(own.epochs, VIEW_EPOCHS)})
 
 
-def _check(plan: Plan, search: Search, objective: str) -> None:
+def _check(plan: Plan, search: Search, objective: str, ranges: Space) -> None:
     known = [name for name in objectives_of(plan) if name not in SHOWN] + [COMBINED]
     if objective not in known:
         raise UserError(f'--objective is "{objective}"; for this space it can be {", ".join(known)}')
+    heads = plan.config.spice_self.heads
+    if objective == "agreement" and heads < 2 and "spice_self.heads" not in ranges and not plan.reliable:
+        raise UserError(f"--objective agreement compares the heads of a trial, and spice_self.heads is {heads}")
     counts = {"--trials": search.trials, "--max-concurrent": search.max_concurrent, "--threads": plan.threads}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -147,10 +164,26 @@ def _check(plan: Plan, search: Search, objective: str) -> None:
         )
 
 
+def _check_base(base: Path, config: Config, source: Source) -> None:
+    """UserError if the stages that are taken from this run are not finished, or are those of another task."""
+    if not (stage_record(base, "features") or {}).get("done"):
+        raise UserError(f"--base {base} has no features yet: give the folder of a run that is past stage 1")
+    settings = stage_settings(config, source)
+    remedy = f"give its images, and its settings by --config {base / 'config.json'}, or leave --base out"
+    for stage in _shared_stages(config):
+        refuse_changes(base, stage, settings[stage], remedy)
+
+
+def _shared_stages(config: Config) -> list[str]:
+    return ["data", *(name for name, _, _ in pretext_stages(config)), "features"]
+
+
 def _begin(
     plan: Plan, source: Source, space: str, ranges: Space, resume: bool, command: list[str] | None
 ) -> None:  # fmt: skip
-    """Write sweep.json, or see that the one that is there is of this sweep."""
+    """Write sweep.json, or see that the one that is there is of this sweep: one without a trial yet may change."""
+    if (plan.folder / "config.json").exists():
+        raise UserError(f"{plan.folder} holds a run; give another --out, or --base {plan.folder} to sweep on it")
     path = plan.folder / "sweep.json"
     about = {
         "version": 1,
@@ -159,11 +192,11 @@ def _begin(
         "config": asdict(plan.config),
         "start": plan.start,
         "reliable": plan.reliable,
-        "images": f"{len(source.paths)} images, {listing(source)[:16]}",
+        "images": images_of(source),
         "command": command,
     }
     about = json.loads(json.dumps(about))
-    if not path.exists():
+    if not path.exists() or not (plan.folder / "trials").exists():
         publish_json(path, about)
         return
     if not resume:
@@ -182,7 +215,7 @@ def _begin(
 def _share(base: Path, plan: Plan) -> None:
     """Make the base run of links to the finished stages of another run."""
     plan.base.mkdir(exist_ok=True)
-    for name in ("data", plan.config.pretext, "features"):
+    for name in _shared_stages(plan.config):
         if (base / name).is_dir() and not (plan.base / name).exists():
             (plan.base / name).symlink_to((base / name).resolve())
 
@@ -291,14 +324,19 @@ def scored(folder: Path, found: Sequence[Row]) -> list[Row]:
 
 
 def write_results(folder: Path, objective: str) -> list[Row]:
-    """Leaves trials.csv, trials.parquet, best.json and report.html; returns the rows, the best first."""
+    """Leaves trials.csv, trials.parquet, report.html, and best.json if a finished trial has the objective.
+
+    Returns the rows, the best first.
+    """
     found = write_tables(folder, with_consensus(folder, rows(folder)))
     ordered = best_first(found, objective)
-    if ordered and ordered[0]["state"] == FINISHED:
-        best = ordered[0]
+    if comparable := with_objective(ordered, objective):
+        best = comparable[0]
         config = override(config_of(folder), best["settings"])
         about = {"version": 1, "trial": best["trial"], "objective": objective, "config": asdict(config)}
         publish_json(folder / "best.json", about)
+    else:
+        (folder / "best.json").unlink(missing_ok=True)  # an earlier call's, by another objective
     write_sweep_report(folder, found, ordered, objective)
     return ordered
 

@@ -11,7 +11,7 @@ import pytest
 
 from spice_dist import cli, sweep
 from spice_dist.config import Config, flatten, override, read_config
-from spice_dist.data.sources import open_source
+from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed import ray_train, ray_tune
 from spice_dist.distributed.ray_tune import Search
 from spice_dist.errors import UserError
@@ -32,6 +32,15 @@ SETTINGS = {"spice_self.lr": 0.004, "spice_self.layers": 1}
 FEW_NEIGHBORS = {"reliable.max_neighbors": 2, "reliable.floor_fraction": 0.0}
 
 
+HERE = Launch(workers=0, threads=1)
+
+
+def few_digits() -> Source:
+    source = open_source("digits")
+    assert source.labels is not None
+    return replace(source, paths=source.paths[:200], labels=source.labels[:200])
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A sweep's folder whose base run holds 200 digits, stage 1, heads, and the views of two epochs."""
@@ -40,10 +49,7 @@ def base(tmp_path_factory) -> Path:
     from spice_dist.distributed.worker import LocalWorker
 
     folder = tmp_path_factory.mktemp("sweep")
-    source = open_source("digits")
-    assert source.labels is not None
-    few = replace(source, paths=source.paths[:200], labels=source.labels[:200])
-    fit_until("spice_self", CONFIG, few, folder / "base", Launch(workers=0, threads=1))
+    fit_until("spice_self", CONFIG, few_digits(), folder / "base", HERE)
     spice_self.store_views(CONFIG, CONFIG.spice_self, LocalWorker(folder / "base", "views", torch.device("cpu")))
     return folder
 
@@ -283,6 +289,8 @@ def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
         (["--space", "thresholds", "--scheduler", "asha"], "trials of thresholds have none"),
         (["--space", "heads", "--method", "imc_swav"], "leave --method out"),
         (["--space", "heads", "--base", "nowhere"], "--base nowhere has no features yet"),
+        (["--space", "heads", "--set", "moco.batch=1280"], "moco.queue is 1024"),
+        (["--space", "augmentations", "--objective", "agreement", "--set", "spice_self.heads=1"], "heads is 1"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_made(arguments, line, tmp_path, capsys):
@@ -318,3 +326,83 @@ def test_a_damaged_record_is_a_trial_to_run_again(heads):
         assert rows(heads.folder) == []
     assert run_trial(heads, SETTINGS, ignore) == scores
     assert [row["state"] for row in rows(heads.folder)] == [FINISHED]
+
+
+def one_line(out: Path, *arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `tune` prints of a mistake."""
+    assert cli.main(["tune", "digits", "--space", "heads", "--out", str(out), *map(str, arguments)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_base_without_a_finished_stage_of_features_is_refused_and_left_as_it_is(tmp_path, capsys):
+    other = tmp_path / "fixmatch"
+    (other / "features").mkdir(parents=True)
+    (other / "features/features.npy").write_bytes(b"features of another method, which no stage made")
+    before = files(tmp_path)
+    assert "has no features yet" in one_line(tmp_path / "sweep", "--base", other, capsys=capsys)
+    assert files(tmp_path) == before
+
+
+def test_a_base_of_other_settings_is_refused_before_anything_is_made(base, tmp_path):
+    space = tmp_path / "own.py"
+    space.write_text("from ray import tune\nSPACE = {'spice_self.lr': tune.uniform(1e-3, 1e-2)}")
+    for config, source, line in (
+        (
+            override(CONFIG, {"moco.epochs": 2}),
+            few_digits(),
+            "moco.epochs was 1, now 2; .* --config .*/config.json",
+        ),
+        (CONFIG, open_source("digits"), "stage data: images was"),
+    ):
+        with pytest.raises(UserError, match=line):
+            sweep.tune(config, source, str(space), tmp_path / "sweep", Search(1), HERE, base=base / "base")
+        assert not (tmp_path / "sweep").exists()
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, name in ((run, "config.json"), (other, "sweep.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    before = files(tmp_path)
+    assert f"holds a run; give another --out, or --base {run}" in one_line(run, capsys=capsys)
+    assert cli.main(["fit", "digits", "--out", str(other), "--workers", "0"]) == 1
+    assert capsys.readouterr().err.endswith("other holds a sweep; give another --out\n")
+    assert files(tmp_path) == before
+
+
+def test_a_sweep_without_a_trial_takes_the_settings_of_a_corrected_command_and_one_with_a_trial_does_not(tmp_path):
+    wrong, right = plan_of(tmp_path), replace(plan_of(tmp_path), config=override(CONFIG, {"moco.lr": 0.01}))
+    sweep._begin(wrong, few_digits(), "heads", {}, False, None)
+    for resume in (False, True):
+        sweep._begin(right, few_digits(), "heads", {}, resume, None)
+        assert sweep.config_of(tmp_path) == right.config
+    (tmp_path / "trials").mkdir()
+    with pytest.raises(UserError, match="holds a sweep; go on with it by --resume"):
+        sweep._begin(right, few_digits(), "heads", {}, False, None)
+    with pytest.raises(UserError, match="other settings: moco.lr was 0.01"):
+        sweep._begin(wrong, few_digits(), "heads", {}, True, None)
+    assert sweep.config_of(tmp_path) == right.config
+
+
+def test_a_score_that_no_trial_has_chooses_none(heads):
+    space = heads.folder / "own.py"
+    space.write_text("from ray import tune\nSPACE = {'spice_self.heads': tune.choice([1, 2])}")
+    run_trial(heads, {"spice_self.heads": 1}, ignore)
+
+    def go_on(objective: str) -> list[dict]:
+        return sweep.tune(
+            CONFIG, few_digits(), str(space), heads.folder, Search(1), HERE, objective=objective, resume=True
+        )
+
+    (row,) = go_on("generalization")
+    assert json.loads((heads.folder / "best.json").read_text())["trial"] == row["trial"]
+    with pytest.raises(UserError, match="no finished trial has the score agreement"):
+        go_on("agreement")
+    assert not (heads.folder / "best.json").exists()
