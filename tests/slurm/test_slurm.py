@@ -15,7 +15,7 @@ from tests.test_cli import TINY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SHORT = [*TINY[2:], "--set", "moco.epochs=2"]
-LONG = [*TINY[2:], "--set", "moco.epochs=100"]  # about a minute of stage 1: time to end it early
+LONG = [*TINY[2:], "--set", "moco.epochs=140"]  # more than a minute of stage 1: time to end it early
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
 
 
@@ -114,7 +114,8 @@ def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slur
     folder = shared / "limit"
     job = fit(slurm, folder, *LONG)
     job.wait_for_training(folder / "run")
-    slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds")
+    # told when 60 s are left, which SLURM looks at every 30 s: 5 to 35 s from now
+    slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+65seconds")
     wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 90)
     slurm.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     job.wait("COMPLETED")
