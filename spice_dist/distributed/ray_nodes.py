@@ -74,7 +74,7 @@ def _answers(node: dict[str, Any], seconds: float = 3.0) -> bool:
 
 
 def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Report | str]]:
-    """Ask every node of this session's cluster at once: its name, and its report or why there is none.
+    """Ask every node of this session's cluster at once: its name, and its report or why there is none, by name.
 
     Args:
         folder: the run folder, which must exist here: that every node sees the same one is tried by files.
@@ -84,7 +84,7 @@ def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Rep
 
     mark = _leave_mark(folder) if folder else None
     ask = ray.remote(num_cpus=0, max_retries=0)(report_of_this_node)
-    nodes = _nodes()
+    nodes = sorted(_nodes(), key=lambda node: (node["NodeManagerHostname"], node["NodeManagerAddress"]))
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asked = [ask.options(scheduling_strategy=node).remote(*(mark or (None, None))) for node in there]
     try:

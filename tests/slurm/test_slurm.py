@@ -140,6 +140,7 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
     assert int(slurm.job(job.number)["Restarts"]) >= 1
     assert resumed_at(folder / "run")[1] >= int(newest.parent.name)
     assert (folder / "run/assignments.csv").read_bytes() == alone
+    require_quiet(slurm)  # what the killed node kept on its disk is gone too
 
 
 def test_scancel_saves_and_leaves_no_process(slurm, shared):
