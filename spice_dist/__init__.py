@@ -1,6 +1,7 @@
 """Cluster images without labels: SPICE on Ray Train, FFCV and timm. Names are imported when they are first used."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,11 @@ if TYPE_CHECKING:
     from spice_dist.estimator import SpiceClusterer
     from spice_dist.pipeline import Launch, fit
     from spice_dist.recipes import recipe
+
+# How often an idle thread of torch's CPU kernels looks for work before it sleeps, read when torch is first imported.
+# By libgomp's default, 300,000, another busy program makes a training step 20 times as long; so few turns make it
+# twice, which is its share of the cores, and cost nothing when the cores are free.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __all__ = ["Config", "Interrupted", "Launch", "SpiceClusterer", "UserError", "fit", "override", "recipe"]
 

@@ -1,6 +1,7 @@
 """Who may import whom, who may see the true labels, and what the package never does: read from its source."""
 
 import ast
+import os
 import statistics
 import subprocess
 import sys
@@ -169,6 +170,15 @@ def test_help_comes_at_once_and_loads_nothing_heavy():
     assert loaded & {"torch", "ray", "numpy", "timm", "scipy", "sklearn", "PIL", "ffcv", "jinja2"} == set()
     assert "fit" in done.stdout
     assert statistics.median(seconds) < 0.5
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "3000"), ("7", "7")])
+def test_idle_threads_sleep_soon_if_nobody_said_otherwise_before_torch_reads_it(given, found):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    code = "import sys, os, spice_dist; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    environment |= {"GOMP_SPINCOUNT": given} if given else {}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["False", found]
 
 
 def test_training_code_loads_neither_ray_nor_ffcv():

@@ -1,5 +1,6 @@
 """Global tensors: gather, then compute the same pure function everywhere. The identity when there is one process."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,31 @@ def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def exchange(x: Tensor, order: np.ndarray) -> Tensor:
+    """This worker's part of `all_gather(x)[order]`, without gathering: every row travels once. No gradient.
+
+    Args:
+        x: (B, ...), as many rows on each of the W workers.
+        order: a permutation of the W * B rows, the same on all of them.
+
+    Returns:
+        (B, ...): the rows `order.reshape(W, B)[rank]` of those of all workers.
+    """
+    if alone():
+        return x[torch.from_numpy(order).to(x.device, non_blocking=True)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    owner, row = np.divmod(order.reshape(world, -1), len(x))
+    sent = [row[receiver][owner[receiver] == rank] for receiver in range(world)]
+    received = np.argsort(owner[rank], kind="stable")  # from the first worker's rows to the last's, each in order
+    outgoing = x[torch.from_numpy(np.concatenate(sent)).to(x.device, non_blocking=True)].contiguous()
+    incoming = torch.empty_like(outgoing)
+    counts = np.bincount(owner[rank], minlength=world)
+    dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
+    place = torch.from_numpy(received).to(x.device, non_blocking=True)
+    return torch.empty_like(incoming).index_copy_(0, place, incoming)
 
 
 def share(total: int) -> range:

@@ -131,13 +131,12 @@ def shuffled_keys(
     task: Task, key_net: nn.Module, view: Tensor, passes: int, key: tuple[int, int, int], worker: Worker
 ) -> Tensor:
     """Shuffle-BN: keys (B, dim) of the global batch in its order, each normalised among other images than its query."""
-    views = collectives.all_gather(view)
-    order = torch.from_numpy(np.random.default_rng(key).permutation(len(views))).to(view.device, non_blocking=True)
-    own = views[order.chunk(worker.world)[worker.rank]]
+    order = np.random.default_rng(key).permutation(len(view) * worker.world)
+    own = collectives.exchange(view, order)
     with autocast(worker.device, task.precision):
         keys = torch.cat([unit(key_net(part)).float() for part in own.chunk(passes)])
     keys = collectives.all_gather(keys)
-    return torch.empty_like(keys).index_copy_(0, order, keys)
+    return torch.empty_like(keys).index_copy_(0, torch.from_numpy(order).to(view.device, non_blocking=True), keys)
 
 
 def _by_pass(view: Tensor, keys: Tensor, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:

@@ -10,9 +10,10 @@ where all cores are busy, that share is what Ray costs.
 
 Reckoned: the time of a step is its arithmetic, divided among the workers, plus what cannot hide behind it:
 
-    step = max(arithmetic, reading) + gathers + max(0, all-reduce - HIDDEN * backward)
-    all-reduce of n bytes on W workers = 2 (W - 1) / W * n / bandwidth + 2 log2(W) * latency
-    all-gather of n bytes in all       =   (W - 1) / W * n / bandwidth +   log2(W) * latency
+    step = max(arithmetic, reading) + exchange + all-gather + max(0, all-reduce - HIDDEN * backward)
+    all-reduce of n bytes on W workers    = 2 (W - 1) / W * n / bandwidth + 2 log2(W) * latency
+    all-gather of n bytes in all          =   (W - 1) / W * n / bandwidth +   log2(W) * latency
+    exchange of n bytes in all, m a message = (W - 1) / W * n / W / bandwidth + min(W - 1, n / W / m) * latency
 
 The same formulas are held against the measured steps, with the bandwidth and latency that gloo has here.
 """
@@ -235,6 +236,13 @@ class Link:
         """Seconds until all workers have `size` bytes, of which each had its share."""
         return self.all_reduce(size, workers) / 2
 
+    def exchange(self, size: float, smallest: float, workers: int) -> float:
+        """Seconds until each worker has its share of `size` bytes from the others, one message after another."""
+        if workers == 1:
+            return 0.0
+        own = size / workers
+        return (workers - 1) / workers * own / self.bandwidth + min(workers - 1, own / smallest) * self.latency
+
 
 @dataclass(frozen=True)
 class Step:
@@ -242,7 +250,8 @@ class Step:
 
     forward: float  # seconds of one worker alone for the four passes: query, its backward (two), key
     gradients: float  # bytes
-    gathered: float  # bytes of the views, for Shuffle-BN, and of the keys twice
+    views: float  # bytes of one view of all images, which Shuffle-BN exchanges
+    keys: float  # bytes of all keys, which all workers get
     images: float
 
     def seconds(self, workers: int, link: Link, images_per_second: float = math.inf, hidden: float = HIDDEN) -> float:
@@ -250,7 +259,12 @@ class Step:
         arithmetic = self.forward / workers
         reading = self.images / workers / images_per_second
         shown = max(0.0, link.all_reduce(self.gradients, workers) - hidden * arithmetic / 2)  # two passes of four
-        return max(arithmetic, reading) + link.all_gather(self.gathered, workers) + shown
+        return max(arithmetic, reading) + self.shuffling(workers, link) + shown
+
+    def shuffling(self, workers: int, link: Link) -> float:
+        """Seconds that Shuffle-BN waits: no arithmetic goes on beside it."""
+        view = self.views / self.images
+        return link.exchange(self.views, view, workers) + link.all_gather(self.keys, workers)
 
 
 def step_of(task: Config, flops: float) -> Step:
@@ -260,21 +274,23 @@ def step_of(task: Config, flops: float) -> Step:
     images = task.moco.batch
     views = images * task.data.channels * size * size * FLOAT
     keys = images * task.moco.dim * FLOAT
-    return Step(4 * images * network.forward / flops, network.weights, views + keys, images)
+    return Step(4 * images * network.forward / flops, network.weights, views, keys, images)
 
 
 def check_model(measured: dict[tuple[str, int], list[Timing]]) -> None:
-    """The formulas with this machine's numbers. The cores are shared: arithmetic does not shrink, and nothing hides."""
-    alone = min(timing.step for timing in measured["plain", 1])
-    task = config(1)
-    step = step_of(task, 1.0)
-    print(f"\n{'workers':<10}{'all-reduce ms':>15}{'reckoned ms':>13}{'measured ms':>13}{'ratio':>8}")
+    """The formulas with this machine's numbers: all cores are shared and busy, so nothing hides behind arithmetic."""
+    step = step_of(config(1), 1.0)
+    print(
+        f"\n{'workers':<10}{'arithmetic ms':>15}{'all-reduce ms':>15}{'shuffling ms':>15}{'sum':>8}{'measured ms':>13}"
+    )
     for workers in WORKERS[1:]:
+        timings = measured["plain", workers]
         link = gloo_here(workers, int(step.gradients))
-        reduce, gather = link.all_reduce(step.gradients, workers), link.all_gather(step.gathered, workers)
-        reckoned, found = alone + reduce + gather, min(timing.step for timing in measured["plain", workers])
-        row = "".join(f"{1000 * value:>13.1f}" for value in (reckoned, found))
-        print(f"{workers:<10}{1000 * reduce:>15.1f}{row}{reckoned / found:>8.2f}")
+        parts = [statistics.median(timing.cpu for timing in timings) / usable_cores()]
+        parts += [link.all_reduce(step.gradients, workers), step.shuffling(workers, link)]
+        found = min(timing.step for timing in timings)
+        row = "".join(f"{1000 * value:>15.1f}" for value in parts)
+        print(f"{workers:<10}{row}{1000 * sum(parts):>8.1f}{1000 * found:>13.1f}")
 
 
 def gloo_here(workers: int, size: int) -> Link:
@@ -316,14 +332,14 @@ def show_model() -> None:
         moco=moco.MoCoConfig(epochs=1, batch=4096, queue=65536, optimizer="lars"),
     )
     step = step_of(task, PEAK["H100"] * USED)
-    print(f"\n{'GPUs':<8}{'step ms':>10}{'images/s':>12}{'efficiency':>12}{'gathers ms':>12}{'all-reduce ms':>15}")
+    print(f"\n{'GPUs':<8}{'step ms':>10}{'images/s':>12}{'efficiency':>12}{'shuffling ms':>14}{'all-reduce ms':>15}")
     one = step.seconds(1, NVLINK, READS)
     for gpus in GPUS:
         link = NVLINK if gpus <= 8 else FABRIC
         seconds = step.seconds(gpus, link, READS)
-        gather, reduce = link.all_gather(step.gathered, gpus), link.all_reduce(step.gradients, gpus)
+        shuffling, reduce = step.shuffling(gpus, link), link.all_reduce(step.gradients, gpus)
         row = f"{1000 * seconds:>10.1f}{step.images / seconds:>12,.0f}{one / seconds / gpus:>12.0%}"
-        print(f"{gpus:<8}{row}{1000 * gather:>12.1f}{1000 * reduce:>15.1f}")
+        print(f"{gpus:<8}{row}{1000 * shuffling:>14.1f}{1000 * reduce:>15.1f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""Tensors of all workers at once, on three real processes over gloo, against the same thing on one array."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from spice_dist.distributed import collectives
+
+WORKERS, ROWS = 3, 4
+EVERYONE = torch.arange(WORKERS * ROWS * 2.0).reshape(-1, 2)
+ORDERS = {
+    "random": np.random.default_rng(0).permutation(WORKERS * ROWS),
+    "nothing moves": np.arange(WORKERS * ROWS),
+    "everything moves": np.roll(np.arange(WORKERS * ROWS), ROWS),
+    "reversed": np.arange(WORKERS * ROWS)[::-1].copy(),
+}
+
+
+def exchange_on_a_worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=WORKERS)
+    own = EVERYONE.chunk(WORKERS)[rank]
+    found = {name: collectives.exchange(own, order) for name, order in ORDERS.items()}
+    torch.save(found, Path(folder, str(rank)))
+    dist.barrier()
+    os._exit(0)  # not through the teardown of gloo's threads, which now and then aborts an idle process
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("exchange")
+    spawn(exchange_on_a_worker, (str(folder),), nprocs=WORKERS)
+    return [torch.load(folder / str(rank)) for rank in range(WORKERS)]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_exchanged_rows_are_those_of_the_gathered_array_in_that_order(exchanged, name):
+    found = torch.cat([of_worker[name] for of_worker in exchanged])
+    torch.testing.assert_close(found, EVERYONE[torch.from_numpy(ORDERS[name])], rtol=0, atol=0)
+    torch.testing.assert_close(found, collectives.exchange(EVERYONE, ORDERS[name]), rtol=0, atol=0)  # alone
