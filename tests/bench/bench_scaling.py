@@ -280,17 +280,15 @@ def step_of(task: Config, flops: float) -> Step:
 def check_model(measured: dict[tuple[str, int], list[Timing]]) -> None:
     """The formulas with this machine's numbers: all cores are shared and busy, so nothing hides behind arithmetic."""
     step = step_of(config(1), 1.0)
-    print(
-        f"\n{'workers':<10}{'arithmetic ms':>15}{'all-reduce ms':>15}{'shuffling ms':>15}{'sum':>8}{'measured ms':>13}"
-    )
+    names = ("arithmetic ms", "all-reduce ms", "shuffling ms", "sum", "measured ms")
+    print(f"\n{'workers':<10}" + "".join(f"{name:>15}" for name in names))
     for workers in WORKERS[1:]:
         timings = measured["plain", workers]
         link = gloo_here(workers, int(step.gradients))
         parts = [statistics.median(timing.cpu for timing in timings) / usable_cores()]
         parts += [link.all_reduce(step.gradients, workers), step.shuffling(workers, link)]
         found = min(timing.step for timing in timings)
-        row = "".join(f"{1000 * value:>15.1f}" for value in parts)
-        print(f"{workers:<10}{row}{1000 * sum(parts):>8.1f}{1000 * found:>13.1f}")
+        print(f"{workers:<10}" + "".join(f"{1000 * value:>15.1f}" for value in (*parts, sum(parts), found)))
 
 
 def gloo_here(workers: int, size: int) -> Link:
