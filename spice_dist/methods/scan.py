@@ -217,7 +217,7 @@ def find_neighbors(config: ScanConfig, num_images: int, worker: Worker) -> Int[n
     """The nearest images of each in the features of stage 1, itself first; every worker searches its share."""
     stored = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
     features = torch.from_numpy(stored.astype(np.float32)).to(worker.device)
-    found = nearest(features, min(config.neighbors, num_images), collectives.share(num_images))
+    found = nearest(features, config.neighbors, collectives.share(num_images))
     return collectives.gather_shares(found, num_images).cpu().numpy()
 
 
@@ -297,6 +297,8 @@ def check(task: Task, config: ScanConfig, num_images: int) -> None:
     check_batch(task, "scan", config.batch, num_images)
     if config.neighbors < 2:
         raise UserError(f"scan.neighbors is {config.neighbors}; give 2 or more: the nearest one is the image itself")
+    if config.neighbors > num_images:
+        raise UserError(f"scan.neighbors is {config.neighbors}, more than the {num_images} images; give fewer")
     for name in ("weight_decay", "entropy_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"scan.{name} is {getattr(config, name)}; give 0 or more")

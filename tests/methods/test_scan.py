@@ -248,6 +248,7 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
         ({"scan.batch": 201}, "more than the 200 images"),
         ({"scan.batch": 65}, "multiple of bn_groups"),
         ({"scan.neighbors": 1}, "nearest one is the image itself"),
+        ({"scan.neighbors": 201}, "more than the 200 images"),
         ({"scan.lr": 0.0}, "scan.lr is 0"),
         ({"scan.heads": 0}, "scan.heads is 0"),
         ({"scan.entropy_weight": -1.0}, "give 0 or more"),
