@@ -21,6 +21,11 @@ SETTINGS = [*TINY[2:], "--set", "moco.epochs=1"]
 LONG = [*TINY[2:], "--set", "moco.epochs=60"]  # long enough to lose a host and to get it back
 DASHBOARD = "http://127.0.0.1:8265"
 HEAD, OTHER = "node1", "node2"
+NOTICED_SOON = {  # what differs from production: a host that is silent is given up after 15 s, not after a minute
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 class Cluster:
@@ -32,7 +37,7 @@ class Cluster:
         self.token.touch(mode=0o600)
         self.token.write_text(secrets.token_hex(32))
         anybody = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.anybody = {**anybody, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.anybody = {**anybody, **NOTICED_SOON, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         self.environment = {**self.anybody, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         self.address = f"{nodes.address(HEAD)}:6379"
 
