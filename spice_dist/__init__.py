@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 # How often an idle thread of torch's CPU kernels looks for work before it sleeps, read when torch is first imported.
 # By libgomp's default, 300,000, another busy program makes a training step 20 times as long; so few turns make it
 # twice, which is its share of the cores, and cost nothing when the cores are free.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if "OMP_WAIT_POLICY" not in os.environ:  # the standard's way to say the same; libgomp would prefer ours
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __all__ = ["Config", "Interrupted", "Launch", "SpiceClusterer", "UserError", "fit", "override", "recipe"]
 

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     threads = max(WORKERS)
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # more threads than cores must not spin while they wait for each other
+    os.environ["GOMP_SPINCOUNT"] = "0"  # more threads than cores must not spin while they wait for each other
     print(f"{usable_cores()} cores, {threads} threads in all, load {os.getloadavg()[0]:.1f} before the start")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), threads, options.repeats, options.steps)
