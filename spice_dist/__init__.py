@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from spice_dist.recipes import recipe
 
 # How often an idle thread of torch's CPU kernels looks for work before it sleeps, read when torch is first imported.
-# By libgomp's default, 300,000, another busy program makes a training step 20 times as long; so few turns make it
-# twice, which is its share of the cores, and cost nothing when the cores are free.
+# With libgomp's default a second busy program was seen to make a training step 20 times as long; with so few turns it
+# is two to three times, about its share of the cores, and no slower when the cores are free (tests/bench).
 if "OMP_WAIT_POLICY" not in os.environ:  # the standard's way to say the same; libgomp would prefer ours
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -32,17 +32,21 @@ def exchange(x: Tensor, order: np.ndarray) -> Tensor:
         (B, ...): the rows `order.reshape(W, B)[rank]` of those of all workers.
     """
     if alone():
-        return x[torch.from_numpy(order).to(x.device, non_blocking=True)]
+        return x[_index(order, x)]
     rank, world = dist.get_rank(), dist.get_world_size()
     owner, row = np.divmod(order.reshape(world, -1), len(x))
     sent = [row[receiver][owner[receiver] == rank] for receiver in range(world)]
-    received = np.argsort(owner[rank], kind="stable")  # from the first worker's rows to the last's, each in order
-    outgoing = x[torch.from_numpy(np.concatenate(sent)).to(x.device, non_blocking=True)].contiguous()
+    outgoing = x[_index(np.concatenate(sent), x)].contiguous()
     incoming = torch.empty_like(outgoing)
     counts = np.bincount(owner[rank], minlength=world)
     dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
-    place = torch.from_numpy(received).to(x.device, non_blocking=True)
-    return torch.empty_like(incoming).index_copy_(0, place, incoming)
+    place = np.argsort(owner[rank], kind="stable")  # they come from the first worker to the last, each one's in order
+    return torch.empty_like(incoming).index_copy_(0, _index(place, x), incoming)
+
+
+def _index(rows: np.ndarray, x: Tensor) -> Tensor:
+    """Row numbers where `x` is, without waiting for the device."""
+    return torch.from_numpy(rows).to(x.device, non_blocking=True)
 
 
 def share(total: int) -> range:

@@ -74,7 +74,7 @@ def _answers(node: dict[str, Any], seconds: float = 3.0) -> bool:
 
 
 def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Report | str]]:
-    """Ask every node of this session's cluster at once: its name, and its report or why there is none, by name.
+    """Ask every node of this session's cluster at once; sorted by name, each with its report or why there is none.
 
     Args:
         folder: the run folder, which must exist here: that every node sees the same one is tried by files.

@@ -28,16 +28,14 @@ def main() -> None:
     for count in COUNTS:
         (alone,), two = (processes(number, count, options.seconds) for number in (1, 2))
         slower = statistics.mean(two)
-        print(
-            f"{'none' if count is None else count:<12}{alone:>10.0f}{slower:>10.0f}{slower / alone:>8.1f}", flush=True
-        )
+        name = "none" if count is None else str(count)
+        print(f"{name:<12}{alone:>10.0f}{slower:>10.0f}{slower / alone:>8.1f}", flush=True)
 
 
 def processes(number: int, count: int | None, seconds: float) -> list[float]:
     """Milliseconds a step of each of these processes, started together."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     if count is not None:
         environment["GOMP_SPINCOUNT"] = str(count)
     command = [sys.executable, "-m", "tests.bench.bench_spinning", "--train", "--seconds", str(seconds)]
