@@ -18,8 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; 1 a mistake, told in one line; 75 state saved, run me again; 130 the same after Ctrl-C."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given)
-    from spice_dist.errors import Interrupted, UserError
+    from spice_dist.errors import Interrupted, UserError, warn_in_one_line
 
+    warn_in_one_line()
     try:
         options.call(options, given)
     except UserError as error:

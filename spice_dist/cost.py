@@ -161,8 +161,9 @@ class _Count:
         backbone = network_task(self.config, own).backbone
         network = self.network(backbone, side=self.config.data.size)
         views = own.labelled * (1 + 2 * own.ratio)
-        memory = 4 * network.weights + self._saved(network, views)  # with gradients, momentum and the averaged network
-        return Stage("spice_semi", (Work(network, own.steps * views, own.steps * views),), 0.0, memory)
+        learnt = views - own.labelled * own.ratio * own.weak_apart
+        memory = 4 * network.weights + self._saved(network, learnt)  # with gradients, momentum and the averaged network
+        return Stage("spice_semi", (Work(network, own.steps * views, own.steps * learnt),), 0.0, memory)
 
     def scan(self) -> Stage:
         own, clusters = self.config.scan, self.config.clusters

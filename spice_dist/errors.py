@@ -1,5 +1,11 @@
 """What a user can get wrong, told in one line."""
 
+import warnings
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+_AS_BEFORE = warnings.formatwarning
+
 
 class UserError(Exception):
     """A mistake in the input: what is wrong, where, and how to fix it. The command prints it and exits with 1."""
@@ -11,6 +17,19 @@ class Interrupted(Exception):
 
 class DamagedFile(UserError):
     """A file of ours that is truncated, altered or was never finished."""
+
+
+def warn_in_one_line() -> None:
+    """From now on this process prints our warnings without the file and the code that they come from."""
+    warnings.formatwarning = _one_line
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+        return f"spice-dist: {message}\n"
+    return _AS_BEFORE(message, category, filename, lineno, line)
 
 
 def out_of_memory(stage: str, error: Exception) -> UserError:

@@ -126,7 +126,7 @@ def largest(blocks: Iterable[Tensor], count: int) -> Int[Tensor, "*rows {count}"
     for block in blocks:
         size = min(count, block.shape[-1])
         if values is not None and values.shape[-1] == count:  # only what is better than some of these may enter
-            size = min(size, int((block > values[..., -1:]).sum(-1).max()))
+            size = min(size, int((block > values[..., -1:]).sum(-1, dtype=torch.int32).max()))
         best, where = block.topk(size)
         where += start
         start += block.shape[-1]

@@ -178,16 +178,20 @@ def test_labels_given_later_score_without_training_again(photo_run, tmp_path, ca
     assert (tmp_path / "run/assignments.csv").read_bytes() == before
 
 
-def test_without_ffcv_the_run_goes_on_and_says_so_once(photo_run, tmp_path):
+def test_without_ffcv_or_scratch_the_run_goes_on_and_says_so_once_in_a_line(photo_run, tmp_path):
     (tmp_path / "ffcv").mkdir()
     (tmp_path / "ffcv/__init__.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     fit = ("fit", photo_run.parent / "in", "--clusters", "3", *PHOTO, "--set", "data.format=jpg")
+    scratch = tmp_path / "ffcv/__init__.py/below-a-file"
     for loader, code in (("auto", 0), ("ffcv", 1)):
-        settings = ("--out", tmp_path / loader, "--set", f"data.loader={loader}")
+        settings = ("--out", tmp_path / loader, "--scratch", scratch, "--set", f"data.loader={loader}")
         done = subprocess.run(command(*fit, *settings), capture_output=True, text=True, env=environment, timeout=120)
         assert done.returncode == code
         assert done.stderr.count("libturbojpeg.so.0") == 1
+        if code == 0:
+            assert f"\nspice-dist: the images cannot be copied to {scratch} (Not a directory)" in "\n" + done.stderr
+            assert "UserWarning" not in done.stderr
     assert json.loads((tmp_path / "auto/data/manifest.json").read_text())["format"] == "jpg"
 
 

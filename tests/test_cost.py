@@ -67,6 +67,8 @@ def test_moco_takes_four_forward_passes_of_an_image_and_epoch():
 def test_spice_semi_takes_the_passes_of_the_paper():
     network = counted(BackboneConfig("wrn_28_2", "native"), 32, 3)
     assert stages()["spice_semi"].operations == pytest.approx(2**20 * (64 + 2 * 448) * 3 * network.forward)
+    apart = stages({"spice_semi.weak_apart": True})["spice_semi"]
+    assert apart.operations == pytest.approx(2**20 * ((64 + 448) * 3 + 448) * network.forward)
 
 
 def test_cached_views_save_the_passes_of_the_published_stage_two():

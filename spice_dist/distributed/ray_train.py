@@ -20,7 +20,7 @@ from torch import nn
 
 from spice_dist.distributed import ray_auth, ray_nodes, trackers
 from spice_dist.distributed.worker import LocalWorker, Storage
-from spice_dist.errors import Interrupted, UserError, out_of_memory
+from spice_dist.errors import Interrupted, UserError, out_of_memory, warn_in_one_line
 from spice_dist.task import Task
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
@@ -58,7 +58,9 @@ class RayWorker(LocalWorker):
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
+        return wrapped
 
 
 @contextmanager
@@ -217,6 +219,7 @@ def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
 
 def _train_loop(options: dict[str, Any]) -> str:
     """What every worker runs. Its value says how it ended: an exception would make Ray try again."""
+    warn_in_one_line()
     torch.set_num_threads(options["threads"])
     os.environ.update(options["environment"])
     worker = RayWorker(Path(options["run"]), options["stage"], options["storage"])

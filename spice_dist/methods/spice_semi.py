@@ -76,6 +76,7 @@ class SpiceSemiConfig:
     network: str = ""  # another than stage 1's, with a linear head: "wrn_28_2", "wrn_28_8", "wrn_37_2", or any of timm
     mean: tuple[float, ...] = ()  # of the images, on values in [0, 1]; empty: what the backbone is made for
     std: tuple[float, ...] = ()
+    weak_apart: bool = False  # weak views of the other images in a pass of their own, see `train`; False: as published
     refresh_steps: int = 0  # steps after which the reliable labels are made again, see `labels_again`; 0: never
     weak: View = FIXMATCH_WEAK
     strong: View = FIXMATCH_STRONG
@@ -83,6 +84,10 @@ class SpiceSemiConfig:
 
 def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`.
+
+    As published, all views of a step are one batch: BatchNorm normalises them together, and so the weak views of the
+    other images, which nothing is learnt from, need a backward pass too. With `weak_apart` they are a batch of their
+    own without gradients: at ratio 7 that is 31 % less work.
 
     The thresholds of a step are those that the steps before have left: no worker waits for another within a step.
 
@@ -124,6 +129,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     net.train()
     passes = passes_per_step(net, groups, worker.device)
     labelled = config.labelled // worker.world
+    apart = config.weak_apart and config.ratio > 0
     position = own_positions([config.labelled, config.labelled * config.ratio], worker)
     monitor = Monitor(task, config, worker)
     again = partial(labels_again, task, ema, images, manifest.clustered, worker)
@@ -141,13 +147,19 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         optimizer.zero_grad()
         sums = torch.zeros(4, device=worker.device)
         predictions: list[Tensor] = []  # logits of the watched views, pass by pass
-        views = by_group([weak[:labelled], weak[labelled:], strong], groups)  # G V C H W
-        sizes = [labelled // groups, *[len(strong) // groups] * 2]
+        together = [weak[:labelled], strong] if apart else [weak[:labelled], weak[labelled:], strong]
+        views = by_group(together, groups)  # G V C H W
+        sizes = [len(part) // groups for part in together]
+        others = by_group([weak[labelled:]], groups).chunk(passes)
         labels_of_pass = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
+            # an autocast of its own: the weights that it casts and keeps have no gradients here
+            with torch.no_grad(), autocast(worker.device, task.precision):
+                ahead = [net(others[number - 1].flatten(0, 1))] if apart else []
             with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
                 logits = model(view.flatten(0, 1)).unflatten(0, view.shape[:2])
-                taught_logits, weak_logits, strong_logits = (part.flatten(0, 1) for part in logits.split(sizes, dim=1))
+                taught_logits, *rest = [part.flatten(0, 1) for part in logits.split(sizes, dim=1)]
+                weak_logits, strong_logits = ahead + rest
                 supervised = F.cross_entropy(taught_logits.float(), label)
                 consistent, passed = losses.consistency(weak_logits, strong_logits, threshold)
                 loss = (supervised + consistent) / passes

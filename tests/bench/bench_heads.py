@@ -318,8 +318,8 @@ def bench_large(steps: int) -> None:
         order = spice_self._shuffles(own, members.shape[1], (0, 0, SHUFFLE))
         learn = partial(m_step, heads, adam, scored.__getitem__, members, labels, loss=double_softmax_cross_entropy)
         _, part = timed(partial(learn, order[:steps]))
-        learning = part / steps * len(order)
-        print(f"M-step {learning:.0f} s, from {steps} of its {len(order):,} minibatches", flush=True)
+        learning = part / len(order[:steps]) * len(order)
+        print(f"M-step {learning:.0f} s, from {len(order[:steps]):,} of its {len(order):,} minibatches", flush=True)
 
         @torch.no_grad()
         def select() -> Tensor:

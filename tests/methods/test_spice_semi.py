@@ -32,7 +32,8 @@ from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, on_workers, weights
 
 WIDE = {"spice_semi.network": "wrn_28_2", "spice_semi.mean": (0.5,) * 3, "spice_semi.std": (0.25,) * 3}
-EVERYTHING = override(SMALL, {**WIDE, "spice_semi.threshold_rule": "adaptive", "spice_semi.refresh_steps": 3})
+BEYOND = {"threshold_rule": "adaptive", "refresh_steps": 3, "weak_apart": True}
+EVERYTHING = override(SMALL, {**WIDE, **{f"spice_semi.{name}": value for name, value in BEYOND.items()}})
 
 
 def train(config: Config, run: Path, **options) -> None:
@@ -68,14 +69,16 @@ def classify(net: ClusterNet, images: Tensor) -> Tensor:
     return torch.relu(x @ hidden[0] + hidden_bias[0]) @ out[0] + out_bias[0]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("rule", ["fixed", "adaptive"])
-def test_three_steps_are_those_of_a_float64_reference(without_stage, rule):
+def test_three_steps_are_those_of_a_float64_reference(without_stage, rule, apart):
     """Losses, thresholds, Nesterov's momentum, decay of kernels, BatchNorm in groups, the averaged network."""
     config = override(
         SMALL,
         {
             **{"spice_semi.steps": 3, "spice_semi.threshold_rule": rule, "spice_semi.threshold": 0.13},
             **{"spice_semi.threshold_momentum": 0.5, "spice_semi.lr": 0.01, "spice_semi.ema": 0.9},
+            "spice_semi.weak_apart": apart,
         },
     )
     own, run = config.spice_semi, without_stage("spice_semi")
@@ -92,8 +95,12 @@ def test_three_steps_are_those_of_a_float64_reference(without_stage, rule):
         threshold = torch.full((10,), 0.13) if rule == "fixed" else tau * shares / shares.max()
         found, loss = [], torch.zeros((), dtype=torch.float64)
         for taught, label, weak, strong in zip(*(part.chunk(2) for part in parts), strict=True):
-            logits = classify(net, torch.cat([taught, weak, strong]))
-            on_taught, on_weak, on_strong = logits.split([len(taught), len(weak), len(strong)])
+            if apart:
+                on_weak = classify(net, weak)
+                on_taught, on_strong = classify(net, torch.cat([taught, strong])).split([len(taught), len(strong)])
+            else:
+                logits = classify(net, torch.cat([taught, weak, strong]))
+                on_taught, on_weak, on_strong = logits.split([len(taught), len(weak), len(strong)])
             loss = loss + F.cross_entropy(on_taught, label) / 2
             probs = on_weak.detach().softmax(1)
             for image, row in enumerate(probs):
@@ -138,6 +145,18 @@ def test_three_steps_are_those_of_a_float64_reference(without_stage, rule):
         torch.testing.assert_close(state["shares"].double(), shares, atol=1e-5, rtol=1e-4)
 
 
+def test_kernels_learn_in_bfloat16_after_a_pass_without_gradients(without_stage):
+    """Autocast keeps a weight that it has cast, and one that it cast without gradients gets none later."""
+    changes = {"precision": "bf16", "spice_semi.weak_apart": True, "spice_semi.weight_decay": 0.0}
+    config, run = override(SMALL, {**changes, "spice_semi.steps": 1}), without_stage("spice_semi")
+    train(config, run)
+    torch.manual_seed(0)
+    before = spice_semi.new_network(config, config.spice_semi, run).state_dict()
+    after = finished(run / "spice_semi").tensors("net")
+    still = [name for name, value in after.items() if value.ndim == 4 and torch.equal(value, before[name])]
+    assert not still
+
+
 def test_adaptive_thresholds_follow_confidence_class_by_class():
     threshold = AdaptiveThreshold(3, 0.9)
     torch.testing.assert_close(threshold.of_classes(), torch.full((3,), 1 / 3))
@@ -157,7 +176,7 @@ def test_adaptive_thresholds_follow_confidence_class_by_class():
 
 
 def test_with_all_options_two_workers_equal_one_and_a_resumed_run_an_uninterrupted_one(without_stage):
-    """Another network with its own statistics, adaptive thresholds, labels made again; cut where they are due."""
+    """Another network and its statistics, adaptive thresholds, weak views apart, labels anew; cut where due."""
     run = without_stage("spice_semi")
     train(EVERYTHING, run)
     whole = weights(run, "spice_semi")

@@ -12,6 +12,7 @@ from spice_dist.distributed import checkpoint
 from tests.slurm.cluster import SlurmCluster, slurm_cluster, wait_until
 from tests.slurm.nodes import REPOSITORY
 from tests.test_cli import TINY
+from tests.test_tune import RATES, SETTINGS, SLOW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 SHORT = [*TINY[2:], "--set", "moco.epochs=2"]
@@ -190,6 +191,34 @@ def test_an_array_of_seeds_leaves_one_table(slurm, shared):
     wait_until(lambda: "RUNNING" not in job.states() and "PENDING" not in job.states(), 300)
     assert job.states() == {"COMPLETED"}
     assert (folder / "runs/seeds.txt").read_text().startswith("2 runs, mean ± standard deviation")
+
+
+def test_a_sweep_told_to_stop_goes_on_with_the_trials_that_are_not_finished(slurm, shared):
+    folder = shared / "sweep"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "space.py").write_text(f"from ray import tune\nSPACE = {RATES}\n")
+    job = Job(
+        slurm, folder, "--nodes=2", REPOSITORY / "slurm/tune.sbatch", "digits", "--out", folder / "runs/sweep",
+        "--space", folder / "space.py", "--trials", "6", *SETTINGS, *SLOW,
+    )  # fmt: skip
+    job.wait("RUNNING")
+    wait_until(lambda: finished_trials(folder) or job.failed(), 300)
+    slurm.command("scancel", "--signal=USR1", "--batch", job.number)
+    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 90)
+    before = finished_trials(folder)
+    assert len(before) < 6
+    job.wait("COMPLETED")
+    after = finished_trials(folder)
+    assert len(after) == 6
+    assert before.items() <= after.items(), "a finished trial was run again"
+    assert "the state is saved" in job.log.read_text()
+    require_quiet(slurm)
+
+
+def finished_trials(folder: Path) -> dict[str, int]:
+    """When each was written."""
+    files = folder.glob("runs/sweep/trials/*/trial.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in files if '"finished"' in path.read_text()}
 
 
 def test_shell_files_pass_shellcheck():
