@@ -9,7 +9,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 launch/setup.sh
 
 declare -A debian_packages=([slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [ip]=iproute2
-  [nsenter]=util-linux [pgrep]=procps [shellcheck]=shellcheck)
+  [nsenter]=util-linux [pgrep]=procps [shellcheck]=shellcheck [modulecmd]=environment-modules)
 missing=()
 for program in "${!debian_packages[@]}"; do
   command -v "$program" >/dev/null || missing+=("${debian_packages[$program]}")

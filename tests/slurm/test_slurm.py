@@ -171,11 +171,16 @@ def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
     require_quiet(slurm)
 
 
-def test_any_command_runs_and_ray_has_the_gpus_that_slurm_gave(slurm, shared):
+def test_any_command_of_a_module_runs_and_ray_has_the_gpus_that_slurm_gave(slurm, shared):
+    """Here the program is on the PATH only once its module is loaded, by each node's own shell."""
     folder = shared / "gpus"
+    (folder / "modules").mkdir(parents=True)
+    (folder / "modules/spice").write_text(f"#%Module\nprepend-path PATH {REPOSITORY}/.venv/bin\n")
+    modules = {"SPICE_MODULES": "spice", "MODULEPATH": str(folder / "modules"), "SPICE_VENV": str(shared / "none")}
     job = Job(
-        slurm, folder, "--nodes=2", "--gpus-per-node=1", REPOSITORY / "slurm/fit.sbatch", "evaluate", shared / "none"
-    )
+        slurm, folder, "--nodes=2", "--gpus-per-node=1", REPOSITORY / "slurm/fit.sbatch", "evaluate", shared / "none",
+        **modules,
+    )  # fmt: skip
     job.wait("FAILED")
     assert "Ray runs on 2 of 2 nodes: 2 CPUs, 2 GPUs" in job.log.read_text()
     assert f"spice-dist: {shared / 'none'} is not a folder" in job.log.read_text()
