@@ -78,6 +78,7 @@ class SpiceSemiConfig:
     std: tuple[float, ...] = ()
     weak_apart: bool = False  # weak views of the other images in a pass of their own, see `train`; False: as published
     refresh_steps: int = 0  # steps after which the reliable labels are made again, see `labels_again`; 0: never
+    refresh_agreement: float = 0.95  # share of the labels that the averaged network must have learnt to replace them
     weak: View = FIXMATCH_WEAK
     strong: View = FIXMATCH_STRONG
 
@@ -132,7 +133,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     apart = config.weak_apart and config.ratio > 0
     position = own_positions([config.labelled, config.labelled * config.ratio], worker)
     monitor = Monitor(task, config, worker)
-    again = partial(labels_again, task, ema, images, manifest.clustered, worker)
+    again = partial(labels_again, task, config, ema, images, manifest.clustered, worker)
     stream = batches(images, reliable, again, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
@@ -296,7 +297,13 @@ def collapsed(step: int, empty: list[int], task: Task, config: SpiceSemiConfig) 
 
 
 def labels_again(
-    task: Task, ema: ClusterNet, images: Images, num_images: int, worker: Worker, now: Int[Tensor, " N"]
+    task: Task,
+    config: SpiceSemiConfig,
+    ema: ClusterNet,
+    images: Images,
+    num_images: int,
+    worker: Worker,
+    now: Int[Tensor, " N"],
 ) -> Int[Tensor, " N"]:
     """Reliable labels (N,) by the rule and settings of the stage `reliable`, from what the averaged network sees.
 
@@ -304,7 +311,8 @@ def labels_again(
     is reliable where its neighbours among these features agree with its cluster. Costs one forward pass over these
     images and their nearest neighbours; every worker does its share. The file `reliable/labels.npy` stays as it is.
 
-    Where no label would be reliable, those of `now` are kept, and a line says so.
+    Those of `now` stay, and a line says so, if no new one would be reliable, and if the averaged network disagrees with
+    too many of them: it has not learnt them yet, and would replace them by its own errors.
     """
     settings = json.loads((worker.run / "reliable/summary.json").read_text())["settings"]
     share = collectives.share(num_images)
@@ -317,12 +325,19 @@ def labels_again(
         best = [ema.head(chunk.float())[0].softmax(1).max(1) for chunk in chunks]
         return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
+    def unchanged(why: str) -> Tensor:
+        if worker.rank == 0:
+            tqdm.write(f"{why}; those of before are kept", sys.stderr)
+        return now
+
     splits = -(-num_images // 65_536)
+    taught = (now[:num_images] != UNRELIABLE).nonzero()[:, 0]
+    learnt = float((predicted(taught.numpy())[0].cpu() == now[taught]).float().mean())
+    if learnt < config.refresh_agreement:
+        return unchanged(f"the averaged network has learnt {learnt:.0%} of the reliable labels")
     labels, _, kept, _ = choose(task, ReliableConfig(**settings), features.cpu().numpy(), predicted, worker.device)
     if not kept.any():
-        if worker.rank == 0:
-            tqdm.write("no label of the averaged network is reliable; those of before are kept", sys.stderr)
-        return now
+        return unchanged("no label of the averaged network is reliable")
     again = torch.full_like(now, UNRELIABLE)
     again[:num_images] = torch.where(kept, labels, UNRELIABLE)
     return again
@@ -424,7 +439,7 @@ def check(task: Task, config: SpiceSemiConfig) -> None:
     for name, allowed in choices.items():
         if (value := getattr(config, name)) not in allowed:
             raise UserError(f'spice_semi.{name} is "{value}"; it can be {" or ".join(map(_quoted, allowed))}')
-    for name in ("threshold", "threshold_momentum"):
+    for name in ("threshold", "threshold_momentum", "refresh_agreement"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"spice_semi.{name} is {getattr(config, name)}; it must be between 0 and 1")
     if config.refresh_steps < 0:

@@ -32,7 +32,7 @@ from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, on_workers, weights
 
 WIDE = {"spice_semi.network": "wrn_28_2", "spice_semi.mean": (0.5,) * 3, "spice_semi.std": (0.25,) * 3}
-BEYOND = {"threshold_rule": "adaptive", "refresh_steps": 3, "weak_apart": True}
+BEYOND = {"threshold_rule": "adaptive", "refresh_steps": 3, "refresh_agreement": 0.0, "weak_apart": True}
 EVERYTHING = override(SMALL, {**WIDE, **{f"spice_semi.{name}": value for name, value in BEYOND.items()}})
 
 
@@ -216,9 +216,9 @@ def test_labels_made_again_are_the_rules_answer_to_the_averaged_network(small_ru
     images = open_images(small_run / "data", device=CPU, size=8, channels=1)
     net = spice_semi.stage2_network(SMALL, small_run).eval()
     before = torch.from_numpy(np.load(small_run / "reliable/labels.npy"))
-    again = spice_semi.labels_again(SMALL, net, images, 200, worker, before)
+    again = spice_semi.labels_again(SMALL, SMALL.spice_semi, net, images, 200, worker, before)
     assert (again == before).float().mean() > 0.98, "the same network and rule, but for the rounding of its features"
-    fewer = spice_semi.labels_again(SMALL, net, images, 150, worker, before)
+    fewer = spice_semi.labels_again(SMALL, SMALL.spice_semi, net, images, 150, worker, before)
     assert (fewer[150:] == UNRELIABLE).all()
     predicted = inference.probabilities(net, images, SMALL.backbone.statistics).argmax(1)
     labelled = (fewer[:150] != UNRELIABLE).numpy()
@@ -232,10 +232,25 @@ def test_labels_stay_where_the_rule_leaves_none(without_stage, capsys):
     summary = json.loads(path.read_text())
     summary["settings"] |= {"rule": "official", "min_confidence": 1.0}
     path.write_text(json.dumps(summary))
-    train(override(SMALL, {"spice_semi.refresh_steps": 5}), run)
+    train(override(SMALL, {"spice_semi.refresh_steps": 5, "spice_semi.refresh_agreement": 0.0}), run)
     kept = finished(run / "spice_semi").tensors("reliable")["labels"].numpy()
     assert np.array_equal(kept, np.load(run / "reliable/labels.npy"))
-    assert capsys.readouterr().err.count("those of before are kept") == 1
+    assert capsys.readouterr().err.count("is reliable; those of before are kept") == 1
+
+
+def test_a_network_that_has_not_learnt_its_labels_replaces_none(small_run, capsys):
+    """Of wrong clusters for a tenth of the labels it agrees with nine in ten."""
+    worker = LocalWorker(small_run, "none", CPU)
+    images = open_images(small_run / "data", device=CPU, size=8, channels=1)
+    net = spice_semi.stage2_network(SMALL, small_run).eval()
+    predicted = torch.from_numpy(inference.probabilities(net, images, SMALL.backbone.statistics).argmax(1))
+    labels = torch.where(torch.arange(200) % 2 == 0, predicted, UNRELIABLE)
+    labels[:20:2] = (labels[:20:2] + 1) % 10
+    for asked, changed in ((0.89, True), (0.91, False)):
+        own = replace(SMALL.spice_semi, refresh_agreement=asked)
+        again = spice_semi.labels_again(SMALL, own, net, images, 200, worker, labels)
+        assert torch.equal(again, labels) is not changed
+        assert ("has learnt 90% of the reliable labels" in capsys.readouterr().err) is not changed
 
 
 # ---------------------------------------------------------------- another network
