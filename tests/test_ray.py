@@ -51,6 +51,8 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(alone, tmp_pat
     try:
         wait_for(out / "moco/metrics.jsonl")
         family = psutil.Process(child.pid).children(recursive=True)
+        training = [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+        assert [process.nice() for process in training] == [0, 0], "beside other work they would starve"
         os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to every process of the group
         _, printed = child.communicate(timeout=90)
     finally:

@@ -31,6 +31,7 @@ RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
     "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them
+    "RAY_worker_niceness": "0",  # Ray's 15 lets its own daemons, and whatever else runs here, go before training
     "RAY_num_workers_soft_limit": "0",  # processes that wait for work wake 100 times a second: end them,
     "RAY_prestart_worker_first_driver": "0",  # and start none before it is known what for
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster

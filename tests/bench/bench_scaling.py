@@ -187,7 +187,9 @@ class PlainWorker(LocalWorker):
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        wrapped.broadcast_buffers = False
+        return wrapped
 
 
 def plainly(run: Path, workers: int, threads: int, steps: int) -> None:
