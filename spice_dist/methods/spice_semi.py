@@ -151,7 +151,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         together = [weak[:labelled], strong] if apart else [weak[:labelled], weak[labelled:], strong]
         views = by_group(together, groups)  # G V C H W
         sizes = [len(part) // groups for part in together]
-        others = by_group([weak[labelled:]], groups).chunk(passes)
+        others = by_group([weak[labelled:]], groups).chunk(passes) if apart else ()
         labels_of_pass = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
             # an autocast of its own: the weights that it casts and keeps have no gradients here
