@@ -61,9 +61,14 @@ class RayWorker(LocalWorker):
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
             return module
-        wrapped = nn.parallel.DistributedDataParallel(module)
-        wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
-        return wrapped
+        return data_parallel(module)
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over all workers; buffers, which are the same everywhere, are not sent."""
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
+    return wrapped
 
 
 @contextmanager

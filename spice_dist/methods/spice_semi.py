@@ -154,7 +154,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         others = by_group([weak[labelled:]], groups).chunk(passes) if apart else ()
         labels_of_pass = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True).chunk(passes)
         for number, (view, label) in enumerate(zip(views.chunk(passes), labels_of_pass, strict=True), 1):
-            # an autocast of its own: the weights that it casts and keeps have no gradients here
+            # an autocast of its own, so that no weight that it casts here without gradients is used again below
             with torch.no_grad(), autocast(worker.device, task.precision):
                 ahead = [net(others[number - 1].flatten(0, 1))] if apart else []
             with accumulating(model, last=number == passes), autocast(worker.device, task.precision):

@@ -187,9 +187,7 @@ class PlainWorker(LocalWorker):
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
             return module
-        wrapped = nn.parallel.DistributedDataParallel(module)
-        wrapped.broadcast_buffers = False
-        return wrapped
+        return ray_train.data_parallel(module)
 
 
 def plainly(run: Path, workers: int, threads: int, steps: int) -> None:

@@ -146,7 +146,7 @@ def test_three_steps_are_those_of_a_float64_reference(without_stage, rule, apart
 
 
 def test_kernels_learn_in_bfloat16_after_a_pass_without_gradients(without_stage):
-    """Autocast keeps a weight that it has cast, and one that it cast without gradients gets none later."""
+    """The pass of the weak views takes no gradient from the pass after it. Current torch keeps them apart by itself."""
     changes = {"precision": "bf16", "spice_semi.weak_apart": True, "spice_semi.weight_decay": 0.0}
     config, run = override(SMALL, {**changes, "spice_semi.steps": 1}), without_stage("spice_semi")
     train(config, run)
