@@ -4,11 +4,11 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.slurm.nodes import LOGIN, Nodes
+from tests.slurm.nodes import LOGIN, Nodes, wait_until
 
 MEMORY = 6000  # MB that each node says it has
 CONFIG = """\
@@ -121,13 +121,6 @@ class SlurmCluster:
         environment = {name: self.environment[name] for name in ("PATH", "SLURM_CONF")}
         log = open(self.folder / f"{command[0]}-{name}.out", "a")  # noqa: SIM115  the daemon's until it ends
         return self.nodes.popen(name, *command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-
-def wait_until(condition: Callable[[], object], seconds: float, every: float = 0.25) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not true after {seconds} s"
-        time.sleep(every)
 
 
 @contextmanager

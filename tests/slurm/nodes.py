@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -168,3 +169,11 @@ class Nodes:
 
     def _enter(self, name: str, command: Sequence[str]) -> list[str]:
         return [*self._namespaces_of(name), "setpriv", "--pdeathsig", "KILL", *command]
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str = "not true") -> None:
+    """AssertionError, with `what` that means, unless it comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} within {seconds} s"
+        time.sleep(0.25)

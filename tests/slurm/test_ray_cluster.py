@@ -5,20 +5,17 @@ import os
 import secrets
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.nodes import REPOSITORY, Nodes
-from tests.test_cli import TINY
+from tests.slurm.conftest import LONG, SHORT
+from tests.slurm.nodes import REPOSITORY, Nodes, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PYTHON, RAY = str(REPOSITORY / ".venv/bin/python"), str(REPOSITORY / ".venv/bin/ray")
 SPICE_DIST = [PYTHON, "-m", "spice_dist.cli"]
-SETTINGS = [*TINY[2:], "--set", "moco.epochs=1"]
-LONG = [*TINY[2:], "--set", "moco.epochs=60"]  # long enough to lose a host and to get it back
 DASHBOARD = "http://127.0.0.1:8265"
 HEAD, OTHER = "node1", "node2"
 NOTICED_SOON = {  # what differs from production: a silent host is given up after 15 s, sooner than by default
@@ -73,40 +70,26 @@ class Cluster:
         return int(done.stdout) if done.returncode == 0 else 0
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Nodes([HEAD, OTHER]) as nodes:
         found = Cluster(nodes)
         found.start_head()
-        wait_until(lambda: found.count() == 1, "the head did not start")
+        wait_until(lambda: found.count() == 1, 120, "the head did not start")
         found.join()
-        wait_until(lambda: found.count() == 2, "the other host did not join")
+        wait_until(lambda: found.count() == 2, 120, "the other host did not join")
         yield found
 
 
-def alone(out: Path, settings: list[str]) -> bytes:
-    """The assignments that one process makes without Ray."""
-    command = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "0", *settings]
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    return (out / "assignments.csv").read_bytes()
-
-
-def test_a_job_with_the_token_runs_on_both_hosts_and_leaves_the_bits_of_one_process(cluster, tmp_path):
+def test_a_job_with_the_token_runs_on_both_hosts_and_leaves_the_bits_of_one_process(cluster, alone):
     out = cluster.nodes.folder / "job"
     script = str(REPOSITORY / "launch/ray_job.sh")
-    wait_until(lambda: "200" in dashboard_answers(cluster), "the dashboard did not start")
+    wait_until(lambda: "200" in dashboard_answers(cluster), 120, "the dashboard did not start")
     done = cluster.run(
-        script, "fit", "digits", "--out", str(out), "--workers", "2", *SETTINGS, SPICE_DIST=" ".join(SPICE_DIST)
+        script, "fit", "digits", "--out", str(out), "--workers", "2", *SHORT, SPICE_DIST=" ".join(SPICE_DIST)
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "assignments.csv").read_bytes() == alone(tmp_path / "run", SETTINGS)
+    assert (out / "assignments.csv").read_bytes() == alone(SHORT)
 
 
 def dashboard_answers(cluster: Cluster) -> str:
@@ -137,7 +120,7 @@ def test_the_dashboard_is_not_reached_from_another_host(cluster):
 
 
 def test_a_run_says_in_one_line_why_a_cluster_does_not_let_it_in(cluster):
-    fit = [*SPICE_DIST, "fit", "digits", "--out", str(cluster.nodes.folder / "no"), *SETTINGS]
+    fit = [*SPICE_DIST, "fit", "digits", "--out", str(cluster.nodes.folder / "no"), *SHORT]
     wrong = {"RAY_AUTH_TOKEN": "0" * 64}
     missing = {"RAY_AUTH_TOKEN_PATH": str(cluster.nodes.folder / "absent")}
     for environment, words in ((wrong, "refuses the token of RAY_AUTH_TOKEN"), (missing, "asks for a token, and none")):
@@ -152,7 +135,7 @@ def test_a_cluster_that_lets_anybody_in_is_refused_unless_told(cluster):
     try:
         address = cluster.address.replace("6379", "7379")
         doctor = [*SPICE_DIST, "doctor", "--address", address]
-        wait_until(lambda: "asks for no token" in cluster.run(*doctor).stdout, "an open cluster was not refused")
+        wait_until(lambda: "asks for no token" in cluster.run(*doctor).stdout, 120, "an open cluster was not refused")
         assert cluster.run(*doctor).returncode == 1
         told = cluster.run(*doctor, "--insecure")
         assert (told.returncode, "room for 1 workers" in told.stdout) == (0, True)
@@ -172,21 +155,21 @@ def test_the_doctor_visits_every_host(cluster):
     assert f"node      {OTHER}" in bad[0]
 
 
-def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, tmp_path):
+def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone):
     """Two workers, then one after a power cut, then two again: counted among the processes of the hosts."""
     out = cluster.nodes.folder / "elastic"
     fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "1:2", *LONG]
     seen: list[str] = []
 
     def lose_and_return() -> None:
-        wait_until(lambda: step(out) > 20 and workers(cluster) == 2, "two workers did not start", 200)
+        wait_until(lambda: step(out) > 20 and workers(cluster) == 2, 200, "two workers did not start")
         cluster.nodes.kill(OTHER)
         before = step(out)
-        wait_until(lambda: workers(cluster) == 1 and 0 < step(out) != before, "one worker did not go on", 200)
+        wait_until(lambda: workers(cluster) == 1 and 0 < step(out) != before, 200, "one worker did not go on")
         seen.append("shrunk")
         cluster.nodes.boot(OTHER)
         cluster.join()
-        wait_until(lambda: workers(cluster) == 2, "the group did not grow back", 200)
+        wait_until(lambda: workers(cluster) == 2, 200, "the group did not grow back")
         seen.append("grown")
 
     hand = threading.Thread(target=lose_and_return, daemon=True)
@@ -195,7 +178,7 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, tmp_p
     hand.join(10)
     assert done.returncode == 0, done.stderr
     assert seen == ["shrunk", "grown"]
-    assert (out / "assignments.csv").read_bytes() == alone(tmp_path / "run", LONG)
+    assert (out / "assignments.csv").read_bytes() == alone(LONG)
 
 
 def step(out: Path) -> int:

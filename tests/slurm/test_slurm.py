@@ -1,5 +1,7 @@
 """The sbatch files on a real SLURM of two nodes: a local run's result, through everything that ends a job early."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -7,29 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from spice_dist import cli
 from spice_dist.distributed import checkpoint
-from tests.slurm.cluster import SlurmCluster, slurm_cluster, wait_until
-from tests.slurm.nodes import REPOSITORY
+from tests.slurm.cluster import SlurmCluster, slurm_cluster
+from tests.slurm.conftest import LIMIT, LONG, SHORT
+from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 from tests.test_tune import RATES, SETTINGS, SLOW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-SHORT = [*TINY[2:], "--set", "moco.epochs=2"]
-LONG = [*TINY[2:], "--set", "moco.epochs=140"]  # more than a minute of stage 1: time to end it early
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
-
-
-def assignments_alone(out: Path, settings: list[str]) -> bytes:
-    """What one process makes, without SLURM and Ray."""
-    assert cli.main(["fit", "digits", "--out", str(out), "--workers", "0", *settings]) == 0
-    return (out / "assignments.csv").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> bytes:
-    """The assignments with the LONG settings, uninterrupted."""
-    return assignments_alone(tmp_path_factory.mktemp("alone") / "run", LONG)
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +84,15 @@ def resumed_at(run: Path) -> list[int]:
     return sorted(int(path.suffix[1:]) for path in (run / "moco").glob("events.*"))
 
 
-def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared):
+def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm, shared, alone):
     folder = shared / "two"
-    alone = assignments_alone(shared / "one", SHORT)
     job = fit(slurm, folder, *SHORT, SPICE_SCRATCH="/tmp/disk")
     job.wait_for_training(folder / "run")
     for name in slurm.nodes.names:
         tokens = slurm.nodes.run(name, "sh", "-c", "stat -c %a /tmp/spice-*/token*").split()
         assert set(tokens) == {"600"}
     job.wait("COMPLETED")
-    assert (folder / "run/assignments.csv").read_bytes() == alone
+    assert (folder / "run/assignments.csv").read_bytes() == alone(SHORT)
     for name in slurm.nodes.names:  # each had room for one worker, and that read its own disk
         assert slurm.nodes.run(name, "find", "/tmp/disk", "-name", "dataset.beton") != ""
     require_quiet(slurm)
@@ -113,7 +100,7 @@ def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm,
 
 def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slurm, shared, alone):
     folder = shared / "limit"
-    job = fit(slurm, folder, *LONG)
+    job = fit(slurm, folder, *LIMIT)
     job.wait_for_training(folder / "run")
     # told when 60 s are left, which SLURM looks at every 30 s: 5 to 35 s from now
     slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+65seconds")
@@ -122,7 +109,7 @@ def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slur
     job.wait("COMPLETED")
     begun, gone_on = resumed_at(folder / "run")
     assert begun == 0 < gone_on
-    assert (folder / "run/assignments.csv").read_bytes() == alone
+    assert (folder / "run/assignments.csv").read_bytes() == alone(LIMIT)
 
 
 def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alone):
@@ -140,8 +127,19 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
     job.wait("COMPLETED")
     assert int(slurm.job(job.number)["Restarts"]) >= 1
     assert resumed_at(folder / "run")[1] >= int(newest.parent.name)
-    assert (folder / "run/assignments.csv").read_bytes() == alone
+    assert (folder / "run/assignments.csv").read_bytes() == alone(LONG)
     require_quiet(slurm)  # what the killed node kept on its disk is gone too
+
+
+def test_a_command_that_crashes_is_run_once_more_to_the_same_result(slurm, shared, alone):
+    folder = shared / "crashed"
+    job = fit(slurm, folder, *SHORT)
+    job.wait_for_training(folder / "run")
+    (command,) = (pid for pid, line in slurm.nodes.processes("node1").items() if "spice-dist fit" in line)
+    os.kill(command, signal.SIGSEGV)
+    job.wait("COMPLETED")
+    assert "crashed with exit code 139; once more" in job.log.read_text()
+    assert (folder / "run/assignments.csv").read_bytes() == alone(SHORT)
 
 
 def test_scancel_saves_and_leaves_no_process(slurm, shared):

@@ -1,0 +1,40 @@
+"""What one process makes without SLURM and Ray, to which the runs on clusters are compared."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.slurm.nodes import REPOSITORY, wait_until
+from tests.test_cli import TINY
+
+# what takes seconds; long enough to lose a node and go on; more than the half minute in which SLURM notices a limit
+SHORT, LONG, LIMIT = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 60, 140))
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], bytes]]:
+    """The assignments of `fit digits` with SHORT, LONG or LIMIT, made beside the tests on what they leave of a core."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {tuple(settings): folder / str(number) for number, settings in enumerate((SHORT, LONG, LIMIT))}
+    fit = [sys.executable, "-m", "spice_dist.cli", "fit", "digits", "--workers", "0"]
+    script = " && ".join(shlex.join([*fit, "--out", str(out), *settings]) for settings, out in runs.items())
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with (folder / "log").open("w") as log:
+        maker = subprocess.Popen(
+            ["nice", "-n", "19", "sh", "-c", script], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def assignments(settings: list[str]) -> bytes:
+        made = runs[tuple(settings)] / "assignments.csv"
+        wait_until(lambda: made.exists() or maker.poll() is not None, 400)
+        assert made.exists(), (folder / "log").read_text()
+        return made.read_bytes()
+
+    yield assignments
+    if maker.poll() is None:
+        os.killpg(maker.pid, 9)
+        maker.wait()
