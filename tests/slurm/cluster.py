@@ -40,7 +40,7 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 # what differs from a production cluster: everything is noticed in seconds
 SlurmdTimeout=20
-KillWait=25
+KillWait=15
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=3,bf_interval=3
 NodeName={names} CPUs={cpus} RealMemory={memory} Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES DefaultTime=20 PriorityTier=1 GraceTime=5

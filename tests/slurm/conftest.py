@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 
-# what takes seconds; long enough to lose a node and go on; more than the half minute in which SLURM notices a limit
+# seconds of training; long enough to lose a node and go on; more than the half minute in which SLURM notices a limit
 SHORT, LONG, LIMIT = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 60, 140))
 
 

@@ -144,7 +144,7 @@ def test_a_command_that_crashes_is_run_once_more_to_the_same_result(slurm, share
 
 def test_scancel_saves_and_leaves_no_process(slurm, shared):
     folder = shared / "cancelled"
-    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
+    job = fit(slurm, folder, *LIMIT, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
     job.wait_for_training(folder / "run")
     slurm.command("scancel", job.number)
     job.wait("CANCELLED", seconds=60)
@@ -157,7 +157,7 @@ def test_scancel_saves_and_leaves_no_process(slurm, shared):
 
 def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
     folder = shared / "preempted"
-    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", "3600")
+    job = fit(slurm, folder, *LIMIT, "--checkpoint-seconds", "3600")
     job.wait_for_training(folder / "run")
     urgent = slurm.submit("--nodes=2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1")
     slurm.wait(urgent, seconds=90)
