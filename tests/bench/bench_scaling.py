@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,18 @@ class Timing:
 def measure(folder: Path, threads: int, repeats: int, steps: int) -> dict[tuple[str, int], list[Timing]]:
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH * steps, SIDE, SIDE, 3), dtype=np.uint8)
     found: dict[tuple[str, int], list[Timing]] = {}
-    with ray_train.session(None, num_cpus=max(WORKERS)):
-        for repeat in range(repeats):
-            for workers in WORKERS:
-                for name, start in (("plain", plainly), ("ray", by_ray)):
-                    run = folder / f"{name}-{workers}-{repeat}"
-                    ingest(from_array(pixels), run / "data", size=SIDE)
+    ray = partial(ray_train.session, None, num_cpus=max(WORKERS))
+    ways = (("plain", plainly, contextlib.nullcontext), ("ray", by_ray, ray))  # no Ray runs beside the plain one
+    for repeat in range(repeats):
+        for workers in WORKERS:
+            for name, start, session in ways:
+                run = folder / f"{name}-{workers}-{repeat}"
+                ingest(from_array(pixels), run / "data", size=SIDE)
+                with session(), Meter() as meter:
                     began = time.time()
-                    with Meter() as meter:
-                        start(run, workers, threads // workers, steps)
-                    found.setdefault((name, workers), []).append(read_timing(run, began, meter))
-                    print(f"{name:<6}{workers} workers: {found[name, workers][-1]}", flush=True)
+                    start(run, workers, threads // workers, steps)
+                found.setdefault((name, workers), []).append(read_timing(run, began, meter))
+                print(f"{name:<6}{workers} workers: {found[name, workers][-1]}", flush=True)
     return found
 
 
