@@ -67,7 +67,7 @@ def sinkhorn(scores: Tensor) -> Tensor:
     return q * len(q)
 
 
-def test_five_steps_are_those_of_a_float64_reference(without_stage):
+def test_five_steps_are_those_of_a_float64_reference(without_stage, smooth):
     """Losses and weights after Adam's steps, a warm-up with frozen prototypes, and a fall of the learning rate."""
     changes = {
         "imc_swav.local_views": 4,

@@ -314,7 +314,7 @@ def test_an_image_is_drawn_in_proportion_to_a_weight_of_mean_one(small_run, bala
 
 
 @pytest.mark.parametrize("stage", ["moco", "byol", "spice_semi"])
-def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, monkeypatch, stage):
+def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, smooth, monkeypatch, stage):
     """As on a GPU. After few steps, since a prediction near the threshold may fall on either side of it later."""
 
     def one_pass(module: nn.Module, groups: int, device: torch.device) -> int:

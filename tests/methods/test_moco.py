@@ -47,7 +47,7 @@ def views_of(run, config, batch: int, epochs: int, view):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_six_steps_are_those_of_a_float64_reference(small_run, without_stage, symmetric):
+def test_six_steps_are_those_of_a_float64_reference(small_run, without_stage, smooth, symmetric):
     """Loss, gradients, momentum, shuffle and a queue that is no multiple of the batch: all show in the weights."""
     config = override(SMALL, {"moco.epochs": 2, "moco.queue": 150, "moco.symmetric": symmetric, "moco.lr": 0.003})
     own, run = config.moco, without_stage("moco")
@@ -93,7 +93,7 @@ def test_six_steps_are_those_of_a_float64_reference(small_run, without_stage, sy
     np.testing.assert_allclose(written, losses, rtol=1e-4)
 
 
-def test_byol_steps_are_those_of_a_float64_reference(small_run, without_stage):
+def test_byol_steps_are_those_of_a_float64_reference(small_run, without_stage, smooth):
     config = override(SMALL, {"byol.epochs": 2, "byol.lr": 0.003})
     own, run = config.byol, without_stage("byol")
     TRAIN["byol"](config, LocalWorker(run, "byol", CPU))
