@@ -24,3 +24,13 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = replace(source, paths=source.paths[:200], labels=source.labels[:200])
     ingest(few, run / "data", size=8)
     return run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The assignments that one process, without Ray and never stopped, makes of the settings LONGER."""
+    from tests.test_cli import LONGER, run
+
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run("fit", "digits", "--out", out, *LONGER) == 0
+    return (out / "assignments.csv").read_bytes()
