@@ -11,15 +11,16 @@ import pytest
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 
-# seconds of training; long enough to lose a node and go on; more than the half minute in which SLURM notices a limit
-SHORT, LONG, LIMIT = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 60, 140))
+# a second of training; enough to save twice and lose a node; enough to lose one and have it back; more than the half
+# minute in which SLURM notices a limit
+SHORT, KILLED, ELASTIC, LIMIT = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 30, 60, 110))
 
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], bytes]]:
-    """The assignments of `fit digits` with SHORT, LONG or LIMIT, made beside the tests on what they leave of a core."""
+    """The assignments of `fit digits` with one of these settings, made beside the tests with what they leave idle."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {tuple(settings): folder / str(number) for number, settings in enumerate((SHORT, LONG, LIMIT))}
+    runs = {tuple(settings): folder / str(number) for number, settings in enumerate((SHORT, ELASTIC, LIMIT, KILLED))}
     fit = [sys.executable, "-m", "spice_dist.cli", "fit", "digits", "--workers", "0"]
     script = " && ".join(shlex.join([*fit, "--out", str(out), *settings]) for settings, out in runs.items())
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

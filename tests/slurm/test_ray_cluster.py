@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import LONG, SHORT
+from tests.slurm.conftest import ELASTIC, SHORT
 from tests.slurm.nodes import REPOSITORY, Nodes, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -158,7 +158,7 @@ def test_the_doctor_visits_every_host(cluster):
 def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone):
     """Two workers, then one after a power cut, then two again: counted among the processes of the hosts."""
     out = cluster.nodes.folder / "elastic"
-    fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "1:2", *LONG]
+    fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", "1:2", *ELASTIC]
     seen: list[str] = []
 
     def lose_and_return() -> None:
@@ -178,7 +178,7 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone
     hand.join(10)
     assert done.returncode == 0, done.stderr
     assert seen == ["shrunk", "grown"]
-    assert (out / "assignments.csv").read_bytes() == alone(LONG)
+    assert (out / "assignments.csv").read_bytes() == alone(ELASTIC)
 
 
 def step(out: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from spice_dist.distributed import checkpoint
 from tests.slurm.cluster import SlurmCluster, slurm_cluster
-from tests.slurm.conftest import LIMIT, LONG, SHORT
+from tests.slurm.conftest import KILLED, LIMIT, SHORT
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 from tests.test_tune import RATES, SETTINGS, SLOW
@@ -115,7 +115,7 @@ def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slur
 def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alone):
     folder, interval, saving = shared / "killed", 4.0, 3.0
     store = folder / "run/moco/checkpoints"
-    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", str(interval))
+    job = fit(slurm, folder, *KILLED, "--checkpoint-seconds", str(interval))
     job.wait_for_training(folder / "run")
     wait_until(lambda: len(list(store.glob("0*/manifest.json"))) == 2, 60)  # the first is that of the first step
     slurm.nodes.kill("node2")
@@ -127,7 +127,7 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
     job.wait("COMPLETED")
     assert int(slurm.job(job.number)["Restarts"]) >= 1
     assert resumed_at(folder / "run")[1] >= int(newest.parent.name)
-    assert (folder / "run/assignments.csv").read_bytes() == alone(LONG)
+    assert (folder / "run/assignments.csv").read_bytes() == alone(KILLED)
     require_quiet(slurm)  # what the killed node kept on its disk is gone too
 
 
