@@ -50,8 +50,9 @@ def packed_in_order(
                 yield from ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        children.close()
+        children.kill()
         pool.shutdown(wait=True)
+        children.close()
 
 
 def _here(source: Source, chunk: range, packing: Packing) -> list[Result]:
@@ -111,14 +112,22 @@ class _Children:
             return child.ask(items, self._timeout_s)
         except ChildEnded:
             self._own.child = None
+            with self._lock:
+                self._all.remove(child)
             child.close()
             raise
 
-    def close(self) -> None:
+    def kill(self) -> None:
+        """Threads that wait for a child go on at once; they alone close what they may still read from."""
         with self._lock:
             self._closed = True
             for child in self._all:
-                child.close()
+                child.kill()
+
+    def close(self) -> None:
+        """Once the threads have ended."""
+        for child in self._all:
+            child.close()
 
 
 class ChildEnded(Exception):
@@ -163,7 +172,10 @@ class _Child:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise ChildEnded(f"the decoder {how}") from error
 
-    def close(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
         self._process.wait()
         self._connection.close()

@@ -11,6 +11,7 @@ import time
 import zlib
 from contextlib import closing
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -361,7 +362,17 @@ def test_a_child_killed_from_outside_costs_nothing(tmp_path: Path, monkeypatch: 
     assert np.array_equal(stored(tmp_path), np.stack([np.asarray(random_image(i)) for i in range(200)]))
 
 
-def test_no_child_and_no_thread_outlives_an_ingest_that_is_stopped(tmp_path: Path):
+def test_no_child_and_no_thread_outlives_an_ingest_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And each connection is closed once, however slowly: its number may be another file's by the second time."""
+    closed: list[Connection] = []
+
+    def slow_close(connection: Connection) -> None:
+        closed.append(connection)
+        time.sleep(0.1)
+        os.close(connection.fileno())
+
+    monkeypatch.setattr(Connection, "_close", slow_close)
+
     def children() -> set[str]:
         tasks = Path(f"/proc/{os.getpid()}/task")
         return {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
@@ -380,6 +391,7 @@ def test_no_child_and_no_thread_outlives_an_ingest_that_is_stopped(tmp_path: Pat
         time.sleep(0.05)
     assert children() == before
     assert threading.active_count() == threads
+    assert len(closed) == len(set(map(id, closed))) > 0
 
 
 def test_children_import_neither_torch_nor_ray():
