@@ -17,6 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from spice_dist.data.ingest import ingest
+from spice_dist.data.sources import open_source
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.report import charts, gallery, page, read_images, write_report
 from spice_dist.report.run_folder import Curve, load, read_curves
@@ -476,11 +478,9 @@ def test_large_images_become_small_jpegs():
 
 
 def test_images_are_read_from_the_packed_data(tmp_path):
-    ingest = pytest.importorskip("spice_dist.data.ingest")
-    sources = pytest.importorskip("spice_dist.data.sources")
     stack = np.stack([pixels(i) for i in range(20)])
     np.save(tmp_path / "stack.npy", stack)
-    ingest.ingest(sources.open_source(str(tmp_path / "stack.npy")), tmp_path / "run" / "data", size=SIZE)
+    ingest(open_source(str(tmp_path / "stack.npy")), tmp_path / "run" / "data", size=SIZE)
     found = read_images(tmp_path / "run", np.array([7, 3, 19]))
     assert [image[0, 0].tolist() for image in found] == [[7, 0, 200], [3, 0, 200], [19, 0, 200]]
 

@@ -30,10 +30,10 @@ RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them, nor
-    "RAY_enable_metrics_collection": "0",  # those of the daemons,
-    "RAY_task_events_report_interval_ms": "0",  # the tasks' history
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # and the state of the machine
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them
+    "RAY_enable_metrics_collection": "0",  # those of the daemons: nobody reads them
+    "RAY_task_events_report_interval_ms": "0",  # the history of the tasks: never sent
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the state of the machine: nobody reads it
     "RAY_worker_niceness": "0",  # Ray's 15 lets its own daemons, and whatever else runs here, go before training
     "RAY_num_workers_soft_limit": "0",  # processes that wait for work wake 100 times a second: end them,
     "RAY_prestart_worker_first_driver": "0",  # and start none before it is known what for

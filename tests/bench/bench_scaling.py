@@ -100,8 +100,8 @@ class Timing:
 def measure(folder: Path, threads: int, repeats: int, steps: int) -> dict[tuple[str, int], list[Timing]]:
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH * steps, SIDE, SIDE, 3), dtype=np.uint8)
     found: dict[tuple[str, int], list[Timing]] = {}
-    ray = partial(ray_train.session, None, num_cpus=max(WORKERS))
-    ways = (("plain", plainly, contextlib.nullcontext), ("ray", by_ray, ray))  # no Ray runs beside the plain one
+    with_ray = partial(ray_train.session, None, num_cpus=max(WORKERS))
+    ways = (("plain", plainly, contextlib.nullcontext), ("ray", by_ray, with_ray))  # no Ray runs beside the plain one
     for repeat in range(repeats):
         for workers in WORKERS:
             for name, start, session in ways:

@@ -97,7 +97,9 @@ def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kept_above(margin: Tensor, fraction: float) -> Tensor:
     """Which of (n,) margins over a threshold a run kept, by its `fraction`: rounding decides within 1e-4 alone."""
-    kept = margin.argsort(descending=True).argsort() < round(fraction * len(margin))
+    count = fraction * len(margin)
+    assert count == pytest.approx(round(count), abs=1e-3), "a whole number of them"
+    kept = margin.argsort(descending=True).argsort() < round(count)
     assert (margin[kept] > -1e-4).all()
     assert (margin[~kept] < 1e-4).all()
     return kept
