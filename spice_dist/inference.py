@@ -179,7 +179,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet | Classif
         about = json.loads((folder / "model.json").read_text())
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
     if about["version"] != 2:
         raise UserError(f"{folder} was written by another version of spice_dist; make the model again with fit")

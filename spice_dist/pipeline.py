@@ -113,7 +113,7 @@ def _opened(
         size = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
         print(
             f"{len(source.paths)} images into {config.clusters} clusters: {config.backbone.name} of {size:.2f} M "
-            f"parameters, {_counts(sizes)} Ray workers, {threads} threads each, {device.type}",
+            f"parameters, {_counts(sizes)} Ray workers, {threads} thread{'s' * (threads > 1)} each, {device.type}",
             file=sys.stderr,
         )
         try:
