@@ -64,11 +64,11 @@ class Job:
         return False
 
 
-def fit(slurm: SlurmCluster, folder: Path, *options: str, **variables: str) -> Job:
-    """`fit.sbatch` on both nodes; the job is told that its time is up a minute before it is."""
+def fit(slurm: SlurmCluster, folder: Path, *options: str, nodes: int = 2, **variables: str) -> Job:
+    """`fit.sbatch` on both nodes, or the first; the job is told that its time is up a minute before it is."""
     file = REPOSITORY / "slurm/fit.sbatch"
     command = ["fit", "digits", "--out", folder / "run", *options]
-    return Job(slurm, folder, "--nodes=2", "--signal=B:USR1@60", file, *command, **variables)
+    return Job(slurm, folder, f"--nodes={nodes}", "--signal=B:USR1@60", file, *command, **variables)
 
 
 def require_quiet(slurm: SlurmCluster) -> None:
@@ -77,6 +77,12 @@ def require_quiet(slurm: SlurmCluster) -> None:
     for name in slurm.nodes.names:
         wait_until(lambda name=name: set(slurm.nodes.processes(name).values()) == {f"slurmd -D -N {name}"}, 5)
         assert slurm.nodes.run(name, "find", "/tmp", "-maxdepth", "1", "-name", "spice-[0-9]*") == ""
+
+
+def command_of(slurm: SlurmCluster) -> int:
+    """The process of the command, which runs on the first node of a job."""
+    (command,) = (pid for pid, line in slurm.nodes.processes("node1").items() if "spice-dist fit" in line)
+    return command
 
 
 def resumed_at(run: Path) -> list[int]:
@@ -133,10 +139,9 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
 
 def test_a_command_that_crashes_is_run_once_more_to_the_same_result(slurm, shared, alone):
     folder = shared / "crashed"
-    job = fit(slurm, folder, *SHORT)
+    job = fit(slurm, folder, *SHORT, nodes=1)
     job.wait_for_training(folder / "run")
-    (command,) = (pid for pid, line in slurm.nodes.processes("node1").items() if "spice-dist fit" in line)
-    os.kill(command, signal.SIGSEGV)
+    os.kill(command_of(slurm), signal.SIGSEGV)
     job.wait("COMPLETED")
     assert "crashed with exit code 139; once more" in job.log.read_text()
     assert (folder / "run/assignments.csv").read_bytes() == alone(SHORT)
@@ -166,6 +171,18 @@ def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
     saved = checkpoint.newest(folder / "run/moco/checkpoints")
     assert saved is not None
     assert saved.step > 0
+    require_quiet(slurm)
+
+
+def test_a_command_that_cannot_save_is_killed_before_slurm_ends_the_job(slurm, shared):
+    folder = shared / "stuck"
+    job = fit(slurm, folder, *LIMIT, nodes=1, SPICE_STOP_SECONDS="3")
+    job.wait_for_training(folder / "run")
+    os.kill(command_of(slurm), signal.SIGSTOP)
+    slurm.command("scancel", "--signal=USR1", "--batch", job.number)
+    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 60)
+    assert "not stopped after 3 s: killed" in job.log.read_text()
+    slurm.command("scancel", job.number)
     require_quiet(slurm)
 
 
