@@ -20,4 +20,4 @@ if [ ${#missing[@]} -gt 0 ]; then
   # RUNLEVEL=1: the daemons of the packages are not started
   RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
-exec .venv/bin/python -m pytest -m slurm "$@"
+exec .venv/bin/python -m pytest -m slurm "${@:-tests/slurm}"

@@ -11,16 +11,15 @@ import pytest
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 
-# a second of training; enough to save twice and lose a node; enough to lose one and have it back; more than the half
-# minute in which SLURM notices a limit
-SHORT, KILLED, ELASTIC, LIMIT = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 30, 60, 110))
+# a second of training; enough to save twice and be interrupted; enough to lose a node and have it back; never finished
+SHORT, LONG, ELASTIC, ENDLESS = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 30, 60, 1000))
 
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], bytes]]:
     """The assignments of `fit digits` with one of these settings, made beside the tests with what they leave idle."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {tuple(settings): folder / str(number) for number, settings in enumerate((SHORT, ELASTIC, LIMIT, KILLED))}
+    runs = {tuple(settings): folder / str(number) for number, settings in enumerate((SHORT, ELASTIC, LONG))}
     fit = [sys.executable, "-m", "spice_dist.cli", "fit", "digits", "--workers", "0"]
     script = " && ".join(shlex.join([*fit, "--out", str(out), *settings]) for settings, out in runs.items())
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

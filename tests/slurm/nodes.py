@@ -171,9 +171,10 @@ class Nodes:
         return [*self._namespaces_of(name), "setpriv", "--pdeathsig", "KILL", *command]
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str = "not true") -> None:
+def wait_until(condition: Callable[[], object], seconds: float, what: str | Callable[[], object] = "not true") -> None:
     """AssertionError, with `what` that means, unless it comes true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} within {seconds} s"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what() if callable(what) else what} within {seconds} s")
         time.sleep(0.25)

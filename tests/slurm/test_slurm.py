@@ -11,7 +11,7 @@ import pytest
 
 from spice_dist.distributed import checkpoint
 from tests.slurm.cluster import SlurmCluster, slurm_cluster
-from tests.slurm.conftest import KILLED, LIMIT, SHORT
+from tests.slurm.conftest import ENDLESS, LONG, SHORT
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import TINY
 from tests.test_tune import RATES, SETTINGS, SLOW
@@ -74,15 +74,21 @@ def fit(slurm: SlurmCluster, folder: Path, *options: str, nodes: int = 2, **vari
 def require_quiet(slurm: SlurmCluster) -> None:
     """AssertionError if a job left a process, or a file outside what it was asked to write."""
     wait_until(lambda: slurm.idle_nodes() == 2, 60)
+    wait_until(lambda: not left_over(slurm), 5, lambda: f"still there: {left_over(slurm)}; not gone")
     for name in slurm.nodes.names:
-        wait_until(lambda name=name: set(slurm.nodes.processes(name).values()) == {f"slurmd -D -N {name}"}, 5)
         assert slurm.nodes.run(name, "find", "/tmp", "-maxdepth", "1", "-name", "spice-[0-9]*") == ""
 
 
-def command_of(slurm: SlurmCluster) -> int:
-    """The process of the command, which runs on the first node of a job."""
-    (command,) = (pid for pid, line in slurm.nodes.processes("node1").items() if "spice-dist fit" in line)
-    return command
+def left_over(slurm: SlurmCluster) -> list[str]:
+    """What runs on the nodes beside SLURM's daemons."""
+    running = ((name, line) for name in slurm.nodes.names for line in slurm.nodes.processes(name).values())
+    return [f"{name}: {line}" for name, line in running if line != f"slurmd -D -N {name}"]
+
+
+def process(slurm: SlurmCluster, name: str, words: str) -> int:
+    """The number of the one process of a node that has these words in its command line."""
+    (found,) = (pid for pid, line in slurm.nodes.processes(name).items() if words in line)
+    return found
 
 
 def resumed_at(run: Path) -> list[int]:
@@ -106,22 +112,26 @@ def test_two_nodes_with_a_worker_each_give_the_assignments_of_one_process(slurm,
 
 def test_a_job_at_its_time_limit_goes_on_after_a_requeue_to_the_same_result(slurm, shared, alone):
     folder = shared / "limit"
-    job = fit(slurm, folder, *LIMIT)
+    job = fit(slurm, folder, *LONG)
     job.wait_for_training(folder / "run")
-    # told when 60 s are left, which SLURM looks at every 30 s: 5 to 35 s from now
     slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+65seconds")
-    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 90)
+    # told when 60 s are left, which SLURM looks at every 30 s: training stands still so long, or might end before
+    worker = process(slurm, "node2", "TrainWorker")
+    os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: "SIGUSR1: the command is asked to save" in job.log.read_text(), 60)
+    os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 60)
     slurm.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     job.wait("COMPLETED")
     begun, gone_on = resumed_at(folder / "run")
     assert begun == 0 < gone_on
-    assert (folder / "run/assignments.csv").read_bytes() == alone(LIMIT)
+    assert (folder / "run/assignments.csv").read_bytes() == alone(LONG)
 
 
 def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alone):
     folder, interval, saving = shared / "killed", 4.0, 3.0
     store = folder / "run/moco/checkpoints"
-    job = fit(slurm, folder, *KILLED, "--checkpoint-seconds", str(interval))
+    job = fit(slurm, folder, *LONG, "--checkpoint-seconds", str(interval))
     job.wait_for_training(folder / "run")
     wait_until(lambda: len(list(store.glob("0*/manifest.json"))) == 2, 60)  # the first is that of the first step
     slurm.nodes.kill("node2")
@@ -133,7 +143,7 @@ def test_a_killed_node_costs_at_most_one_checkpoint_interval(slurm, shared, alon
     job.wait("COMPLETED")
     assert int(slurm.job(job.number)["Restarts"]) >= 1
     assert resumed_at(folder / "run")[1] >= int(newest.parent.name)
-    assert (folder / "run/assignments.csv").read_bytes() == alone(KILLED)
+    assert (folder / "run/assignments.csv").read_bytes() == alone(LONG)
     require_quiet(slurm)  # what the killed node kept on its disk is gone too
 
 
@@ -141,7 +151,7 @@ def test_a_command_that_crashes_is_run_once_more_to_the_same_result(slurm, share
     folder = shared / "crashed"
     job = fit(slurm, folder, *SHORT, nodes=1)
     job.wait_for_training(folder / "run")
-    os.kill(command_of(slurm), signal.SIGSEGV)
+    os.kill(process(slurm, "node1", "spice-dist fit"), signal.SIGSEGV)
     job.wait("COMPLETED")
     assert "crashed with exit code 139; once more" in job.log.read_text()
     assert (folder / "run/assignments.csv").read_bytes() == alone(SHORT)
@@ -149,7 +159,7 @@ def test_a_command_that_crashes_is_run_once_more_to_the_same_result(slurm, share
 
 def test_scancel_saves_and_leaves_no_process(slurm, shared):
     folder = shared / "cancelled"
-    job = fit(slurm, folder, *LIMIT, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
+    job = fit(slurm, folder, *ENDLESS, "--checkpoint-seconds", "3600")  # what is saved is saved because of the signal
     job.wait_for_training(folder / "run")
     slurm.command("scancel", job.number)
     job.wait("CANCELLED", seconds=60)
@@ -162,7 +172,7 @@ def test_scancel_saves_and_leaves_no_process(slurm, shared):
 
 def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
     folder = shared / "preempted"
-    job = fit(slurm, folder, *LIMIT, "--checkpoint-seconds", "3600")
+    job = fit(slurm, folder, *ENDLESS, "--checkpoint-seconds", "3600")
     job.wait_for_training(folder / "run")
     urgent = slurm.submit("--nodes=2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1")
     slurm.wait(urgent, seconds=90)
@@ -176,9 +186,9 @@ def test_pre_emption_saves_and_puts_the_job_back(slurm, shared):
 
 def test_a_command_that_cannot_save_is_killed_before_slurm_ends_the_job(slurm, shared):
     folder = shared / "stuck"
-    job = fit(slurm, folder, *LIMIT, nodes=1, SPICE_STOP_SECONDS="3")
+    job = fit(slurm, folder, *ENDLESS, nodes=1, SPICE_STOP_SECONDS="3")
     job.wait_for_training(folder / "run")
-    os.kill(command_of(slurm), signal.SIGSTOP)
+    os.kill(process(slurm, "node1", "spice-dist fit"), signal.SIGSTOP)
     slurm.command("scancel", "--signal=USR1", "--batch", job.number)
     wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 60)
     assert "not stopped after 3 s: killed" in job.log.read_text()
