@@ -218,7 +218,7 @@ def test_an_array_of_seeds_leaves_one_table(slurm, shared):
         slurm, folder, "--array=0-1", f"--output={folder}/%a.out", REPOSITORY / "slurm/seeds.sbatch", "digits",
         "--out", folder / "runs", *settings,
     )  # fmt: skip
-    wait_until(lambda: "RUNNING" not in job.states() and "PENDING" not in job.states(), 300)
+    wait_until(lambda: job.states().isdisjoint({"PENDING", "RUNNING", "COMPLETING"}), 300)
     assert job.states() == {"COMPLETED"}
     assert (folder / "runs/seeds.txt").read_text().startswith("2 runs, mean ± standard deviation")
 
