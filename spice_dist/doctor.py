@@ -29,8 +29,9 @@ from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import manifest_path
 from spice_dist.data.sources import Source, is_beton
+from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError
-from spice_dist.pipeline import Launch, check_settings, plan, usable_cores
+from spice_dist.pipeline import Launch, check_settings, plan
 
 if TYPE_CHECKING:
     from spice_dist.distributed.ray_nodes import Report

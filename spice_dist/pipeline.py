@@ -3,14 +3,12 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,14 @@ from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
-from spice_dist.distributed.worker import LocalWorker, Storage
-from spice_dist.errors import Interrupted, UserError, out_of_memory
+from spice_dist.distributed.worker import LocalWorker, Stage, Storage, usable_cores
+from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, evaluate_given_labels, evaluate_imc_swav, evaluate_scan, relabel
 from spice_dist.methods import byol, given_labels, imc_swav, moco, reliable, scan, spice_self, spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import USING_LABELS, Task, check_task, require_positive
+from spice_dist.task import USING_LABELS, check_task, require_positive
 
 # no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn")
@@ -142,11 +140,6 @@ def dry_run(config: Config, source: Source, launch: Launch) -> str:
     return f"{heading}\n{cost.table(stages, device, config.precision, workers)}"
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on: a SLURM share or a container has fewer than its machine."""
-    return len(os.sched_getaffinity(0))
-
-
 def plan(bn_groups: int, launch: Launch) -> tuple[tuple[int, ...], int]:
     """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
 
@@ -190,27 +183,41 @@ def _num_threads(bn_groups: int, wanted: int | None) -> int:
 
 def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> set[str]:
     """Run those stages that have settings here and are not finished; returns which were finished before."""
-    config, folder = run.config, run.folder
-    stages: dict[str, Callable[[Bar], None]] = {
-        "data": lambda bar: pack(run, bar),
-        **{name: partial(_train, run, train, own, name) for name, train, own in pretext_stages(config)},
-        "features": lambda bar: _embed(run, bar),
-        "spice_self": lambda bar: _cluster_features(run, bar),
-        "reliable": lambda bar: _select_labels(run, bar),
-        "given_labels": lambda bar: _give_labels(run, bar),
-        "spice_semi": lambda bar: _train(run, spice_semi.train, config.spice_semi, "spice_semi", bar),
-        "scan": lambda bar: _train(run, scan.train, config.scan, "scan", bar),
-        "self_label": lambda bar: _train(run, scan.self_label, config.self_label, "self_label", bar),
-    }
-    stages = {name: work for name, work in stages.items() if name in settings}
-    finished = {stage for stage in stages if (stage_record(folder, stage) or {}).get("done")}
-    with _ray_session(run, needed=set(stages) - {"data"} - finished):
-        for stage, work in stages.items():
-            if stage in finished:
-                print(f"{stage:<11} finished before", file=sys.stderr)
-            else:
-                _run_stage(run, stage, settings[stage], work)
+    finished = {stage for stage in settings if (stage_record(run.folder, stage) or {}).get("done")}
+    for stage in settings:
+        if stage in finished:
+            print(f"{stage:<11} finished before", file=sys.stderr)
+    stages = [stage for stage in _stages(run) if stage.name in settings and stage.name not in finished]
+    with _ray_session(run) if stages and run.sizes != (0,) else contextlib.nullcontext():
+        if "data" not in finished:
+            with _recorded(run, "data", settings["data"]) as bar:
+                pack(run, bar)
+        if any(stage.name == "given_labels" for stage in stages):
+            relabel(run.folder, run.source)  # the images may have been packed without labels
+        if run.sizes == (0,):
+            _train_here(run, stages, settings)
+        elif stages:
+            _train_on_workers(run, stages, settings)
     return finished
+
+
+def _stages(run: Run) -> list[Stage]:
+    """All that may follow the packing of the images; a small set is not worth sharing where nothing is trained."""
+    config, brief = run.config, _brief(run)
+    large = len(run.source.paths) >= SMALL
+    return [
+        *(Stage(name, train, config, own) for name, train, own in pretext_stages(config)),
+        Stage("features", inference.embed, brief, None, shared=large),
+        Stage(
+            "spice_self", spice_self.train, brief, config.spice_self,
+            shared=large and not config.spice_self.encodes_anew,
+        ),
+        Stage("reliable", reliable.select, config, config.reliable, shared=large),
+        Stage("given_labels", given_labels.give, config, config.given_labels, shared=False),
+        Stage("spice_semi", spice_semi.train, config, config.spice_semi),
+        Stage("scan", scan.train, config, config.scan),
+        Stage("self_label", scan.self_label, config, config.self_label),
+    ]  # fmt: skip
 
 
 def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str]) -> dict[str, Any]:
@@ -255,10 +262,7 @@ def pretext_stages(config: Config) -> list[tuple[str, Callable[..., None], Any]]
 
 
 @contextlib.contextmanager
-def _ray_session(run: Run, needed: set[str]) -> Iterator[None]:
-    if run.sizes == (0,) or not needed:
-        yield
-        return
+def _ray_session(run: Run) -> Iterator[None]:
     from spice_dist.distributed import ray_nodes, ray_train
 
     address = run.launch.address
@@ -270,18 +274,61 @@ def _ray_session(run: Run, needed: set[str]) -> Iterator[None]:
         yield
 
 
-def _run_stage(run: Run, stage: str, settings: dict[str, Any], work: Callable[["Bar"], None]) -> None:
+@contextlib.contextmanager
+def _recorded(run: Run, stage: str, settings: dict[str, Any]) -> Iterator["Bar"]:
+    """The bar of a stage; its record says how long it took, and that it is done unless an exception ends it."""
     spent = (stage_record(run.folder, stage) or {}).get("seconds", 0.0)
     started = time.monotonic()
     write_stage_record(run.folder, stage, settings, False, spent)
     done = False
     try:
         with Bar(stage, run.stop) as bar:
-            work(bar)
+            yield bar
         done = True
     finally:
         write_stage_record(run.folder, stage, settings, done, spent + time.monotonic() - started)
     run.stop.check()
+
+
+def _train_here(run: Run, stages: list[Stage], settings: dict[str, dict[str, Any]]) -> None:
+    for stage in stages:
+        with _recorded(run, stage.name, settings[stage.name]) as bar:
+            storage = run.launch.storage
+            worker = LocalWorker(run.folder, stage.name, run.device, run.stop.requested, bar.show, storage)
+            stage.run(worker, run.threads)
+
+
+def _train_on_workers(run: Run, stages: list[Stage], settings: dict[str, dict[str, Any]]) -> None:
+    """On the workers of the Ray session: one group of them goes through all stages, and tells when it begins one."""
+    from spice_dist.distributed import ray_elastic, ray_train
+
+    names = [stage.name for stage in stages]
+    with contextlib.ExitStack() as current:
+        reached, bar = 0, current.enter_context(_recorded(run, names[0], settings[names[0]]))
+
+        def reach(stage: int) -> None:
+            nonlocal reached, bar
+            while reached < stage:
+                current.close()
+                reached += 1
+                bar = current.enter_context(_recorded(run, names[reached], settings[names[reached]]))
+
+        def progress(shown: ray_train.Progress) -> None:
+            reach(names.index(shown.stage))
+            if shown.total:
+                bar.show(shown.done, shown.total, shown.loss)
+
+        def message(line: str) -> None:
+            tqdm.write(line, sys.stderr)
+
+        job = ray_train.Job(
+            tuple(stages), run.folder, run.threads, run.stop.requested, progress, message, run.launch.storage
+        )
+        if len(run.sizes) == 1:
+            ray_train.train_on_workers(job, run.sizes[0])
+        else:
+            ray_elastic.train(job, run.sizes)
+        reach(len(names) - 1)
 
 
 def pack(run: Run, bar: "Bar") -> None:
@@ -301,68 +348,6 @@ def _brief(run: Run) -> Config:
     if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
         return run.config
     return override(run.config, {"data.loader": "torch"})
-
-
-def _embed(run: Run, bar: "Bar") -> None:
-    if len(run.source.paths) < SMALL:
-        _train_here(run, _brief(run), inference.embed, None, "features", bar)
-    else:
-        _train(run, inference.embed, None, "features", bar)
-
-
-def _cluster_features(run: Run, bar: "Bar") -> None:
-    config = run.config.spice_self
-    if len(run.source.paths) < SMALL or config.encodes_anew:
-        _train_here(run, _brief(run), spice_self.train, config, "spice_self", bar)
-    else:
-        _train(run, spice_self.train, config, "spice_self", bar)
-
-
-def _select_labels(run: Run, bar: "Bar") -> None:
-    if len(run.source.paths) < SMALL:
-        _train_here(run, run.config, reliable.select, run.config.reliable, "reliable", bar)
-    else:
-        _train(run, reliable.select, run.config.reliable, "reliable", bar)
-
-
-def _give_labels(run: Run, bar: "Bar") -> None:
-    relabel(run.folder, run.source)  # the images may have been packed without labels
-    _train_here(run, run.config, given_labels.give, run.config.given_labels, "given_labels", bar)
-
-
-def _train(run: Run, train: Any, config: Any, stage: str, bar: "Bar") -> None:
-    """On the workers of the Ray session, or in this process if there are none."""
-    if run.sizes == (0,):
-        _train_here(run, run.config, train, config, stage, bar, run.threads)
-        return
-    from spice_dist.distributed import ray_elastic, ray_train
-
-    job = ray_train.Job(
-        train, run.config, config, run.folder, stage, run.threads, run.stop.requested, bar.show, run.launch.storage
-    )
-    if len(run.sizes) == 1:
-        ray_train.train_on_workers(job, run.sizes[0])
-    else:
-        ray_elastic.train(job, run.sizes)
-
-
-def _train_here(
-    run: Run, task: Task, train: Any, config: Any, stage: str, bar: "Bar", threads: int | None = None
-) -> None:
-    worker = LocalWorker(run.folder, stage, run.device, run.stop.requested, bar.show, run.launch.storage)
-    train_here(train, task, config, worker, threads or usable_cores())
-
-
-def train_here(train: Callable[..., None], task: Task, config: Any, worker: LocalWorker, threads: int) -> None:
-    """Run a stage in this process, on so many CPU threads. UserError if the GPU's memory does not suffice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        train(task, config, worker)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(worker.stage, error) from error
-    finally:
-        torch.set_num_threads(before)
 
 
 class StopSignal:

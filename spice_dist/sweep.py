@@ -30,7 +30,7 @@ from spice_dist.data.files import csv_cell, publish, publish_json
 from spice_dist.data.sources import Source
 from spice_dist.distributed import ray_tune
 from spice_dist.distributed.ray_tune import Search, Space
-from spice_dist.distributed.worker import LocalWorker
+from spice_dist.distributed.worker import LocalWorker, Stage, usable_cores
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.methods import spice_self
@@ -44,8 +44,6 @@ from spice_dist.pipeline import (
     images_of,
     pretext_stages,
     stage_settings,
-    train_here,
-    usable_cores,
 )
 from spice_dist.report.sweep import settings_line, with_objective, write_sweep_report
 from spice_dist.run_folder import owned, refuse_changes, stage_record
@@ -232,7 +230,7 @@ def _run_base(plan: Plan, source: Source, ranges: Space, launch: Launch, command
     with StopSignal() as stop, Bar("views", stop) as bar:
         worker = LocalWorker(plan.base, "views", device, stop.requested, bar.show)
         store = partial(spice_self.store_views, kinds=kinds)
-        train_here(store, plan.config, own, worker, usable_cores())
+        Stage("views", store, plan.config, own).run(worker, usable_cores())
 
 
 def _run_trials(plan: Plan, ranges: Space, search: Search, launch: Launch, stop: StopSignal) -> None:

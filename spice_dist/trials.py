@@ -32,7 +32,7 @@ from spice_dist.config import Config, override
 from spice_dist.data.files import publish, publish_json
 from spice_dist.data.ingest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes
+from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, Stage
 from spice_dist.errors import UserError
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods import reliable, spice_self
@@ -40,7 +40,7 @@ from spice_dist.methods.plumbing import open_dataset
 from spice_dist.methods.spice_self import load_heads, outputs
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.objectives import generalization
-from spice_dist.pipeline import check_settings, pretext_stages, train_here
+from spice_dist.pipeline import check_settings, pretext_stages
 from spice_dist.pseudo_labels import UNRELIABLE, quotas, selection_loss
 from spice_dist.run_folder import owned
 
@@ -211,15 +211,15 @@ def _train(
     plan: Plan, config: Config, folder: Path, stage: str, train: Callable, own: Any, device: torch.device,
     score: Callable[[Tensors], Scores] | None = None, told: Told = lambda part, scores: None,
 ) -> None:  # fmt: skip
-    worker = TrialWorker(folder, stage, device, score, told)
-    train_here(train, config, own, worker, plan.threads)
+    Stage(stage, train, config, own).run(TrialWorker(folder, stage, device, score, told), plan.threads)
 
 
 def _train_on_workers(plan: Plan, config: Config, folder: Path, stage: str, train: Callable, own: Any) -> None:
     from spice_dist.distributed import ray_train
 
-    quiet = lambda step, total, loss: None  # noqa: E731
-    job = ray_train.Job(train, config, own, folder, stage, plan.threads, lambda: False, quiet)
+    stages = (Stage(stage, train, config, own),)
+    quiet = lambda _told: None  # noqa: E731
+    job = ray_train.Job(stages, folder, plan.threads, lambda: False, quiet, quiet)
     ray_train.train_on_workers(job, plan.workers)
 
 

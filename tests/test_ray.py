@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,9 @@ import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
 
 from spice_dist import cli
+from spice_dist.distributed import checkpoint, collectives, ray_train
+from spice_dist.distributed.worker import Stage, Worker
+from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
 
 SETTINGS = ["--workers", "2", *LONGER[2:]]
@@ -36,7 +40,7 @@ def kill_a_worker(run: Path, stopped_at: int, killed: list[int]) -> None:
 
 
 @pytest.mark.timeout(480)  # starts Ray twice and workers five times
-def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path):
+def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path, capfd):
     out = tmp_path / "run"
     arguments = ["fit", "digits", "--out", str(out), *SETTINGS]
     child = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, process_group=0)
@@ -65,7 +69,49 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted,
     killer.join(1)
     assert len(killed) == 1
     assert (out / "assignments.csv").read_bytes() == uninterrupted
-    assert not (out / "moco/.ray").exists()
+    assert not (out / ".ray").exists()
+    advice = json.loads((out / "reliable/summary.json").read_text())["advice"]
+    assert advice
+    assert advice in capfd.readouterr().err, "what a worker says reaches the user"
+
+
+def late(_task: Task, _config: None, worker: Worker) -> None:
+    """A stage whose first worker needs longer than the other to write what it leaves."""
+    if worker.rank == 0:
+        time.sleep(1)
+        checkpoint.save(worker.run / "late/checkpoints", 7, {}, {"total": 7})
+        warnings.warn("written late", stacklevel=1)
+
+
+def looked(_task: Task, name: str, worker: Worker) -> None:
+    """A stage in which every worker notes who it is and whether it finds what the stage before left."""
+    found = checkpoint.newest_step(worker.run / "late/checkpoints")
+    (worker.run / f"{name}.{worker.rank}").write_text(f"{found} {worker.world} {collectives.alone()} {os.getpid()}")
+    time.sleep(1)  # the other worker must not end the stage
+    worker.progress(1, 1, None)
+
+
+@pytest.mark.timeout(240)
+def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker_has_left_the_one_before(tmp_path):
+    stages = (
+        Stage("late", late, Task(), None),
+        Stage("together", looked, Task(), "together"),
+        Stage("single", looked, Task(), "single", shared=False),
+        Stage("after", looked, Task(), "after"),
+    )
+    shown: list[ray_train.Progress] = []
+    said: list[str] = []
+    job = ray_train.Job(stages, tmp_path, 1, lambda: False, shown.append, said.append)
+    with ray_train.session(None, num_cpus=2):
+        ray_train.train_on_workers(job, 2)
+    notes = {path.name: path.read_text().split() for path in tmp_path.glob("*.[01]")}
+    processes = {notes[f"together.{rank}"][3] for rank in (0, 1)}
+    assert notes.keys() == {"together.0", "together.1", "single.0", "after.0", "after.1"}
+    assert {tuple(notes[name][:3]) for name in notes if name != "single.0"} == {("7", "2", "False")}
+    assert notes["single.0"][:3] == ["7", "1", "True"]
+    assert {note[3] for note in notes.values()} == processes
+    assert list(dict.fromkeys(progress.stage for progress in shown)) == [stage.name for stage in stages]
+    assert [line for line in said if "written late" in line]
 
 
 @pytest.mark.parametrize("first", ["", "import ray"])  # as in a notebook

@@ -80,6 +80,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """Of the checkpoints, by their names, unverified; -1 if there is none."""
+    return max((int(path.name) for path in _candidates(folder)), default=-1)
+
+
 def load(path: Path) -> Checkpoint:
     """Verify and open one checkpoint; DamagedFile if anything is missing or altered."""
     try:

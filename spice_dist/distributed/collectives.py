@@ -1,13 +1,29 @@
 """Global tensors: gather, then compute the same pure function everywhere. The identity when there is one process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_apart = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this process counts as the only one."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
 
 def alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return _apart or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A stage on as many workers as the cluster has room for: goes on with fewer after a loss, with more when nodes come.
+"""Stages on as many workers as the cluster has room for: on with fewer after a loss, with more when nodes come.
 
 The number of workers divides the BatchNorm groups of a batch, so that the result stays that of any other number. Ray's
 own elastic training takes any number between two; here the group is ended and started again from the last checkpoint.
@@ -9,7 +9,7 @@ import time
 
 from tqdm import tqdm
 
-from spice_dist.distributed import ray_nodes
+from spice_dist.distributed import checkpoint, ray_nodes
 from spice_dist.distributed.ray_train import Job, WorkersLost, run_group
 from spice_dist.errors import Interrupted, UserError
 
@@ -28,14 +28,14 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
     lost = 0
     while True:
         size = _wait_for_room(job, sizes)
-        saved = newest_step(job)
+        saved = _saved(job)
         try:
             done = run_group(job, size, max_failures=0, leave=_Growth(job, sizes, size).possible)
         except WorkersLost as error:
-            lost = 0 if newest_step(job) > saved else lost + 1
+            lost = 0 if _saved(job) > saved else lost + 1
             if lost == ATTEMPTS:
                 raise
-            tqdm.write(f"{job.stage}: {error}; going on from the last checkpoint", sys.stderr)
+            tqdm.write(f"{error}; going on from the last checkpoint", sys.stderr)
             continue
         if done:
             return
@@ -75,8 +75,11 @@ class _Growth:
         self.looked_at, self.seen = time.monotonic(), 0
 
     def possible(self) -> bool:
-        if time.monotonic() - self.looked_at < LOOK_SECONDS or not self.job.shown.exists():
-            return False  # a group that is starting has not taken its seats yet
+        if time.monotonic() - self.looked_at < LOOK_SECONDS:
+            return False
+        shown = self.job.shown()
+        if shown is None or shown.loss is None:
+            return False  # a group that starts has not taken its seats yet; a stage without a loss does not save
         self.looked_at = time.monotonic()
         room = min(self.size + ray_nodes.free_seats(), ray_nodes.seats())
         larger = (largest(self.sizes, room) or 0) > self.size
@@ -84,7 +87,6 @@ class _Growth:
         return self.seen == 2
 
 
-def newest_step(job: Job) -> int:
-    """Of the stage's checkpoints, by their names; -1 if there is none."""
-    names = [path.name for path in (job.run / job.stage / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
+def _saved(job: Job) -> list[int]:
+    """Grows with every checkpoint."""
+    return [checkpoint.newest_step(job.run / stage.name / "checkpoints") for stage in job.stages]

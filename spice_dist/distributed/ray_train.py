@@ -1,6 +1,11 @@
-"""Ray Train runs a stage on many workers; the training code never knows. Ray only schedules: state is in our store."""
+"""Ray Train runs stages on many workers; the training code never knows. Ray only schedules: state is in our store.
+
+One group of workers goes through all stages of a run: to start it, with Python and torch in every process, takes longer
+than many a stage.
+"""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -9,23 +14,29 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import torch.distributed as dist
 from torch import nn
 
-from spice_dist.distributed import ray_auth, ray_nodes, trackers
-from spice_dist.distributed.worker import LocalWorker, Storage
-from spice_dist.errors import Interrupted, UserError, out_of_memory, warn_in_one_line
-from spice_dist.task import Task
+from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_nodes, trackers
+from spice_dist.distributed.worker import LocalWorker, Stage, Storage
+from spice_dist.errors import Interrupted, UserError, warn_in_one_line
+from spice_dist.run_folder import stage_record
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
-STOP_FILE = ".stop"  # in the run folder: asks every worker to save and stop
-Train = Callable[[Task, Any, Any], None]
+# in the run folder, of a group that runs: Ray's own files, and how the group and we talk
+STOP = ".ray/stop"  # asks every worker to save and stop
+PROGRESS = ".ray/progress.json"  # how far the first worker is
+MESSAGES = ".ray/messages"  # what it says to the user
+PATIENCE = timedelta(days=30)  # with a worker that does a stage alone
+STALE_SECONDS = 120.0  # twice as long as NFS shows a machine an old listing of a folder, by default
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
@@ -44,22 +55,23 @@ RAY_SETTINGS = {
 class RayWorker(LocalWorker):
     """One of several workers of a Ray Train job."""
 
-    def __init__(self, run: Path, stage: str, storage: Storage):
+    def __init__(self, run: Path, stage: Stage, storage: Storage):
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        stop, shown = run / STOP_FILE, run / stage / ".progress.json"
-        shown.parent.mkdir(parents=True, exist_ok=True)
+        self.rank, self.world = context.get_world_rank(), context.get_world_size() if stage.shared else 1
 
-        def progress(step: int, total: int, loss: float | None) -> None:
-            if self.rank == 0:
-                beside = shown.with_suffix(".new")
-                beside.write_text(json.dumps([step, total, loss]))
-                beside.replace(shown)
+        def progress(done: int, total: int, loss: float | None) -> None:
+            if self.rank > 0:
+                return
+            with contextlib.suppress(OSError):  # a full disk costs the bar, not the training
+                beside = run / f"{PROGRESS}.new"
+                beside.write_text(json.dumps([stage.name, done, total, loss]))
+                beside.replace(run / PROGRESS)
 
-        super().__init__(run, stage, ray.train.torch.get_device(), stop.exists, progress, storage)
+        super().__init__(run, stage.name, ray.train.torch.get_device(), (run / STOP).exists, progress, storage)
+        progress(0, 0, None)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
@@ -121,24 +133,33 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
     return address
 
 
+class Progress(NamedTuple):
+    """How far the first worker is; nothing of the stage is done when it begins."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float | None  # None: the stage has none
+
+
 @dataclass(frozen=True)
 class Job:
-    """One stage for workers: they call `train(task, config, worker)`."""
+    """Stages for one group of workers, in this order."""
 
-    train: Train
-    task: Task
-    config: Any
+    stages: tuple[Stage, ...]
     run: Path
-    stage: str
     threads: int  # of the CPU, for each worker
     stop_requested: Callable[[], bool]
-    progress: Callable[[int, int, float | None], None]  # told (done, total, loss)
+    progress: Callable[[Progress], None]  # told now and then; a short stage may pass between
+    message: Callable[[str], None]  # told what the first worker says to the user, line by line
     storage: Storage = Storage()  # how often workers save, and where they read images from
 
-    @property
-    def shown(self) -> Path:
-        """Where the first worker writes how far it is; there is none until its first step."""
-        return self.run / self.stage / ".progress.json"
+    def shown(self) -> Progress | None:
+        """How far the running group is; None before its first stage."""
+        try:
+            return Progress(*json.loads((self.run / PROGRESS).read_bytes()))
+        except FileNotFoundError:
+            return None
 
 
 class WorkersLost(UserError):
@@ -160,7 +181,7 @@ def train_on_workers(job: Job, workers: int) -> None:
 
 
 def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
-    """Start one group of workers and wait for its end: True if the stage is done, False if it saved and stopped.
+    """Start one group of workers and wait for its end: True if all stages are done, False if it saved and stopped.
 
     Args:
         max_failures: how often Ray may replace lost workers by itself.
@@ -170,10 +191,10 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
         Interrupted: `stop_requested` came true, and the workers did not stop in STOP_SECONDS; what was saved is intact.
         UserError: the workers reported one; WorkersLost if they did not report at all.
     """
-    (job.run / STOP_FILE).unlink(missing_ok=True)
-    job.shown.unlink(missing_ok=True)
-    storage = job.run / job.stage / ".ray"
-    trainer = _trainer(job, workers, max_failures, storage)
+    ours = (job.run / STOP).parent
+    shutil.rmtree(ours, ignore_errors=True)
+    ours.mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(job, workers, max_failures)
     outcome: list[Any] = []
 
     def fit() -> None:
@@ -185,22 +206,33 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     # beside the main thread, which stays free to take signals: Ray would answer them by killing the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    asked_at = None
+    asked_at, told = None, 0
     while thread.is_alive():
         thread.join(0.25)
         if asked_at is None and (job.stop_requested() or leave()):
-            (job.run / STOP_FILE).touch()
+            (job.run / STOP).touch()
             asked_at = time.monotonic()
         if asked_at is not None and time.monotonic() - asked_at > STOP_SECONDS:
             raise Interrupted  # workers that never started or hang; what was saved before is intact
-        _show(job)
-    (job.run / STOP_FILE).unlink(missing_ok=True)
-    job.shown.unlink(missing_ok=True)
-    shutil.rmtree(storage, ignore_errors=True)
+        told = _tell(job, told)
+    _tell(job, told)
+    shutil.rmtree(ours, ignore_errors=True)
     return _is_done(outcome[0])
 
 
-def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
+def _tell(job: Job, told: int) -> int:
+    """Pass on how far the workers are and what they say; `told` bytes of it were passed on, and now so many are."""
+    if shown := job.shown():
+        job.progress(shown)
+    with contextlib.suppress(FileNotFoundError), (job.run / MESSAGES).open("rb") as messages:
+        messages.seek(told)
+        for line in messages:
+            job.message(line.decode().rstrip())
+            told += len(line)
+    return told
+
+
+def _trainer(job: Job, workers: int, max_failures: int) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -210,8 +242,8 @@ def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
     return TorchTrainer(
         _train_loop,
         train_loop_config={
-            "train": job.train, "task": job.task, "config": job.config, "run": str(job.run), "stage": job.stage,
-            "threads": job.threads, "environment": trackers.environment(), "storage": job.storage,
+            "stages": job.stages, "run": job.run, "threads": job.threads, "environment": trackers.environment(),
+            "storage": job.storage,
         },
         torch_config=OnNodeAddress(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
@@ -222,7 +254,7 @@ def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
-            storage_path=str(storage),
+            storage_path=str((job.run / STOP).with_name("train")),
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )  # fmt: skip
@@ -230,24 +262,77 @@ def _trainer(job: Job, workers: int, max_failures: int, storage: Path) -> Any:
 
 def _train_loop(options: dict[str, Any]) -> str:
     """What every worker runs. Its value says how it ended: an exception would make Ray try again."""
-    warn_in_one_line()
-    torch.set_num_threads(options["threads"])
+    import ray.train.torch
+
     os.environ.update(options["environment"])
-    worker = RayWorker(Path(options["run"]), options["stage"], options["storage"])
+    run, stages = options["run"], options["stages"]
+    device = ray.train.torch.get_device()
+    everybody = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
+    finished = sum(bool((stage_record(run, stage.name) or {}).get("done")) for stage in stages)
+    with _told_to_the_user(run / MESSAGES):
+        for stage in stages[collectives.broadcast_int(finished, device) :]:
+            worker = RayWorker(run, stage, options["storage"])
+            if stage.shared:
+                outcome = _outcome(stage, worker, options["threads"])
+            else:
+                outcome = _outcome_of_the_first(stage, worker, options["threads"], everybody)
+            if outcome != "done":
+                return outcome
+            _wait_for_the_first(worker)
+    return "done"
+
+
+@contextmanager
+def _told_to_the_user(messages: Path) -> Iterator[None]:
+    """What the first worker prints as an error goes to that file; what others print, to Ray's logs."""
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() > 0:
+        yield
+        return
+    raw = io.BufferedWriter(_Lossy(messages, "a"))
+    with io.TextIOWrapper(raw, "utf-8", line_buffering=True) as file, contextlib.redirect_stderr(file):
+        warn_in_one_line()
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of an axis of one entry
+        yield
+
+
+class _Lossy(io.FileIO):
+    """A file to which a full disk is no error: it costs the words, not the training."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _outcome(stage: Stage, worker: LocalWorker, threads: int) -> str:
     try:
-        options["train"](options["task"], options["config"], worker)
+        stage.run(worker, threads)
     except Interrupted:
         return "interrupted"
     except UserError as error:
         return f"error: {error}"
-    except torch.OutOfMemoryError as error:
-        return f"error: {out_of_memory(options['stage'], error)}"
     return "done"
 
 
-def _show(job: Job) -> None:
-    with contextlib.suppress(FileNotFoundError):  # until the first step
-        job.progress(*json.loads(job.shown.read_text()))
+def _outcome_of_the_first(stage: Stage, worker: LocalWorker, threads: int, everybody: Any) -> str:
+    outcome = [""]
+    if worker.rank == 0:
+        with collectives.apart():
+            outcome = [_outcome(stage, worker, threads)]
+    if everybody is not None:
+        dist.broadcast_object_list(outcome, src=0, group=everybody)
+    return outcome[0]
+
+
+def _wait_for_the_first(worker: LocalWorker) -> None:
+    """Until the first worker, which writes what a stage leaves, is through with it, and its last checkpoint is seen."""
+    last = collectives.broadcast_int(checkpoint.newest_step(worker.store), worker.device)
+    deadline = time.monotonic() + STALE_SECONDS
+    while checkpoint.newest_step(worker.store) != last and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _is_done(outcome: Any) -> bool:

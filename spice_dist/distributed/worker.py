@@ -18,7 +18,8 @@ from spice_dist.data.files import publish
 from spice_dist.distributed import checkpoint, collectives, trackers
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
 from spice_dist.distributed.trackers import Tracker
-from spice_dist.errors import Interrupted, UserError
+from spice_dist.errors import Interrupted, UserError, out_of_memory
+from spice_dist.task import Task
 
 NOTHING, SAVE, STOP = 0, 1, 2
 Probes = Mapping[str, Callable[[], Tensor]]
@@ -35,6 +36,33 @@ class Storage:
     def __post_init__(self) -> None:
         if not self.checkpoint_seconds > 0:
             raise UserError(f"--checkpoint-seconds is {self.checkpoint_seconds:g}; it must be above 0, such as 60")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run that keeps what it makes in a folder of its name: `train(task, config, worker)` makes it."""
+
+    name: str
+    train: Callable[[Task, Any, Any], None]
+    task: Task
+    config: Any
+    shared: bool = True  # False: one worker does it, on all cores of its node, and the others wait
+
+    def run(self, worker: "LocalWorker", threads: int) -> None:
+        """In this process, on so many CPU threads. UserError if the GPU's memory does not suffice."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads if self.shared else usable_cores())
+        try:
+            self.train(self.task, self.config, worker)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.name, error) from error
+        finally:
+            torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: a SLURM share or a container has fewer than its machine."""
+    return len(os.sched_getaffinity(0))
 
 
 @runtime_checkable

@@ -21,13 +21,12 @@ import torch
 
 from spice_dist import metrics
 from spice_dist.config import Config, override
-from spice_dist.distributed.worker import LocalWorker
+from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.inference import probabilities
 from spice_dist.methods import spice_self, spice_semi
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import head_features, load_heads
 from spice_dist.methods.spice_semi import network_task, new_network
-from spice_dist.pipeline import usable_cores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS: dict[str, tuple[dict[str, object], tuple[float, float, float]]] = {

@@ -36,14 +36,13 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
-from spice_dist.distributed.worker import LocalWorker
+from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy
 from spice_dist.methods import spice_self
 from spice_dist.methods.plumbing import load_backbone, new_backbone, open_dataset
 from spice_dist.methods.spice_self import ORDER, SHUFFLE, STRONG, WEAK, SpiceSelfConfig, m_step, outputs
 from spice_dist.models.backbone import BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads
-from spice_dist.pipeline import usable_cores
 from spice_dist.pseudo_labels import Loss, prototype_labels, quotas, selection_loss
 
 CPU = torch.device("cpu")

@@ -36,12 +36,12 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
+from spice_dist.distributed.worker import usable_cores
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import autocast, place
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.momentum import slow_copy
 from spice_dist.models.split_batch_norm import forget_statistics
-from spice_dist.pipeline import usable_cores
 from tests.bench.bench_pretrain import CPU, Stopwatch
 
 SIDE, LABELLED, RATIO, CLUSTERS = 32, 64, 7, 10

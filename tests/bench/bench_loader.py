@@ -31,7 +31,7 @@ from spice_dist.data.crops import Crop
 from spice_dist.data.images import open_images
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array, open_source
-from spice_dist.pipeline import usable_cores
+from spice_dist.distributed.worker import usable_cores
 
 CPU = torch.device("cpu")
 PHOTO_SIDES = (400, 500)  # height, width

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spice_dist.distributed.worker import usable_cores
 from spice_dist.neighbors import nearest, nearest_by_index
-from spice_dist.pipeline import usable_cores
 
 N, DIM, COUNT = 60_000, 512, 100
 LARGE_N, LARGE_DIM, LARGE_SHARE = 1_281_167, 128, 0.02

@@ -34,14 +34,13 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes
+from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, usable_cores
 from spice_dist.methods import byol, imc_swav, moco
 from spice_dist.methods.plumbing import autocast, new_backbone, place
 from spice_dist.models.backbone import BackboneConfig
 from spice_dist.models.heads import MLP, LinearProjection, Projection
 from spice_dist.models.momentum import slow_copy
 from spice_dist.models.split_batch_norm import forget_statistics
-from spice_dist.pipeline import usable_cores
 
 CPU = torch.device("cpu")
 SIDE, BATCH, GROUPS = 32, 256, 2

@@ -47,10 +47,9 @@ from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed import ray_train
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, Worker
+from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, Stage, Worker, usable_cores
 from spice_dist.methods import moco
 from spice_dist.models.backbone import BackboneConfig
-from spice_dist.pipeline import usable_cores
 from spice_dist.task import Task
 
 WORKERS = (1, 2, 4)
@@ -175,7 +174,8 @@ def timed_moco(task: Task, settings: moco.MoCoConfig, worker: Any) -> None:
 
 def by_ray(run: Path, workers: int, threads: int, steps: int) -> None:
     task = config(steps)
-    job = ray_train.Job(timed_moco, task, task.moco, run, "moco", threads, lambda: False, lambda *_: None)
+    stages = (Stage("moco", timed_moco, task, task.moco),)
+    job = ray_train.Job(stages, run, threads, lambda: False, print, print)
     ray_train.train_on_workers(job, workers)
 
 

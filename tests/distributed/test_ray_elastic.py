@@ -1,13 +1,15 @@
 """How many workers run when: the choice of a size, what a loss and a returning node do. Real clusters: tests/slurm."""
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
 
 from spice_dist.cli import _parser
-from spice_dist.distributed import ray_elastic, ray_network, ray_nodes
+from spice_dist.distributed import ray_elastic, ray_network, ray_nodes, ray_train
 from spice_dist.distributed.ray_train import Job, WorkersLost
+from spice_dist.distributed.worker import Stage
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.pipeline import Launch, plan
 from spice_dist.task import Task
@@ -21,8 +23,10 @@ class Cluster:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         self.free, self.ran, self.ends = 4, [], []
         self.stop = False
-        self.job = Job(lambda *_: None, Task(), None, tmp_path, "moco", 1, lambda: self.stop, lambda *_: None)
-        (tmp_path / "moco/checkpoints").mkdir(parents=True)
+        stages = tuple(Stage(name, lambda *_: None, Task(), None) for name in ("moco", "features", "spice_semi"))
+        self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, print)
+        for folder in ("moco/checkpoints", "spice_semi/checkpoints", ".ray"):
+            (tmp_path / folder).mkdir(parents=True)
         monkeypatch.setattr(ray_elastic, "LOOK_SECONDS", 0.0)
         monkeypatch.setattr(ray_nodes, "free_seats", lambda: self.free)
         monkeypatch.setattr(ray_nodes, "seats", lambda: 4)
@@ -33,13 +37,16 @@ class Cluster:
         self.ran.append(workers)
         return self.ends.pop(0)(leave)
 
-    def loses(self, free: int, step: int | None):
+    def reaches(self, stage: str, loss: float | None = 1.0) -> None:
+        (self.job.run / ray_train.PROGRESS).write_text(json.dumps([stage, 3, 7, loss]))
+
+    def loses(self, free: int, step: int | None, stage: str = "moco"):
         """A group that ends when only `free` seats are left, after saving `step`."""
 
         def end(leave) -> bool:
             self.free = free
             if step is not None:
-                (self.job.run / f"moco/checkpoints/{step:09d}").mkdir()
+                (self.job.run / f"{stage}/checkpoints/{step:09d}").mkdir()
             raise WorkersLost("killed")
 
         return end
@@ -63,12 +70,19 @@ def test_losses_without_a_new_checkpoint_end_the_run(cluster):
     assert len(cluster.ran) == 1 + ray_elastic.ATTEMPTS
 
 
+def test_a_checkpoint_of_a_later_stage_counts_as_progress(cluster):
+    once = [cluster.loses(4, None), cluster.loses(4, None)]
+    cluster.ends = [*once, cluster.loses(4, 10), *once, cluster.loses(4, 5, "spice_semi"), *once, lambda leave: True]
+    ray_elastic.train(cluster.job, SIZES)
+    assert len(cluster.ran) == 9
+
+
 def test_a_group_leaves_for_a_larger_one_once_two_looks_find_room(cluster):
     cluster.free = 2
     answers = []
 
     def grows(leave) -> bool:
-        cluster.job.shown.touch()
+        cluster.reaches("moco")
         cluster.free = 1
         answers.extend([leave(), leave()])  # two busy seats and one free: no larger divisor
         cluster.free = 2
@@ -85,7 +99,15 @@ def test_a_group_leaves_for_a_larger_one_once_two_looks_find_room(cluster):
 def test_a_group_that_is_starting_does_not_take_its_own_seats_for_free_ones(cluster):
     growth = ray_elastic._Growth(cluster.job, SIZES, 2)
     assert [growth.possible() for _ in range(3)] == [False] * 3
-    cluster.job.shown.touch()
+    cluster.reaches("moco")
+    assert [growth.possible() for _ in range(2)] == [False, True]
+
+
+def test_a_group_does_not_leave_a_stage_that_does_not_save(cluster):
+    growth = ray_elastic._Growth(cluster.job, SIZES, 2)
+    cluster.reaches("features", None)
+    assert [growth.possible() for _ in range(3)] == [False] * 3
+    cluster.reaches("spice_semi")
     assert [growth.possible() for _ in range(2)] == [False, True]
 
 
