@@ -23,7 +23,8 @@ from spice_dist.recipes import recipe
 from spice_dist.report.run_folder import load, read_assignments
 from spice_dist.report.table import format_scores
 from tests.methods.conftest import CPU, SMALL, TRAIN
-from tests.methods.test_methods import assert_same_bits, on_workers, weights
+from tests.methods.test_methods import assert_same_bits, weights
+from tests.methods.workers import on_workers
 from tests.test_parts import parts
 
 FIXMATCH = override(SMALL, {"method": "fixmatch", "pretext": "none", "given_labels.per_class": 3})

@@ -27,7 +27,8 @@ from spice_dist.pipeline import Launch, fit
 from spice_dist.recipes import recipe
 from spice_dist.task import check_task
 from tests.methods.conftest import CPU, SMALL, TRAIN
-from tests.methods.test_methods import assert_same_bits, on_workers, weights
+from tests.methods.test_methods import assert_same_bits, weights
+from tests.methods.workers import on_workers
 
 STAGE = "imc_swav"
 

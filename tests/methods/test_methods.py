@@ -1,10 +1,7 @@
 """The training loops: they learn, they resume bit for bit, and two workers equal one."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 from torch import nn
 
 from spice_dist import inference
-from spice_dist.config import Config, override
+from spice_dist.config import override
 from spice_dist.data.augment import IMAGENET
 from spice_dist.data.images import open_images
 from spice_dist.distributed import checkpoint
@@ -27,6 +24,7 @@ from spice_dist.models.backbone import unit
 from spice_dist.models.split_batch_norm import set_groups
 from spice_dist.pseudo_labels import UNRELIABLE
 from tests.methods.conftest import CPU, SMALL, TRAIN
+from tests.methods.workers import on_workers
 
 STAGES = list(TRAIN)
 
@@ -112,44 +110,6 @@ def test_a_finished_stage_runs_again_without_changing_anything(small_run, tmp_pa
     before = weights(small_run, stage)
     TRAIN[stage](SMALL, LocalWorker(small_run, stage, CPU))
     assert_same_bits(weights(small_run, stage), before)
-
-
-class GlooWorker(LocalWorker):
-    """A worker of a gloo process group."""
-
-    def __init__(self, run: Path, stage: str, rank: int, world: int):
-        self.rank, self.world = rank, world
-        super().__init__(run, stage, CPU)
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
-
-
-def run_rank(rank: int, world: int, port: int, config: Config, run: Path, stage: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    worker = GlooWorker(run, stage, rank, world)
-    if stage == "features":
-        inference.embed(config, None, worker)
-    elif stage == "reliable":
-        reliable.select(config, config.reliable, worker)
-    else:
-        TRAIN[stage](config, worker)
-    torch.distributed.barrier()
-    os._exit(0)  # not through the teardown of gloo's threads, which now and then aborts an idle process
-
-
-def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=run_rank, args=(rank, world, port, config, run, stage)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0] * world
 
 
 @pytest.mark.parametrize("stage", ["moco", "byol", "imc_swav", "spice_semi", "scan", "self_label"])

@@ -21,7 +21,8 @@ from spice_dist.models.heads import MLP, Projection
 from spice_dist.models.momentum import Queue
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d
 from tests.methods.conftest import CPU, SMALL, TRAIN
-from tests.methods.test_methods import assert_same_bits, on_workers, weights
+from tests.methods.test_methods import assert_same_bits, weights
+from tests.methods.workers import on_workers
 
 
 def grouped(net: nn.Module, view: Tensor, groups: int) -> Tensor:

@@ -31,7 +31,8 @@ from spice_dist.models.heads import ClusterHeads
 from spice_dist.task import Task
 from tests.bench.bench_heads import published_epoch
 from tests.methods.conftest import CPU, SMALL, TRAIN
-from tests.methods.test_methods import assert_same_bits, on_workers, weights
+from tests.methods.test_methods import assert_same_bits, weights
+from tests.methods.workers import on_workers
 
 CHOICES: list[dict[str, Any]] = [
     {"assignment": "disjoint"},

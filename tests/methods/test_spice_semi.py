@@ -29,7 +29,8 @@ from spice_dist.models.momentum import AdaptiveThreshold
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report.run_folder import read_assignments
 from tests.methods.conftest import CPU, SMALL, TRAIN, kept_above
-from tests.methods.test_methods import assert_same_bits, on_workers, weights
+from tests.methods.test_methods import assert_same_bits, weights
+from tests.methods.workers import on_workers
 
 WIDE = {"spice_semi.network": "wrn_28_2", "spice_semi.mean": (0.5,) * 3, "spice_semi.std": (0.25,) * 3}
 BEYOND = {"threshold_rule": "adaptive", "refresh_steps": 3, "refresh_agreement": 0.0, "weak_apart": True}

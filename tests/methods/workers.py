@@ -1,0 +1,90 @@
+"""Processes that train a stage together, by gloo; kept from one test to the next, since they start in seconds."""
+
+import functools
+import multiprocessing
+import socket
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spice_dist import inference
+from spice_dist.config import Config
+from spice_dist.distributed.worker import LocalWorker
+from spice_dist.methods import reliable
+from tests.methods.conftest import CPU, TRAIN
+
+
+def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
+    """Train a stage of the run on so many workers, of one thread each."""
+    try:
+        _group(world).train(config, run, stage)
+    except BaseException:  # some may still wait for one that failed
+        _group(world).kill()
+        _group.cache_clear()
+        raise
+
+
+class GlooWorker(LocalWorker):
+    """A worker of a gloo process group."""
+
+    def __init__(self, run: Path, stage: str):
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        super().__init__(run, stage, CPU)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+class Group:
+    def __init__(self, world: int):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world)]
+        self.ours = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def train(self, config: Config, run: Path, stage: str) -> None:
+        for pipe in self.ours:
+            pipe.send((config, run, stage))
+        for pipe in self.ours:
+            assert pipe.poll(120), "a worker did not end"
+            error = pipe.recv()
+            assert not error, error
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+_group = functools.cache(Group)
+
+
+def _serve(rank: int, world: int, port: int, requests: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    while True:
+        config, run, stage = requests.recv()
+        try:
+            worker = GlooWorker(run, stage)
+            if stage == "features":
+                inference.embed(config, None, worker)
+            elif stage == "reliable":
+                reliable.select(config, config.reliable, worker)
+            else:
+                TRAIN[stage](config, worker)
+            torch.distributed.barrier()  # the first may still be writing what the stage leaves
+        except Exception:
+            requests.send(traceback.format_exc())
+        else:
+            requests.send("")
