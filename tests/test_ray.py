@@ -47,7 +47,9 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted,
     try:
         wait_for(out / "moco/metrics.jsonl")
         family = psutil.Process(child.pid).children(recursive=True)
-        training = [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+        called = [" ".join(process.cmdline()) for process in family]
+        assert len([name for name in called if name.startswith("ray::") and "Agent" not in name]) == 2 + 3
+        training = [process for process, name in zip(family, called, strict=True) if "RayTrainWorker" in name]
         assert [process.nice() for process in training] == [0, 0], "beside other work they would starve"
         os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to every process of the group
         _, printed = child.communicate(timeout=90)
@@ -73,6 +75,21 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted,
     advice = json.loads((out / "reliable/summary.json").read_text())["advice"]
     assert advice
     assert advice in capfd.readouterr().err, "what a worker says reaches the user"
+
+
+def test_a_worker_that_hangs_as_its_cluster_ends_is_killed_and_no_other_process_is(monkeypatch):
+    monkeypatch.setattr(ray_train, "ENDING_SECONDS", 0.2)
+    hung, other = (subprocess.Popen(["bash", "-c", f"exec -a {name} sleep 60"]) for name in ("ray::Hung", "other"))
+    try:
+        deadline = time.monotonic() + 20
+        while not (workers := ray_train._worker_processes()):
+            assert time.monotonic() < deadline
+        ray_train._end(workers)
+        assert hung.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        hung.kill()
+        other.kill()
 
 
 def late(_task: Task, _config: None, worker: Worker) -> None:

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch.distributed as dist
 from torch import nn
 
@@ -36,7 +37,9 @@ STOP = ".ray/stop"  # asks every worker to save and stop
 PROGRESS = ".ray/progress.json"  # how far the first worker is
 MESSAGES = ".ray/messages"  # what it says to the user
 PATIENCE = timedelta(days=30)  # with a worker that does a stage alone
+ENDING_SECONDS = 5.0  # that Ray's workers have to end with their cluster
 STALE_SECONDS = 120.0  # twice as long as NFS shows a machine an old listing of a folder, by default
+_cluster_is_ours = False  # of the session, of which Ray allows one
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
@@ -108,10 +111,34 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
     except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
         raise UserError(f"{place}: {last_line(str(error))}") from error
+    global _cluster_is_ours
+    _cluster_is_ours = address is None
     try:
         yield
     finally:
+        workers = _worker_processes() if _cluster_is_ours else []
         ray.shutdown()
+        _end(workers)
+
+
+def _worker_processes() -> list[psutil.Process]:
+    """Of a cluster of our own, whose processes descend from this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "".join(process.cmdline()).startswith("ray::"):
+                found.append(process)
+    return found
+
+
+def _end(workers: list[psutil.Process]) -> None:
+    """Kill those that do not end by themselves, which nobody else would: the daemon that started them is gone.
+
+    Seen with Ray 2.60, which may wait for a lock that it holds itself.
+    """
+    for process in psutil.wait_procs(workers, ENDING_SECONDS)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def prepare(address: str | None, insecure: bool = False) -> str | None:
@@ -234,12 +261,11 @@ def _tell(job: Job, told: int) -> int:
 
 def _trainer(job: Job, workers: int, max_failures: int) -> Any:
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from spice_dist.distributed.ray_network import OnNodeAddress
+    from spice_dist.distributed.ray_trainer import OnNodeAddress, Trainer
 
     use_gpu = ray_nodes.kind_of_seat() == "GPU"
-    return TorchTrainer(
+    trainer = Trainer(
         _train_loop,
         train_loop_config={
             "stages": job.stages, "run": job.run, "threads": job.threads, "environment": trackers.environment(),
@@ -258,6 +284,8 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )  # fmt: skip
+    trainer.cluster_is_ours = _cluster_is_ours
+    return trainer
 
 
 def _train_loop(options: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spice_dist.cli import _parser
-from spice_dist.distributed import ray_elastic, ray_network, ray_nodes, ray_train
+from spice_dist.distributed import ray_elastic, ray_nodes, ray_train, ray_trainer
 from spice_dist.distributed.ray_train import Job, WorkersLost
 from spice_dist.distributed.worker import Stage
 from spice_dist.errors import Interrupted, UserError
@@ -155,8 +155,8 @@ def test_the_option_takes_a_number_or_a_range(capsys):
 
 
 def test_the_interface_of_an_address_is_found():
-    assert ray_network.interface_of("127.0.0.1") == "lo"
-    assert ray_network.interface_of("192.0.2.199") is None
+    assert ray_trainer.interface_of("127.0.0.1") == "lo"
+    assert ray_trainer.interface_of("192.0.2.199") is None
 
 
 def test_a_node_whose_daemon_is_gone_does_not_count():
