@@ -33,7 +33,7 @@ from spice_dist.task import USING_LABELS, check_task, require_positive
 
 # no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn")
-SMALL = 50_000  # images that this process reads once and embeds in less time than FFCV compiles or workers start
+SMALL = 50_000  # fewer images are embedded in less time than FFCV's reader compiles, and by one worker alone
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,7 @@ def _recorded(run: Run, stage: str, settings: dict[str, Any]) -> Iterator["Bar"]
     try:
         with Bar(stage, run.stop) as bar:
             yield bar
+            bar.fill()
         done = True
     finally:
         write_stage_record(run.folder, stage, settings, done, spent + time.monotonic() - started)
@@ -303,6 +304,9 @@ def _train_on_workers(run: Run, stages: list[Stage], settings: dict[str, dict[st
     from spice_dist.distributed import ray_elastic, ray_train
 
     names = [stage.name for stage in stages]
+    for name in names:  # before any of them can save: workers go on while this process is held up
+        spent = (stage_record(run.folder, name) or {}).get("seconds", 0.0)
+        write_stage_record(run.folder, name, settings[name], False, spent)
     with contextlib.ExitStack() as current:
         reached, bar = 0, current.enter_context(_recorded(run, names[0], settings[names[0]]))
 
@@ -395,6 +399,11 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self.tqdm is not None:
             self.tqdm.close()
+
+    def fill(self) -> None:
+        """The stage is done, whatever was shown last."""
+        if self.tqdm is not None:
+            self.tqdm.update(self.tqdm.total - self.tqdm.n)
 
     def show(self, done: int, total: int, loss: float | None = None) -> None:
         """A stage without a loss keeps no state of its own: here is where it stops when asked to."""

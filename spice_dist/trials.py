@@ -14,6 +14,7 @@ read here.
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -218,8 +219,11 @@ def _train_on_workers(plan: Plan, config: Config, folder: Path, stage: str, trai
     from spice_dist.distributed import ray_train
 
     stages = (Stage(stage, train, config, own),)
-    quiet = lambda _told: None  # noqa: E731
-    job = ray_train.Job(stages, folder, plan.threads, lambda: False, quiet, quiet)
+
+    def message(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    job = ray_train.Job(stages, folder, plan.threads, lambda: False, lambda _progress: None, message)
     ray_train.train_on_workers(job, plan.workers)
 
 

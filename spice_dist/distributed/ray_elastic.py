@@ -4,12 +4,9 @@ The number of workers divides the BatchNorm groups of a batch, so that the resul
 own elastic training takes any number between two; here the group is ended and started again from the last checkpoint.
 """
 
-import sys
 import time
 
-from tqdm import tqdm
-
-from spice_dist.distributed import checkpoint, ray_nodes
+from spice_dist.distributed import ray_nodes
 from spice_dist.distributed.ray_train import Job, WorkersLost, run_group
 from spice_dist.errors import Interrupted, UserError
 
@@ -28,14 +25,14 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
     lost = 0
     while True:
         size = _wait_for_room(job, sizes)
-        saved = _saved(job)
+        before = job.reached()
         try:
             done = run_group(job, size, max_failures=0, leave=_Growth(job, sizes, size).possible)
         except WorkersLost as error:
-            lost = 0 if _saved(job) > saved else lost + 1
+            lost = 0 if job.reached() > before else lost + 1
             if lost == ATTEMPTS:
                 raise
-            tqdm.write(f"{error}; going on from the last checkpoint", sys.stderr)
+            job.message(f"{error}; going on from the last checkpoint")
             continue
         if done:
             return
@@ -79,14 +76,9 @@ class _Growth:
             return False
         shown = self.job.shown()
         if shown is None or shown.loss is None:
-            return False  # a group that starts has not taken its seats yet; a stage without a loss does not save
+            return False  # a group that starts has not taken its seats yet; a stage without a loss cannot stop
         self.looked_at = time.monotonic()
         room = min(self.size + ray_nodes.free_seats(), ray_nodes.seats())
         larger = (largest(self.sizes, room) or 0) > self.size
         self.seen = self.seen + 1 if larger else 0
         return self.seen == 2
-
-
-def _saved(job: Job) -> list[int]:
-    """Grows with every checkpoint."""
-    return [checkpoint.newest_step(job.run / stage.name / "checkpoints") for stage in job.stages]

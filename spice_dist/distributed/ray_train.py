@@ -64,6 +64,7 @@ class RayWorker(LocalWorker):
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size() if stage.shared else 1
+        (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
 
         def progress(done: int, total: int, loss: float | None) -> None:
             if self.rank > 0:
@@ -185,8 +186,15 @@ class Job:
         """How far the running group is; None before its first stage."""
         try:
             return Progress(*json.loads((self.run / PROGRESS).read_bytes()))
-        except FileNotFoundError:
+        except (OSError, ValueError):  # on NFS also one that another machine replaces just now
             return None
+
+    def reached(self) -> list[tuple[bool, int]]:
+        """Grows with every checkpoint and every finished stage."""
+        return [
+            (_is_finished(self.run, stage), checkpoint.newest_step(self.run / stage.name / "checkpoints"))
+            for stage in self.stages
+        ]
 
 
 class WorkersLost(UserError):
@@ -194,17 +202,27 @@ class WorkersLost(UserError):
 
 
 def train_on_workers(job: Job, workers: int) -> None:
-    """Train on exactly `workers` workers of the current session; Ray restarts lost ones, up to three times.
+    """Train on exactly `workers` workers of the current session.
+
+    Lost ones are replaced three times, and again if that brought the job on.
 
     Raises:
         Interrupted: `stop_requested` came true; the state is saved.
-        UserError: there is no room for them, or they reported one.
+        UserError: there is no room for them, or they reported one; WorkersLost if they are lost again and again.
     """
     there, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
     if there < workers:
         raise UserError(f"--workers is {workers}, but Ray has {there} {kind}s for them; ask for fewer workers")
-    if not run_group(job, workers, max_failures=3):
-        raise Interrupted
+    while True:
+        before = job.reached()
+        try:
+            if run_group(job, workers, max_failures=3):
+                return
+            raise Interrupted
+        except WorkersLost as error:
+            if not job.reached() > before:
+                raise
+            job.message(f"{error}; going on from the last checkpoint")
 
 
 def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
@@ -221,6 +239,7 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     ours = (job.run / STOP).parent
     shutil.rmtree(ours, ignore_errors=True)
     ours.mkdir(parents=True, exist_ok=True)
+    (job.run / MESSAGES).touch()
     trainer = _trainer(job, workers, max_failures)
     outcome: list[Any] = []
 
@@ -234,28 +253,32 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     asked_at, told = None, 0
-    while thread.is_alive():
-        thread.join(0.25)
-        if asked_at is None and (job.stop_requested() or leave()):
-            (job.run / STOP).touch()
-            asked_at = time.monotonic()
-        if asked_at is not None and time.monotonic() - asked_at > STOP_SECONDS:
-            raise Interrupted  # workers that never started or hang; what was saved before is intact
-        told = _tell(job, told)
-    _tell(job, told)
-    shutil.rmtree(ours, ignore_errors=True)
+    try:
+        while thread.is_alive():
+            thread.join(0.25)
+            if asked_at is None and (job.stop_requested() or leave()):
+                (job.run / STOP).touch()
+                asked_at = time.monotonic()
+            if asked_at is not None and time.monotonic() - asked_at > STOP_SECONDS:
+                raise Interrupted  # workers that never started or hang; what was saved before is intact
+            told = _tell(job, told)
+        _tell(job, told)
+    finally:
+        shutil.rmtree(ours, ignore_errors=True)
     return _is_done(outcome[0])
 
 
 def _tell(job: Job, told: int) -> int:
-    """Pass on how far the workers are and what they say; `told` bytes of it were passed on, and now so many are."""
-    if shown := job.shown():
-        job.progress(shown)
-    with contextlib.suppress(FileNotFoundError), (job.run / MESSAGES).open("rb") as messages:
+    """Pass on what the workers say and how far they are; `told` bytes were passed on before, and now so many are."""
+    with contextlib.suppress(OSError), (job.run / MESSAGES).open("rb") as messages:
         messages.seek(told)
         for line in messages:
-            job.message(line.decode().rstrip())
+            if not line.endswith(b"\n"):
+                break  # it is still being written
+            job.message(line.decode(errors="replace").rstrip())
             told += len(line)
+    if shown := job.shown():
+        job.progress(shown)
     return told
 
 
@@ -284,7 +307,8 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )  # fmt: skip
-    trainer.cluster_is_ours = _cluster_is_ours
+    # an elastic job goes on after a lost controller, so it needs what that has reserved
+    trainer.cleans_up = not _cluster_is_ours or max_failures == 0
     return trainer
 
 
@@ -293,21 +317,31 @@ def _train_loop(options: dict[str, Any]) -> str:
     import ray.train.torch
 
     os.environ.update(options["environment"])
-    run, stages = options["run"], options["stages"]
-    device = ray.train.torch.get_device()
+    run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
     everybody = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
-    finished = sum(bool((stage_record(run, stage.name) or {}).get("done")) for stage in stages)
+    # only the first looks: NFS would remember for the others that later stages had left nothing yet
+    first = ray.train.get_context().get_world_rank() == 0
+    finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
     with _told_to_the_user(run / MESSAGES):
         for stage in stages[collectives.broadcast_int(finished, device) :]:
             worker = RayWorker(run, stage, options["storage"])
+            if collectives.largest_int(int(worker.stop_requested()), device):
+                return "interrupted"
+            outcome = "done"
             if stage.shared:
                 outcome = _outcome(stage, worker, options["threads"])
-            else:
-                outcome = _outcome_of_the_first(stage, worker, options["threads"], everybody)
+            elif first:
+                with collectives.apart():
+                    outcome = _outcome(stage, worker, options["threads"])
+            outcome, last = _agreed(outcome, checkpoint.newest_step(worker.store) if first else -1, everybody)
             if outcome != "done":
                 return outcome
-            _wait_for_the_first(worker)
+            _wait_to_see(last, worker.store)
     return "done"
+
+
+def _is_finished(run: Path, stage: Stage) -> bool:
+    return bool((stage_record(run, stage.name) or {}).get("done"))
 
 
 @contextmanager
@@ -319,7 +353,10 @@ def _told_to_the_user(messages: Path) -> Iterator[None]:
         yield
         return
     raw = io.BufferedWriter(_Lossy(messages, "a"))
-    with io.TextIOWrapper(raw, "utf-8", line_buffering=True) as file, contextlib.redirect_stderr(file):
+    with (
+        io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True) as file,
+        contextlib.redirect_stderr(file),
+    ):
         warn_in_one_line()
         warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of an axis of one entry
         yield
@@ -334,6 +371,10 @@ class _Lossy(io.FileIO):
         except OSError:
             return memoryview(data).nbytes
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # where NFS tells of a full disk
+            super().close()
+
 
 def _outcome(stage: Stage, worker: LocalWorker, threads: int) -> str:
     try:
@@ -345,21 +386,22 @@ def _outcome(stage: Stage, worker: LocalWorker, threads: int) -> str:
     return "done"
 
 
-def _outcome_of_the_first(stage: Stage, worker: LocalWorker, threads: int, everybody: Any) -> str:
-    outcome = [""]
-    if worker.rank == 0:
-        with collectives.apart():
-            outcome = [_outcome(stage, worker, threads)]
-    if everybody is not None:
-        dist.broadcast_object_list(outcome, src=0, group=everybody)
-    return outcome[0]
+def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
+    """Once all workers are through with a stage: how it ended, and the largest of their steps."""
+    if everybody is None:
+        return outcome, step
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (outcome, step), group=everybody)
+    outcomes, steps = zip(*told, strict=True)
+    return next((each for each in outcomes if each != "done"), "done"), max(steps)
 
 
-def _wait_for_the_first(worker: LocalWorker) -> None:
-    """Until the first worker, which writes what a stage leaves, is through with it, and its last checkpoint is seen."""
-    last = collectives.broadcast_int(checkpoint.newest_step(worker.store), worker.device)
+def _wait_to_see(step: int, store: Path) -> None:
+    """Until this node shows the checkpoint, too: NFS may show an old listing of the folder."""
     deadline = time.monotonic() + STALE_SECONDS
-    while checkpoint.newest_step(worker.store) != last and time.monotonic() < deadline:
+    while checkpoint.newest_step(store) != step:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{store} does not show the checkpoint of step {step} on this node")
         time.sleep(0.5)
 
 

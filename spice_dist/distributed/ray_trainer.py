@@ -13,12 +13,12 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 class Trainer(TorchTrainer):
     """Starts fewer processes beside the workers: each imports for seconds and then wakes 100 times a second."""
 
-    cluster_is_ours = False  # it ends with us, and nobody waits for what it has reserved
+    cleans_up = True  # after a lost controller; nobody needs that on a cluster which ends with it
 
     def _create_default_callbacks(self) -> list:  # Ray's own; if it is called otherwise one day, they start again
         needless = {"DatasetsCallback"}  # hands out Ray's data sets, of which there are none
-        if self.cluster_is_ours:
-            needless.add("PlacementGroupCleanerCallback")  # gives back what a lost controller had reserved
+        if not self.cleans_up:
+            needless.add("PlacementGroupCleanerCallback")
         return [each for each in super()._create_default_callbacks() if type(each).__name__ not in needless]
 
 

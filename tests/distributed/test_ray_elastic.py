@@ -129,6 +129,15 @@ def test_without_room_for_the_smallest_group_it_waits_and_then_says_so(cluster, 
     assert cluster.ran == []
 
 
+def test_a_group_of_fixed_size_is_started_again_as_long_as_that_brings_the_job_on(cluster, monkeypatch):
+    cluster.ends = [cluster.loses(4, 10), cluster.loses(4, 20), cluster.loses(4, None)]
+    monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "CPU")
+    monkeypatch.setattr(ray_train, "run_group", lambda job, workers, max_failures: cluster.ends.pop(0)(None))
+    with pytest.raises(WorkersLost, match="killed"):
+        ray_train.train_on_workers(cluster.job, 2)
+    assert cluster.ends == []
+
+
 @pytest.mark.parametrize(
     ("groups", "wanted", "sizes"),
     [(4, 2, (2,)), (4, (1, 8), (1, 2, 4)), (6, (2, 5), (2, 3)), (4, (3, 4), (4,)), (4, 0, (0,))],
