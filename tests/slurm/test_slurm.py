@@ -196,6 +196,19 @@ def test_a_command_that_cannot_save_is_killed_before_slurm_ends_the_job(slurm, s
     require_quiet(slurm)
 
 
+def test_a_command_does_not_wait_for_a_ray_that_is_gone(slurm, shared):
+    """Its own time out is a minute; stopped, it would wait for ever."""
+    folder = shared / "gone"
+    job = fit(slurm, folder, *ENDLESS, nodes=1)
+    job.wait_for_training(folder / "run")
+    os.kill(process(slurm, "node1", "spice-dist fit"), signal.SIGSTOP)
+    slurm.command("scancel", "--signal=KILL", f"{job.number}.0")
+    wait_until(lambda: slurm.job(job.number)["Restarts"] == "1", 60)
+    assert "Ray is gone" in job.log.read_text()
+    slurm.command("scancel", job.number)
+    require_quiet(slurm)
+
+
 def test_any_command_of_a_module_runs_and_ray_has_the_gpus_that_slurm_gave(slurm, shared):
     """Here the program is on the PATH only once its module is loaded, by each node's own shell."""
     folder = shared / "gpus"
