@@ -1,5 +1,6 @@
 """The same pipeline on real Ray Train workers: the same bits, after a killed worker and after Ctrl-C too."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +151,35 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
     assert {note[3] for note in notes.values()} == processes
     assert list(dict.fromkeys(progress.stage for progress in shown))[:4] == [stage.name for stage in stages]
     assert [line for line in said if "written late" in line]
+
+
+def test_what_workers_say_is_passed_on_once_in_whole_lines_whatever_the_bytes(tmp_path):
+    said: list[str] = []
+    job = ray_train.Job((), tmp_path, 1, lambda: False, print, said.append)
+    messages = tmp_path / ray_train.MESSAGES
+    messages.parent.mkdir()
+    messages.write_bytes(b"one\n\xff two\nha")
+    told = ray_train._tell(job, 0)
+    assert said == ["one", "\ufffd two"]
+    with messages.open("ab") as file:
+        file.write(b"lf\n")
+    assert ray_train._tell(job, told) == messages.stat().st_size
+    assert said[2:] == ["half"]
+
+
+@pytest.mark.parametrize("kind", [ray_train._Lossy, io.FileIO])
+def test_a_full_disk_costs_what_a_worker_says_and_not_the_worker(kind):
+    full = io.BufferedWriter(kind("/dev/full", "a"))
+    outcome = pytest.raises(OSError, match="No space") if kind is io.FileIO else nullcontext()
+    with outcome, io.TextIOWrapper(full, line_buffering=True) as file:
+        print("a line", file=file)
+
+
+def test_a_node_that_does_not_see_the_last_checkpoint_fails_in_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_train, "STALE_SECONDS", 0.0)
+    ray_train._wait_to_see(-1, tmp_path)
+    with pytest.raises(TimeoutError, match="step 7"):
+        ray_train._wait_to_see(7, tmp_path)
 
 
 @pytest.mark.parametrize("first", ["", "import ray"])  # as in a notebook

@@ -162,7 +162,7 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
 
 
 class Progress(NamedTuple):
-    """How far the first worker is; nothing of the stage is done when it begins."""
+    """How far the first worker is: `done` of `total` steps, or images; both 0 when a stage begins."""
 
     stage: str
     done: int

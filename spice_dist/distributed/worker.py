@@ -49,7 +49,11 @@ class Stage:
     shared: bool = True  # False: one worker does it, on all cores of its node, and the others wait
 
     def run(self, worker: "LocalWorker", threads: int) -> None:
-        """In this process, on so many CPU threads. UserError if the GPU's memory does not suffice."""
+        """In this process, on so many CPU threads, or on all cores if no other worker takes part.
+
+        Raises:
+            UserError: the GPU's memory does not suffice.
+        """
         before = torch.get_num_threads()
         torch.set_num_threads(threads if self.shared else usable_cores())
         try:
