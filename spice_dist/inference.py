@@ -29,10 +29,12 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, load_backbone, open_dataset, place
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
+from spice_dist.models.folding import folded
 from spice_dist.models.heads import ClassifierNet, Classifiers, ClusterHeads, ClusterNet
 from spice_dist.task import Task
 
-CHUNK = 512  # images per forward pass
+TUPLES = ("widths", "depths", "mean", "std", "others", "other_weights")  # lists in JSON
+CHUNK = 512  # images of 64 pixels and below in a forward pass; fewer of larger ones, see `chunk_of`
 
 
 def outputs(
@@ -46,12 +48,17 @@ def outputs(
     """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
     model.eval()
     done = 0
-    for image, number in images.batches(index, CHUNK):
+    for image, number in images.batches(index, chunk_of(images.size)):
         with torch.no_grad(), autocast(image.device, precision):
             out = model(augment.apply(augment.PLAIN, image, number, (), statistics))
         done += len(image)
         progress(done, len(index))
         yield out.float()
+
+
+def chunk_of(size: int) -> int:
+    """Images of `size` pixels in a forward pass: as many pixels as CHUNK small ones, for memory and for progress."""
+    return max(16, min(CHUNK, CHUNK * 64**2 // size**2))
 
 
 def embed(task: Task, config: None, worker: Worker) -> None:
@@ -65,6 +72,9 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     folder = worker.run / "features"
     partial = folder / f"features.{_called(task, backbone)}.partial.npy"
     place(backbone, worker.device)
+    if task.pretext == "none":  # stages 1 keep the bits that their checkpoints were scored with
+        size = task.data.size
+        backbone = folded(backbone, torch.rand(2, task.data.channels, size, size, device=worker.device))
     error = None
     if worker.rank == 0:
         try:
@@ -165,7 +175,9 @@ def save_model(net: ClusterNet | ClassifierNet, task: Task, folder: Path) -> Non
         "version": 2,
         "clusters": task.clusters,
         "data": asdict(task.data),
-        "backbone": asdict(replace(task.backbone, weights="")),  # what it started from, on some machine
+        "backbone": asdict(
+            replace(task.backbone, weights="", other_weights=())
+        ),  # what it started from, on some machine
     }
     publish_json(folder / "model.json", about)
 
@@ -183,7 +195,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet | Classif
         raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
     if about["version"] != 2:
         raise UserError(f"{folder} was written by another version of spice_dist; make the model again with fit")
-    widths = {name: tuple(about["backbone"][name]) for name in ("widths", "depths", "mean", "std")}
+    widths = {name: tuple(about["backbone"][name]) for name in TUPLES if name in about["backbone"]}
     task = Task(
         clusters=about["clusters"],
         data=DataConfig(**about["data"]),

@@ -1,17 +1,15 @@
 """Feature models: any timm backbone or a wide ResNet, with the small-image stem and the split BatchNorm of MoCo.
 
-The network starts from random weights, from those that timm publishes, or from those of a file.
+The network starts from random weights, from those that timm publishes or a package ships, or from those of a file.
+Several networks make one: their unit features stand side by side.
 """
 
-import difflib
-import hashlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +18,28 @@ from torch import Tensor, nn
 
 from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
+from spice_dist.models.pretrained import (
+    MISFITS,
+    PACKAGE,
+    TIMM,
+    check_name,
+    check_published,
+    find_packaged,
+    fingerprint,
+    load_packaged,
+    load_weights,
+    packaged_file,
+    published_data_config,
+    published_file,
+)
 from spice_dist.models.split_batch_norm import split_batch_norm
 from spice_dist.models.wide_resnet import SHAPES, WideResNet
 
-if TYPE_CHECKING:
-    from timm.models import PretrainedCfg
-
-TIMM = "timm"  # the word for timm's own pretrained weights
-WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
-COUNTER = "num_batches_tracked"  # of a BatchNorm: nothing reads it, and some files lack it
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "small": nn.Identity,  # as for CIFAR: 32 pixels and below
     "pooled": partial(nn.MaxPool2d, 2, padding=1),  # SPICE's ClusterResNet, for 32 to 96 pixels
     "halved": partial(nn.MaxPool2d, 2),  # IMC-SwAV's for 64 and 96 pixels
 }
-NAMED = 3  # tensors of each kind that an error lists
-MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)  # of timm, told a wrong size
 
 
 @dataclass(frozen=True)
@@ -48,40 +52,122 @@ class BackboneConfig:
     depths: tuple[int, ...] = ()  # blocks of the four stages; empty keeps the model's own
     mean: tuple[float, ...] = IMAGENET_MEAN  # of the images it is made for, on values in [0, 1]
     std: tuple[float, ...] = IMAGENET_STD
-    weights: str = ""  # to start from: "" random ones, "timm" those timm publishes, otherwise a file of tensors
+    # to start from: "" random ones, "timm" those timm publishes, "package" those of an installed package, otherwise a
+    # file of tensors
+    weights: str = ""
+    others: tuple[str, ...] = ()  # further timm models, whose features stand beside those of the first
+    other_weights: tuple[str, ...] = ()  # as `weights`, for each of the others; empty: as the first
 
     @property
     def statistics(self) -> Statistics:
         return self.mean, self.std
 
+    @property
+    def networks(self) -> tuple[tuple[str, str], ...]:
+        """Name and initial weights of every network; UserError if the others' weights are not as many as they."""
+        weights = self.other_weights or (self.weights,) * len(self.others)
+        if len(weights) != len(self.others):
+            raise UserError(f"backbone.other_weights names {len(weights)} weights for {len(self.others)} networks")
+        return ((self.name, self.weights), *zip(self.others, weights, strict=True))
+
 
 class Backbone(nn.Module):
     """Images (B, C, H, W) to pooled features (B, dim).
 
+    With `config.others`, dim is the sum of all networks' and the features have unit norm: the parts count alike.
     The weights are random, for a checkpoint to replace, unless `pretrained`; then they are what `config.weights` says.
     """
 
     def __init__(self, config: BackboneConfig, channels: int, size: int, pretrained: bool = False):
         super().__init__()
+        _, *others = config.networks
         self.body = _create(config, channels, size)
         if config.stem in POOLINGS:
             _shrink_stem(self.body, config.stem)
         elif config.stem != "native":
             raise UserError(f'backbone.stem is "{config.stem}"; it can be {", ".join(POOLINGS)} or native')
         self.dim: int = _feature_width(self.body, channels, size)
-        if pretrained and config.weights == TIMM:
-            self.body = _published(config, channels, size)
-        elif pretrained and config.weights:
-            load_weights(self.body, Path(config.weights))
+        if pretrained:
+            self.body = _trained(self.body, config, channels, size)
         split_batch_norm(self.body)  # last: it renames tensors
+        beside = [OtherNetwork(config, own, channels, size, pretrained) for own in others]
+        self.others = nn.ModuleList(beside)  # no tensor's name changes if it is empty
+        self.dim += sum(other.dim for other in beside)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        if not self.others:
+            return self.body(images)
+        parts = [unit(network(images).float()) for network in (self.body, *self.others)]
+        return torch.cat(parts, 1) / len(parts) ** 0.5
+
+
+class OtherNetwork(nn.Module):
+    """Features (B, dim) of a further network, of images (B, C, H, W) that are normalised as the first one's.
+
+    The images are normalised anew as this network was trained. One that is built for a single size, as transformers
+    are, gets them at that size: the images' own if it can be, otherwise the nearest of whole patches, or its published.
+    """
+
+    def __init__(self, first: BackboneConfig, own: tuple[str, str], channels: int, size: int, pretrained: bool):
+        super().__init__()
+        name, weights = own
+        own_size, mean, std = published_data_config(name)
+        config = BackboneConfig(name, "native", mean=mean, std=std, weights=weights)
+        body, fits = _fitting(config, channels, size, own_size)
+        self.dim: int = _feature_width(body, channels, fits)
+        self.body = _trained(body, config, channels, fits) if pretrained else body
+        split_batch_norm(self.body)
+        self.size = fits if fits != size or _takes_one_size(body) else None
+        self.scale: Tensor
+        self.shift: Tensor
+        scale, shift = _renormalisation(first.statistics, config.statistics, channels)
+        self.register_buffer("scale", scale, persistent=False)  # known from the two names
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        images = images * self.scale + self.shift
+        if self.size and images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return self.body(images)
+
+
+def _renormalisation(one: Statistics, other: Statistics, channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (C, 1, 1) each, from images normalised by `one` to the same ones normalised by `other`."""
+    means, stds = (torch.tensor([one[i], other[i]], dtype=torch.float64) for i in range(2))
+    if channels == 1:  # grey images take the mean of the three
+        means, stds = means.mean(1, keepdim=True), stds.mean(1, keepdim=True)
+    scale, shift = stds[0] / stds[1], (means[0] - means[1]) / stds[1]
+    return scale.float()[:, None, None], shift.float()[:, None, None]
+
+
+def _fitting(config: BackboneConfig, channels: int, size: int, own_size: int) -> tuple[nn.Module, int]:
+    """The network with random weights, and the size of images, near `size`, for which it is built."""
+    with suppress(UserError):
+        body = _create(config, channels, size)
+        _feature_width(body, channels, size)
+        return body, size
+    body = _create(config, channels, own_size)
+    patch = _patch(body)
+    nearest = max(1, round(size / patch)) * patch
+    if patch > 1:
+        with suppress(UserError):
+            body = _create(config, channels, nearest)
+            _feature_width(body, channels, nearest)
+            return body, nearest
+        body = _create(config, channels, own_size)
+    return body, own_size
+
+
+def _takes_one_size(body: nn.Module) -> bool:
+    return bool(getattr(body, "pretrained_cfg", {}).get("fixed_input_size"))
 
 
 def check_size(backbone: Backbone, channels: int, size: int) -> None:
     """UserError if the network cannot take images of this size, such as crops that are smaller than the images."""
     _feature_width(backbone.body, channels, size)
+    for other in backbone.others:
+        assert isinstance(other, OtherNetwork)
+        _feature_width(other.body, channels, other.size or size)
 
 
 def unit(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -99,8 +185,9 @@ def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Bac
 
 def for_untrained(name: str) -> dict[str, Any]:
     """The settings, by dotted names, with which a recipe's network is replaced by another."""
-    _check_name(name)
+    check_name(name)
     own: dict[str, Any] = {"backbone.name": name, "backbone.widths": (), "backbone.depths": ()}
+    own |= {"backbone.others": (), "backbone.other_weights": ()}
     return own if _is_resnet(name) else {**own, "backbone.stem": "native"}
 
 
@@ -110,7 +197,7 @@ def for_small_images(name: str, statistics: Statistics) -> BackboneConfig:
     Raises:
         UserError: there is no such network; it offers near names.
     """
-    _check_name(name)
+    check_name(name)
     mean, std = statistics
     return BackboneConfig(name, "small" if _is_resnet(name) else "native", mean=mean, std=std)
 
@@ -126,192 +213,109 @@ def for_pretrained(name: str, weights: str) -> dict[str, Any]:
     """The settings, by dotted names, that a timm model needs to be used as it was trained, without a stage 1.
 
     Put what a user asked for on top: another data.size is possible, position embeddings are interpolated to it.
+
+    Raises:
+        UserError: there is no such network, or weights are "package" and no installed package ships them.
     """
     size, mean, std = published_data_config(name)
     return {
         "pretext": "none",
         "backbone.name": name,
-        "backbone.weights": weights if weights == TIMM else str(Path(weights).resolve()),  # workers have other folders
+        "backbone.weights": _checked(name, weights),
         "backbone.stem": "native",
         "backbone.widths": (),
         "backbone.depths": (),
         "backbone.mean": mean,
         "backbone.std": std,
+        "backbone.others": (),
+        "backbone.other_weights": (),
         "data.size": size,
     }
 
 
-def published_data_config(name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Pixels of a side, and the mean and deviation of values in [0, 1], of the images that timm's weights expect."""
-    from timm.data.config import resolve_data_config
+def for_several(names: Sequence[str], weights: str | None = None) -> dict[str, Any]:
+    """As `for_pretrained`, of several networks whose unit features stand side by side; sizes are those of the first.
 
-    published = resolve_data_config(pretrained_cfg=_entry(name).to_dict())
-    return max(published["input_size"][1:]), tuple(published["mean"]), tuple(published["std"])
+    Args:
+        names: timm models; "NAME=WEIGHTS" names the weights of one.
+        weights: of those that name none: "timm", "package" or, for a single one, a file. None: those of an installed
+            package, or else timm's.
+
+    Raises:
+        UserError: as `for_pretrained`, or a network is named twice, or one file is to fill several networks.
+    """
+    given = [(name, own or weights or "") for name, _, own in (text.partition("=") for text in names)]
+    own_file = [name for name, own in given if own == weights and weights not in (TIMM, PACKAGE)]
+    if len(own_file) > 1:
+        raise UserError(f"--weights {weights} cannot fit {' and '.join(own_file)}; give --backbone NAME=FILE for each")
+    if twice := [name for name in dict(given) if [one for one, _ in given].count(name) > 1]:
+        raise UserError(f"--backbone {twice[0]} is given twice; give different networks")
+    first, *others = [(name, own or (PACKAGE if find_packaged(name) else TIMM)) for name, own in given]
+    settings = for_pretrained(*first)
+    for name, _ in others:
+        published_data_config(name)  # UserError if there is no such network
+    settings["backbone.others"] = tuple(name for name, _ in others)
+    settings["backbone.other_weights"] = tuple(_checked(*other) for other in others)
+    return settings
+
+
+def _checked(name: str, weights: str) -> str:
+    """As the configuration keeps it: workers have other folders."""
+    if weights == PACKAGE:
+        packaged_file(name)
+    return weights if weights in (TIMM, PACKAGE) else str(Path(weights).resolve())
 
 
 def weights_fingerprint(config: BackboneConfig) -> str:
-    """What tells one set of initial weights from another: SHA-256 of the file, timm's tag, or "" if they are random."""
+    """What tells initial weights from others: SHA-256 of a file, timm's tag, or "" if random; "+" between networks."""
+    return "+".join(fingerprint(name, weights) for name, weights in config.networks)
+
+
+def _trained(body: nn.Module, config: BackboneConfig, channels: int, size: int) -> nn.Module:
+    """The network with the weights that it starts from; `body` is the one that has random ones."""
+    if config.weights in (TIMM, PACKAGE) and (config.stem != "native" or config.widths or config.depths):
+        raise UserError(
+            f'backbone.weights "{config.weights}" needs backbone.stem="native", and no backbone.widths or depths'
+        )
     if config.weights == TIMM:
-        return _entry(config.name).tag or ""
-    if not config.weights:
-        return ""
-    try:
-        with open(config.weights, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(Path(config.weights), error) from error
-
-
-def load_weights(body: nn.Module, path: Path) -> None:
-    """Read the weights of a timm model without classifier, as timm made it, from a file.
-
-    The names are timm's, or any that timm itself converts for this model; a prefix that all share and a classifier are
-    left out. Position embeddings are interpolated to the model's image size, and a first convolution of three channels
-    is summed over them for grey images.
-
-    Raises:
-        UserError: the file cannot be read, or lacks a tensor, or has one too many or of another shape.
-    """
-    tensors = _adapt(body, _without_shared_prefix(_read_tensors(path), body))
-    wanted = body.state_dict()
-    differing = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    missing = [name for name in wanted if name not in tensors and not name.endswith(COUNTER)]
-    unexpected = [name for name in tensors if name not in wanted]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
-    if told := [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]:
-        raise UserError(f"{path} does not fit {_about(body).get('architecture')}; {'; '.join(told)}")
-    body.load_state_dict({**wanted, **tensors})
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _about(body: nn.Module) -> dict[str, Any]:
-    """What timm notes about a model's published weights."""
-    return getattr(body, "pretrained_cfg", None) or {}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, in the file as such or under "state_dict" or "model"."""
-    from safetensors.torch import load_file
-
-    if path.suffix not in WEIGHT_FILES:
-        kinds = ", ".join(WEIGHT_FILES)
-        raise UserError(f'backbone.weights is "{path}"; it can be "timm" or the path of a file: {kinds}')
-    safe = path.suffix == ".safetensors"
-    try:
-        held = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except Exception as error:  # somebody else's file makes its reader raise anything
-        reason = "or is no safetensors file" if safe else "or holds objects that are no tensors, which are never read"
-        raise UserError(f"{path} is damaged {reason}; save a state dict as .safetensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    named = held.items() if isinstance(held, dict) else ()
-    tensors = {name: value for name, value in named if isinstance(value, Tensor) and not name.endswith(COUNTER)}
-    if not tensors:
-        raise UserError(f"{path} holds no weights; save a state dict as .safetensors")
-    return tensors
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({error.strerror or error}); give the file of the weights")
-
-
-def _without_shared_prefix(tensors: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
-    """Names without the wrappers that a trainer put around the model: "module.", "backbone.", ..."""
-    own = _shared_prefix(list(body.state_dict()))
-    while (prefix := _shared_prefix(list(tensors))) and prefix != own:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _shared_prefix(names: list[str]) -> str:
-    """The first part of the names with its dot, if all have the same."""
-    first, dot, _ = names[0].partition(".")
-    return first + dot if dot and all(name.startswith(first + dot) for name in names) else ""
-
-
-def _adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by timm's names, without those of a classifier, for the model's image size and channels."""
-    from timm.models import adapt_input_conv
-
-    modules = [sys.modules[kind.__module__] for kind in type(body).__mro__]
-    filters = [module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")]
-    for convert in filters[:1]:
-        with suppress(*MISFITS):  # what it cannot convert does not fit, as the caller will find
-            tensors = convert(dict(tensors), body)
-    wanted = body.state_dict()
-    heads = tuple(f"{name.split('.')[0]}." for name in _names(_about(body).get("classifier")))
-    tensors = {name: tensor for name, tensor in tensors.items() if name in wanted or not name.startswith(heads)}
-    for name in (f"{conv}.weight" for conv in _names(_about(body).get("first_conv"))):
-        if name in tensors and name in wanted and tensors[name].ndim == 4 and tensors[name].shape[1] == 3:
-            tensors[name] = adapt_input_conv(wanted[name].shape[1], tensors[name])
-    return tensors
-
-
-def _names(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
-    """timm notes one name as text, several as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
+        return _published(config, channels, size)
+    if config.weights == PACKAGE:
+        load_packaged(body, config.name)
+    elif config.weights:
+        load_weights(body, Path(config.weights))
+    return body
 
 
 def _published(config: BackboneConfig, channels: int, size: int) -> nn.Module:
     """timm's model with timm's weights, from its cache or the network."""
-    if config.stem != "native" or config.widths or config.depths:
-        raise UserError('backbone.weights "timm" needs backbone.stem="native", and no backbone.widths or depths')
     try:
-        return _create(config, channels, size, pretrained=True)
+        path = published_file(config.name)
+        body = _create(config, channels, size, pretrained=True, file=path)
+    except UserError:
+        raise
     except Exception as error:  # each of timm's sources has its own: the hub, the network, the disk
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"the weights of {config.name} cannot be had from timm ({reason}); download them elsewhere and give "
             "the file: --weights FILE.safetensors"
         ) from error
+    if path is not None:
+        check_published(body, path)
+    return body
 
 
-def _entry(name: str) -> "PretrainedCfg":
-    """What timm notes about the weights of this name, or about a model's usual ones if it has no tag."""
+def _create(
+    config: BackboneConfig, channels: int, size: int, pretrained: bool = False, file: Path | None = None
+) -> nn.Module:
+    """The network of timm or ours; if `pretrained` with the weights of timm's `file`, or as timm itself finds them."""
     import timm
 
-    _check_name(name)
-    if name in SHAPES:
-        raise UserError(f"nobody publishes weights of {name}; give a network of timm, or --weights FILE.safetensors")
-    entry = timm.get_pretrained_cfg(name)
-    assert entry is not None, "a model that timm lists has one"
-    return entry
-
-
-def _check_name(name: str) -> None:
-    """UserError with near names if there is no such model, or timm has no such weights of it."""
-    import timm
-
-    if name in SHAPES:
-        return
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = " or ".join(difflib.get_close_matches(architecture, [*SHAPES, *timm.list_models()], n=3))
-        raise UserError(f'backbone.name is "{name}", which timm does not have' + f"; did you mean {near}?" * bool(near))
-    if tag and name not in (tags := timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(name, tags, n=3, cutoff=0)
-        offer = f"it has {' and '.join(near)}" if near else "it has none"
-        raise UserError(f'backbone.name is "{name}", but timm has no weights "{tag}" of {architecture}; {offer}')
-
-
-def _create(config: BackboneConfig, channels: int, size: int, pretrained: bool = False) -> nn.Module:
-    import timm
-
-    _check_name(config.name)
+    check_name(config.name)
     if config.name in SHAPES:
         return _wide_resnet(config, channels)
     options: dict = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
+    if file is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(file)}
     if config.widths:
         options["channels"] = config.widths
     if config.depths:
@@ -370,9 +374,14 @@ def _unfit(size: int, error: Exception) -> UserError:
 
 def _check_patches(body: nn.Module, size: int) -> None:
     """UserError if patches do not cover the image: most transformers would leave out the rest without a word."""
-    sides = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
-    patch = sides if isinstance(sides, int) else max(sides)
+    patch = _patch(body)
     if size % patch:
         below = size // patch * patch
         offers = f"{below} or {below + patch}" if below else f"{patch}"
         raise UserError(f"images of {size} pixels cannot be cut into patches of {patch}; set data.size to {offers}")
+
+
+def _patch(body: nn.Module) -> int:
+    """The side of a transformer's patches in pixels; 1 for other networks."""
+    sides = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
+    return sides if isinstance(sides, int) else max(sides)

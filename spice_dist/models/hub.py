@@ -1,0 +1,220 @@
+"""A file of weights on a model hub: whether it is in the cache here, and a download that cannot hang.
+
+A child process asks the network: a name look-up and a server that trickles obey no time-out of a library, but a child
+can be ended. It leaves a file in the cache only if that is whole and is what the hub announced.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from spice_dist.data.files import Progress
+
+ANSWER_SECONDS = 6.0  # from the start of the child until the hub has said what the file is
+WINDOW_SECONDS = 10.0  # in each of these a download must move as fast as it has to
+DOWNLOAD_SECONDS = 120.0  # for the whole file
+PIECE = 1 << 18  # bytes written at a time, so that a slow download is seen to move
+
+
+class HubError(Exception):
+    """Why a file cannot be had from the hub, in one clause."""
+
+
+class NoSuchFile(HubError):
+    """The hub answers, and lacks the file."""
+
+
+def cached(repo: str, filename: str) -> Path | None:
+    """The file in huggingface_hub's cache, if it is there and whole; `repo` is "owner/name" or "owner/name@tag"."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repo.partition("@")
+    try:
+        found = try_to_load_from_cache(name, filename, revision=revision or None)
+    except OSError:  # a cache that others wrote and we may not read
+        return None
+    return Path(found) if isinstance(found, str) and _is_whole(Path(found)) else None
+
+
+def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda done, total: None) -> Path:
+    """Download the file into the cache, within ANSWER_SECONDS for a first answer and `seconds` for the rest.
+
+    A download that would take longer ends after WINDOW_SECONDS; `progress` gets (bytes that are here, all bytes).
+
+    Raises:
+        HubError: HF_HUB_OFFLINE is set, or the hub cannot be reached, answers with an error, or is too slow.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError("HF_HUB_OFFLINE is set")
+    host = urlsplit(constants.ENDPOINT).netloc
+    own = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}
+    # partial files of Xet are elsewhere and tell nothing of the speed; telemetry would ask the hub one more question
+    own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    package = str(Path(__file__).parents[2])
+    own["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.Popen(
+        [sys.executable, "-m", "spice_dist.models.hub", repo, filename, str(seconds)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **own},
+    )  # fmt: skip
+    try:
+        size = _first_answer(child, host)
+        _wait(child, host, _partial_files(Path(constants.HF_HUB_CACHE), repo), size, seconds, progress)
+    finally:
+        _end(child)
+    if (path := cached(repo, filename)) is None:
+        raise HubError(f"{host} gave no whole file")
+    return path
+
+
+def _first_answer(child: subprocess.Popen, host: str) -> int:
+    """The size of the file in bytes, as the hub says."""
+    assert child.stdout is not None
+    if not wait([child.stdout.fileno()], ANSWER_SECONDS):
+        raise HubError(f"{host} did not answer within {ANSWER_SECONDS:g} s")
+    return _said(child, host)["size"]
+
+
+def _wait(child: subprocess.Popen, host: str, folder: Path, size: int, seconds: float, progress: Progress) -> None:
+    """Until the child has ended well; HubError if it says why not, or falls behind."""
+    began = since = time.monotonic()
+    before = first = _bytes_in(folder)
+    while child.poll() is None:
+        time.sleep(0.05 if time.monotonic() < began + 1 else 0.2)
+        now, here = time.monotonic(), _bytes_in(folder)
+        progress(min(max(here - first, 0), size), size)
+        if here < before:  # the file is complete, or another process has ended its own
+            before, since = here, now
+        if now - since < WINDOW_SECONDS and now - began < seconds:
+            continue
+        if here - before < size * WINDOW_SECONDS / seconds or now - began >= seconds:
+            speed = (here - before) / 1e3 / (now - since)
+            raise HubError(f"{host} sends {speed:.3g} kB/s, too slow for {size / 1e6:.3g} MB within {seconds:g} s")
+        before, since = here, now
+    _said(child, host)
+
+
+def _said(child: subprocess.Popen, host: str) -> dict:
+    """The next line of the child; HubError if it holds an error."""
+    assert child.stdout is not None
+    try:
+        said = json.loads(child.stdout.readline())
+    except ValueError:
+        raise HubError(f"the download from {host} ended without a word") from None
+    if "error" in said:
+        raise (NoSuchFile if said["missing"] else HubError)(f"{host} {said['error']}")
+    return said
+
+
+def _end(child: subprocess.Popen) -> None:
+    child.terminate()  # it removes its partial file
+    try:
+        child.wait(2)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+def _partial_files(cache: Path, repo: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache / repo_folder_name(repo_id=repo.partition("@")[0], repo_type="model") / "blobs"
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all downloads into the folder that are not complete: another process may be the one that moves."""
+    total = 0
+    for path in folder.glob("*.incomplete"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is as long as its header says; only safetensors have one."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return path.is_file()
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return len(file.keys()) > 0
+    except Exception:  # a page of HTML, an empty file, a part of one
+        return False
+
+
+def _download(repo: str, filename: str) -> None:
+    """In the child: a line with the size once the hub has answered, one more when the file is in the cache."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE
+    name, _, tag = repo.partition("@")
+    revision = tag or None
+    about = get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), timeout=ANSWER_SECONDS)
+    if not (about.commit_hash and about.etag and about.size):  # a page to log in at, the front page of a proxy
+        raise HubError("is no model hub: its answer lacks what one says of a file")
+    _say(size=about.size)
+    found = try_to_load_from_cache(name, filename, revision=revision)
+    if isinstance(found, str) and not _is_whole(Path(found)):
+        _remove(Path(found))
+    path = Path(hf_hub_download(name, filename, revision=revision))
+    if not _is_whole(path) or (re.fullmatch("[0-9a-f]{64}", about.etag) and _sha256(path) != about.etag):
+        _remove(path)
+        raise HubError("sent something else than the file that it announced")
+    _say(done=True)
+
+
+def _remove(path: Path) -> None:
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _say(**said: object) -> None:
+    print(json.dumps(said), flush=True)
+
+
+def _clause(error: Exception) -> str:
+    """What the host did, without what a library adds of its own."""
+    response = getattr(error, "response", None)
+    if (status := getattr(response, "status_code", None)) is not None:
+        return f"answers with status {status}"
+    if isinstance(error, HubError):
+        return str(error)
+    kind, reason = type(error).__name__, (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if "Timeout" in kind:
+        return "did not answer in time"
+    return f"cannot be reached ({reason})" if "Connect" in kind else f"gave no file ({kind}: {reason[:200]})"
+
+
+def _main(repo: str, filename: str, seconds: str) -> None:
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda *_: sys.exit(1))  # an exception, so that the partial file is removed
+    signal.alarm(int(ANSWER_SECONDS + float(seconds)) + 1)  # whatever became of the parent
+    try:
+        _download(repo, filename)
+    except Exception as error:  # of the network, the hub, the disk: each has its own
+        missing = getattr(getattr(error, "response", None), "status_code", None) == 404
+        _say(error=_clause(error), missing=missing)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
