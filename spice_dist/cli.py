@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton")
     fit.add_argument("--out", type=Path, help="the run folder; the same command resumes a run in it")
     fit.add_argument("--dry-run", action="store_true", help="only tell what the run would cost: hours and memory")
+    fit.add_argument(
+        "--until",
+        metavar="STAGE",
+        help="the last stage to run, such as spice_self or spice_graph; assignments, model and report are of it",
+    )
     _add_task_options(fit)
     fit.add_argument(
         "--track",
@@ -106,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_ingest_options(doctor)
     _add_launch_options(doctor)
 
+    suggest = commands.add_parser("suggest-k", help="how many groups the images form: a curve, a range, three levels")
+    suggest.set_defaults(call=_suggest, out=None, recipe=None, method="spice", clusters=None, config=None, pretext=None)
+    suggest.add_argument("data", help="as for fit, or the folder of a run whose features are there")
+    suggest.add_argument("--backbone", action="append", default=[], metavar="NAME", help="as for fit (default: auto)")
+    suggest.add_argument("--weights", metavar="timm|FILE", help="as for fit")
+    suggest.add_argument("--seed", type=int, help="of the subsamples (default 0)")
+    suggest.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as for fit")
+    _add_ingest_options(suggest)
+
     pack = commands.add_parser("pack", help="check images and pack them into one .beton file, resumable")
     pack.set_defaults(call=_pack)
     pack.add_argument("data", help="as for fit")
@@ -144,7 +158,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_task_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--clusters", type=int, help="number of clusters, K; the digits know theirs")
+    command.add_argument(
+        "--clusters",
+        type=_clusters,
+        metavar="K|auto",
+        help="number of clusters; auto, the default with a trained network: as many as the features suggest",
+    )
     command.add_argument(
         "--recipe",
         help="digits, photos, cifar10, ...: whole settings, see recipes.py; default: digits for them, else photos",
@@ -153,7 +172,12 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="instead of a recipe: best.json of a sweep, config.json of a run"
     )
     command.add_argument(
-        "--backbone", metavar="NAME", help="a timm model: vit_small_patch14_dinov2.lvd142m, resnet50, ..."
+        "--backbone",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a timm model, resnet50 or such; several, as NAME or NAME=WEIGHTS: their features side by side; auto (of "
+        "photos): the best trained one that can be had; scratch: train the recipe's own",
     )
     command.add_argument(
         "--weights",
@@ -204,6 +228,21 @@ def _add_cluster_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"
     )
+
+
+def _clusters(text: str) -> int:
+    """K, or AUTO for "auto"."""
+    from spice_dist.task import AUTO
+
+    if text == "auto":
+        return AUTO
+    try:
+        number = int(text)
+    except ValueError:
+        number = AUTO
+    if number == AUTO:
+        raise argparse.ArgumentTypeError(f"it is {text}; give auto, or a whole number of at least 2")
+    return number
 
 
 def _workers(text: str) -> int | tuple[int, int]:
@@ -279,7 +318,7 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     if out is None and not options.dry_run:
         raise UserError("where to? give --out, a folder for the run")
     source = _open(options)
-    config = _config(options, source)
+    config, network = _config(options, source)
 
     from spice_dist.distributed import trackers
     from spice_dist.pipeline import dry_run, fit
@@ -288,13 +327,31 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     if options.dry_run or out is None:
         print(dry_run(config, source, _launch(options)))
         return
-    fit(config, source, out, _launch(options), ["spice-dist", *given])
+    fit(config, source, out, _launch(options), ["spice-dist", *given], options.until, network)
     _print_scores(out)
+
+
+def _suggest(options: argparse.Namespace, given: list[str]) -> None:
+    import tempfile
+
+    from spice_dist.methods.suggested import read_suggestion
+    from spice_dist.pipeline import Launch, fit_until
+    from spice_dist.suggest import describe
+
+    suggestion = read_suggestion(Path(options.data))
+    if suggestion is None:
+        source = _open(options)
+        config, network = _config(options, source)
+        with tempfile.TemporaryDirectory(prefix="spice-") as folder:
+            fit_until("suggest", config, source, Path(folder), Launch(0), network=network)
+            suggestion = read_suggestion(Path(folder))
+    assert suggestion is not None, "the stage leaves one"
+    print(describe(suggestion))
 
 
 def _tune(options: argparse.Namespace, given: list[str]) -> None:
     source = _open(options)
-    config = _config(options, source)
+    config, _ = _config(options, source)
 
     from spice_dist.distributed.ray_tune import Search
     from spice_dist.pipeline import Launch
@@ -330,7 +387,7 @@ def _doctor(options: argparse.Namespace, given: list[str]) -> None:
 
     def prepare() -> "tuple[Source, Config]":
         source = _open(options)
-        return source, _config(options, source)
+        return source, _config(options, source)[0]
 
     patient = Patient(prepare if options.data else None, options.out, _launch(options))
     failed = 0
@@ -349,11 +406,10 @@ def _launch(options: argparse.Namespace) -> "Launch":
     return Launch(options.workers, options.threads, options.address, options.insecure, storage, options.labels)
 
 
-def _config(options: argparse.Namespace, source: "Source") -> "Config":
-    """The recipe for these images, or the file's configuration, with the changes that were asked for."""
+def _config(options: argparse.Namespace, source: "Source") -> "tuple[Config, str]":
+    """The configuration for these images with the changes that were asked for, and the network that was chosen."""
     from spice_dist.errors import UserError
 
-    digits = options.data == "digits"
     changes: dict[str, Any] = {}
     for item in options.set:
         name, equals, value = item.partition("=")
@@ -369,34 +425,28 @@ def _config(options: argparse.Namespace, source: "Source") -> "Config":
     }
     changes |= {name: value for name, value in given_as_options.items() if value is not None}
 
-    from spice_dist.config import override, read_config
-    from spice_dist.recipes import RECIPES, recipe
+    from spice_dist.recipes import RECIPES
+    from spice_dist.resolve import Wish, named_networks, resolve
 
+    name, colon, _ = options.data.partition(":")
+    published = name.replace("-", "_")
+    if colon and published in RECIPES and not (options.recipe or options.config or "clusters" in changes):
+        raise UserError(
+            f"{name} has published settings: give --recipe {published}, or --recipe photos for a trained network"
+        )
+    backbones = tuple(options.backbone)
     if options.config is not None:
+        from spice_dist.config import override, read_config
+
         if options.recipe or options.method != "spice":
             raise UserError("--config is a whole configuration: leave --recipe and --method out")
-        return override(read_config(options.config), {**_network(options.backbone, options.weights), **changes})
-    if "clusters" not in changes and not digits and options.recipe in (None, "photos"):
-        published = options.data.partition(":")[0].replace("-", "_")
-        hint = f", or the settings for it with --recipe {published}" * (published in RECIPES)
-        raise UserError(f"how many clusters? give --clusters, a whole number from 2 up{hint}")
-    network = _network(options.backbone or changes.get("backbone.name"), options.weights)
-    if options.method == "imc_swav":
-        network.pop("pretext", None)  # it goes on from trained weights by itself
-    name = options.recipe or ("digits" if digits else "photos")
-    return override(recipe(name, len(source.paths), options.method), {**network, **changes})
+        return override(read_config(options.config), {**named_networks(backbones, options.weights), **changes}), ""
+    from spice_dist.pipeline import Bar, StopSignal
 
-
-def _network(name: str | None, weights: str | None) -> dict[str, Any]:
-    """The settings that another network asks for; with weights its image size and normalisation, and no stage 1."""
-    if name is None and weights is None:
-        return {}
-    from spice_dist.errors import UserError
-    from spice_dist.models.backbone import for_pretrained, for_untrained
-
-    if name is None:
-        raise UserError("whose weights are they? give --backbone NAME, the timm model, as well as --weights")
-    return for_untrained(name) if weights is None else for_pretrained(name, weights)
+    wish = Wish(options.recipe, options.method, backbones, options.weights, changes)
+    with StopSignal() as stop, Bar("download", stop) as bar:
+        found = resolve(source, wish, options.out, bar.show)
+    return found.config, found.network
 
 
 def _predict(options: argparse.Namespace, given: list[str]) -> None:

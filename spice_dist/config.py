@@ -18,8 +18,10 @@ from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
 from spice_dist.methods.reliable import ReliableConfig
 from spice_dist.methods.scan import ScanConfig, SelfLabelConfig
+from spice_dist.methods.spice_graph import GraphConfig, SpiceGraphConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
+from spice_dist.methods.spice_tune import SpiceTuneConfig
 from spice_dist.task import Task
 
 KINDS = {int: numbers.Integral, float: numbers.Real}
@@ -30,8 +32,11 @@ class Config(Task):
     moco: MoCoConfig = field(default_factory=MoCoConfig)
     byol: BYOLConfig = field(default_factory=BYOLConfig)
     spice_self: SpiceSelfConfig = field(default_factory=SpiceSelfConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    spice_graph: SpiceGraphConfig = field(default_factory=SpiceGraphConfig)
     reliable: ReliableConfig = field(default_factory=ReliableConfig)
     spice_semi: SpiceSemiConfig = field(default_factory=SpiceSemiConfig)
+    spice_tune: SpiceTuneConfig = field(default_factory=SpiceTuneConfig)
     imc_swav: ImcSwavConfig = field(default_factory=ImcSwavConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
     self_label: SelfLabelConfig = field(default_factory=SelfLabelConfig)

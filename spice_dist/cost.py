@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from spice_dist.config import Config
-from spice_dist.inference import CHUNK
+from spice_dist.graph import DIMENSIONS, LANDMARKS
+from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import autocast, place
 from spice_dist.methods.spice_semi import network_task
 from spice_dist.models.backbone import Backbone, BackboneConfig
+from spice_dist.models.folding import folded
 from spice_dist.neighbors import BLOCK_GPU
 from spice_dist.task import USING_LABELS
 
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
 USED = 0.2  # share of it that training a ResNet reaches
 FLOAT = 4  # bytes
+SUGGEST_SECONDS, SUGGEST_IMAGES = 8.0, 4_000  # measured, of one core; more images are sampled
+START_SECONDS = 1.5e-8  # of one core, for an image, a cluster, a coordinate and a clustering: eigenvectors and k-means
+SUPPOSED = 20  # clusters where the features are to say how many
+TAIL = 0.2  # share of a network's forward pass in its last blocks
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,17 @@ class Stage:
     work: tuple[Work, ...]
     products: float  # operations of matrix products outside the networks
     memory: float  # bytes on the device at most, without temporary tensors
+    fixed: float = 0.0  # seconds of a CPU core beside: decoding, eigenvectors, k-means, as measured
 
     @property
     def operations(self) -> float:
         return self.products + sum(part.operations for part in self.work)
 
-    def seconds(self, speed: Callable[[Network], float]) -> float:
-        """At `speed(network)` operations per second; the products run as fast as the first network."""
-        passes = sum(part.operations / speed(part.network) for part in self.work if part.operations)
-        return passes + self.products / speed(self.work[0].network)
+    def seconds(self, speed: Callable[[Network, bool], float]) -> float:
+        """At `speed(network, learns)` operations per second; the products run as fast as the first network."""
+        passes = sum(part.operations / speed(part.network, part.learned > 0) for part in self.work if part.operations)
+        learns = any(part.learned for part in self.work)
+        return passes + self.products / speed(self.work[0].network, learns) + self.fixed
 
 
 def estimate(config: Config, training: int, clustered: int, workers: int = 1, passes: int = 1) -> list[Stage]:
@@ -90,7 +98,9 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
         return [count.spice_semi()]
     found.append(count.features())
     if config.method == "spice":
-        found += [count.spice_self(), count.reliable(), count.spice_semi()]
+        stage2 = [count.graph(), count.spice_graph()] if config.stage2 == "spice_graph" else [count.spice_self()]
+        stage3 = {"spice_semi": count.spice_semi, "spice_tune": count.spice_tune}
+        found += [*stage2, count.reliable(), *([stage3[config.stage3]()] if config.stage3 in stage3 else [])]
     if config.method == "scan":
         found += [count.scan(), count.self_label()]
     return found
@@ -150,6 +160,32 @@ class _Count:
         kept = (self.clustered + 2 * batch) * dim + own.heads * (4 * head + batch * clusters)
         return Stage("spice_self", (work,), 2.0 * own.heads * head * asked, self._embedding + kept * FLOAT)
 
+    def graph(self) -> Stage:
+        """Neighbours, and the number of clusters that they suggest."""
+        own, images, dim = self.config.graph, self.clustered, self.plain.dim
+        memory = (images * (dim + 10 * own.neighbors) + min(BLOCK_GPU, images) ** 2) * FLOAT
+        suggested = SUGGEST_SECONDS * min(1.0, images / SUGGEST_IMAGES)
+        return Stage("graph", (Work(self.plain, 0, 0),), float(images) ** 2 * dim, memory, suggested)
+
+    def spice_graph(self) -> Stage:
+        own, images, dim = self.config.spice_graph, self.clustered, self.plain.dim
+        clusters = self.config.clusters or SUPPOSED
+        asked = (own.rounds + 1) * (3 * own.epochs + 1) * images
+        sample = min(images, LANDMARKS)
+        start = own.heads * sample * clusters * (DIMENSIONS * clusters + max(own.counts)) * START_SECONDS
+        memory = (images * dim + 4 * images * own.heads * clusters) * FLOAT
+        return Stage("spice_graph", (Work(self.plain, 0, 0),), 2.0 * own.heads * dim * clusters * asked, memory, start)
+
+    def spice_tune(self) -> Stage:
+        """Encoding of every view; the last blocks' share of the network, forth and back; once more to evaluate."""
+        own = self.config.spice_tune
+        images = min(self.clustered, own.images)
+        views = images * (1 + own.strong_views)
+        passes = own.epochs * images * (1 + 1 / max(own.ratio, 0.5)) * TAIL
+        work = Work(self.plain, views + self.clustered, 0), Work(self.plain, passes, passes)
+        memory = 4 * self.plain.weights + min(own.memory, views * self.plain.widest / 8) + self._embedding
+        return Stage("spice_tune", work, 0.0, memory)
+
     def reliable(self) -> Stage:
         block = min(BLOCK_GPU, self.clustered)
         memory = (self.clustered * self.plain.dim + block**2) * FLOAT
@@ -184,7 +220,7 @@ class _Count:
     @property
     def _embedding(self) -> float:
         """Without gradients only neighbouring layers are in memory: an input, an output and a shortcut."""
-        return self.plain.weights + 3 * min(CHUNK, self.clustered) * self.plain.widest
+        return self.plain.weights + 3 * min(chunk_of(self.plain.side), self.clustered) * self.plain.widest
 
     def _saved(self, network: Network, views: int) -> float:
         return network.saved * views / self.parts
@@ -210,8 +246,8 @@ def counted(config: BackboneConfig, side: int, channels: int, precision: str = "
             network(torch.empty(images, channels, side, side))
         return list(storages.values())
 
-    with FakeTensorMode():
-        network = Backbone(config, channels, side)
+    network = Backbone(config, channels, side)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         with FlopCounterMode(display=False) as operations:
             few = kept(2)
         per_image = [(after - before) / 2 for before, after in zip(few, kept(4), strict=True)]  # of weights: 0
@@ -220,30 +256,36 @@ def counted(config: BackboneConfig, side: int, channels: int, precision: str = "
     return Network(config, channels, side, network.dim, weights, forward, sum(per_image), max(per_image))
 
 
-def measured_speed(network: Network, device: torch.device, precision: str = "auto", seconds: float = 2.0) -> float:
-    """Operations per second of training passes of this network on this device, after a first pass."""
-    net = place(Backbone(network.config, network.channels, network.side), device).train()
-    images = torch.zeros(32, network.channels, network.side, network.side, device=device)
+def measured_speed(
+    network: Network, learns: bool, device: torch.device, precision: str = "auto", seconds: float = 2.0
+) -> float:
+    """Operations per second of this network on this device, after a first pass: of training passes, or of forward
+    passes in evaluation, where BatchNorm is folded as for embedding."""
+    net = place(Backbone(network.config, network.channels, network.side), device).train(learns)
+    images = torch.zeros(min(32, chunk_of(network.side)), network.channels, network.side, network.side, device=device)
+    if not learns:
+        net = folded(net, images[:1])
 
-    def learn() -> float:
-        with autocast(device, precision):
+    def run() -> float:
+        with torch.set_grad_enabled(learns), autocast(device, precision):
             loss = net(images).float().sum()
-        loss.backward()
+        if learns:
+            loss.backward()
         return loss.item()  # waits for the device
 
-    learn()
+    run()
     started, done = time.perf_counter(), 0
     while not done or time.perf_counter() - started < seconds:
-        learn()
+        run()
         done += 1
-    return 3 * network.forward * len(images) * done / (time.perf_counter() - started)
+    return (1 + 2 * learns) * network.forward * len(images) * done / (time.perf_counter() - started)
 
 
 def table(stages: list[Stage], device: torch.device, precision: str = "auto", workers: int = 1) -> str:
     """The costs, with the time that `workers` take here, as measured now, and that one GPU of each kind takes."""
     own = cache(partial(measured_speed, device=device, precision=precision))
-    speeds: list[Callable[[Network], float]] = [lambda network: workers * own(network)]
-    speeds += [lambda network, peak=peak: peak * USED for peak in PEAK.values()]
+    speeds: list[Callable[[Network, bool], float]] = [lambda network, learns: workers * own(network, learns)]
+    speeds += [lambda network, learns, peak=peak: peak * USED for peak in PEAK.values()]
     rows = [["stage", "operations", "here", *(f"one {gpu}" for gpu in PEAK), "memory"]]
     seconds = np.array([[stage.seconds(speed) for speed in speeds] for stage in stages])
     for stage, times in zip(stages, seconds, strict=True):

@@ -301,7 +301,7 @@ def _of_source(source: Source) -> Finding:
 def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
     """Memory of the largest stage with the fewest workers, and the time of all stages, on this machine."""
     check_settings(config, source, source.name)
-    sizes, threads = plan(config.bn_groups, launch)
+    sizes, threads = plan(config, launch)
     gpu = torch.cuda.is_available()
     precision = config.precision if gpu or config.precision != "auto" else "fp32"
     workers, most = max(1, sizes[0]), max(1, sizes[-1])
@@ -312,7 +312,7 @@ def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
     have = torch.cuda.mem_get_info()[0] if gpu else _memory()
     torch.set_num_threads(threads)
     speed = cache(partial(measured_speed, device=torch.device("cuda" if gpu else "cpu"), precision=precision))
-    seconds = sum(stage.seconds(lambda network: most * speed(network)) for stage in stages)
+    seconds = sum(stage.seconds(lambda network, learns: most * speed(network, learns)) for stage in stages)
     where = "on a GPU" if gpu else "here"
     text = (
         f"{need / 1e9:.1f} GB of {have / 1e9:.1f} GB {where} ({largest.name}, at {workers} workers); "

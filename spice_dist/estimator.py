@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,19 +13,18 @@ from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from spice_dist import inference
-from spice_dist.config import override
 from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
-from spice_dist.errors import UserError
-from spice_dist.models.backbone import for_pretrained, for_untrained, unit
+from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pipeline import Launch, fit
-from spice_dist.recipes import recipe
 from spice_dist.report import write_report
 from spice_dist.report.run_folder import read_assignments
+from spice_dist.resolve import Wish, resolve
+from spice_dist.task import AUTO
 
 Data = str | Path | Sequence[str | Path] | np.ndarray
 
@@ -36,16 +35,18 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     Data is a path, a list of image files, or an array (N, H, W), (N, H, W, 1) or (N, H, W, 3) of uint8.
 
     Args:
-        n_clusters: K, from 2 up.
+        n_clusters: K, from 2 up, or "auto": as many as the features of a trained network suggest.
         recipe: "photos", "digits", "cifar10" ...: see `spice_dist.recipes`.
-        backbone: a timm model in place of the recipe's.
-        weights: of that backbone, "timm" or a file: its features are taken as they are, without stage 1.
+        backbone: a timm model in place of the recipe's, or several, whose features stand side by side; None is "auto"
+            for photos, the best trained network that can be had; "scratch" trains the recipe's own.
+        weights: of that backbone, "timm", "package" or a file: its features are taken as they are, without stage 1.
         settings: single changes by dotted name, such as {"moco.epochs": 50}.
         seed: two fits with the same seed and data on the same machine agree exactly.
         workers: training processes; 0 trains in this one, without Ray.
         run: the run folder, where an interrupted fit goes on; None makes a temporary one for this object's lifetime.
 
     Attributes:
+        n_clusters_: K, as asked for or suggested.
         labels_: (N,) int64, the cluster of each image, in the order given; a folder is sorted by path.
         confidence_: (N,) float64 in [0, 1].
         paths_: the N names; unreadable images are left out of all three.
@@ -55,10 +56,10 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        n_clusters: int = 10,
+        n_clusters: int | Literal["auto"] = "auto",
         *,
         recipe: str = "photos",
-        backbone: str | None = None,
+        backbone: str | Sequence[str] | None = None,
         weights: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -81,21 +82,19 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             run = Path(self._temporary.name)
         else:
             run = Path(self.run)
-        changes = {"clusters": self.n_clusters, "seed": self.seed, **self._network(), **(self.settings or {})}
+        clusters = AUTO if self.n_clusters == "auto" else self.n_clusters
+        changes = {"clusters": clusters, "seed": self.seed, **(self.settings or {})}
+        backbones = (self.backbone,) if isinstance(self.backbone, str) else tuple(self.backbone or ())
+        weights = None if self.weights is None else str(self.weights)
         source = _source(X)
-        config = override(recipe(self.recipe, len(source.paths)), changes)
-        self.metrics_ = fit(config, source, run, Launch(workers=self.workers))
+        wish = Wish(self.recipe, backbones=backbones, weights=weights, changes=changes)
+        found = resolve(source, wish, run)
+        self.metrics_ = fit(found.config, source, run, Launch(workers=self.workers), network=found.network)
+        self.n_clusters_ = self.metrics_["k"]
         self.run_ = run
         self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")
         self.paths_ = read_paths(run / "data")
         return self
-
-    def _network(self) -> dict[str, Any]:
-        if self.weights is not None:
-            if self.backbone is None:
-                raise UserError("whose weights are they? give backbone, the name of the timm model, too")
-            return for_pretrained(self.backbone, str(self.weights))
-        return {} if self.backbone is None else for_untrained(self.backbone)
 
     def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
         """The cluster of each readable image."""

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spice_dist import inference, metrics
+from spice_dist import inference, metrics, objectives, verdict
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import Ingested, read_paths
@@ -23,13 +24,14 @@ from spice_dist.data.sources import Source
 from spice_dist.methods import imc_swav, scan
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
-from spice_dist.methods.spice_self import followed_images, head_features, load_heads
+from spice_dist.methods.spice_self import followed_images, head_features, load_heads, stage2_network
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import USING_LABELS, Task
 
+MARGIN = 0.1  # of recognised images, by which a baseline must be better: k-means' clusters are linear by construction
 KMEANS_BYTES = 256 << 20  # k-means baselines are fitted on a random sample of this size and assigned to all
 Scores = dict[str, float] | None
 
@@ -40,11 +42,15 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Leaves `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; returns the metrics.
 
+    `seconds` are of the stages that are done: where it lacks stage 3, the result is that of stage 2.
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
     """
-    joint = network_task(task, semi)
-    net = place(new_network(joint, semi, run), device)
-    net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
+    joint, net = task, stage2_network(task, run)
+    if "spice_semi" in seconds:
+        joint = network_task(task, semi)
+        net = new_network(joint, semi, run)
+        net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
+    place(net, device)
     images, manifest = open_dataset(task, run, device)
     heads, loss = load_heads(run)
     with torch.no_grad():
@@ -52,17 +58,18 @@ def evaluate(
         chunks = np.array_split(seen, -(-len(seen) // 4096))
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
-    reliable = np.load(run / "reliable/labels.npy")
-    scored, kept = _scored(manifest), reliable != UNRELIABLE
+    chosen = "reliable" in seconds
+    reliable = np.load(run / "reliable/labels.npy") if chosen else np.full(manifest.n, UNRELIABLE)
+    scored, kept = scored_images(manifest), reliable != UNRELIABLE
     result, _ = _judge(joint, run, net, images, manifest, scored, kept, by_head, loss, progress)
-    y_true = _true_labels(run)
+    y_true = true_labels(run)
     if task.pretext == "imc_swav" and y_true is not None:
         stage1 = place(imc_swav.network(task, run), device)
         clusters = inference.probabilities(stage1, images, task.backbone.statistics, precision=task.precision).argmax(1)
-        publish_json(run / "imc_swav/eval.json", _scores(y_true, scored, clusters))
+        publish_json(run / "imc_swav/eval.json", scores(y_true, scored, clusters))
     images.close()
 
-    summary = json.loads((run / "reliable/summary.json").read_text())
+    summary = json.loads((run / "reliable/summary.json").read_text()) if chosen else {"count": 0, "advice": ""}
     result["seconds"] = seconds
     result["reliable"] = {
         "count": summary["count"],
@@ -73,8 +80,9 @@ def evaluate(
         "advice": summary["advice"],
     }
     _write_head_selection(task, run, y_true, manifest.clustered)
-    publish_json(run / "spice_self/eval.json", _scores(y_true, scored, selected))
-    publish_json(run / "spice_semi/eval.json", result["eval"])
+    publish_json(run / "spice_self/eval.json", scores(y_true, scored, selected))
+    if "spice_semi" in seconds:
+        publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
 
@@ -87,7 +95,7 @@ def evaluate_imc_swav(
     images, manifest = open_dataset(task, run, device)
     net = place(imc_swav.network(task, run), device)
     if config.eval_bn == "adapt_on_test":
-        imc_swav.adapt_statistics(net, task, config, images, _scored(manifest))
+        imc_swav.adapt_statistics(net, task, config, images, scored_images(manifest))
     classifiers, loss = imc_swav.trained_classifiers(run)
     place(classifiers, device)
     every = np.arange(images.n)
@@ -97,7 +105,7 @@ def evaluate_imc_swav(
     with torch.no_grad():
         by_head = torch.cat([classifiers(z).argmax(2).cpu() for z in raw], 1).numpy()  # H N
     none = np.zeros(manifest.n, bool)
-    result, _ = _judge(task, run, net, images, manifest, _scored(manifest), none, by_head, loss, progress)
+    result, _ = _judge(task, run, net, images, manifest, scored_images(manifest), none, by_head, loss, progress)
     images.close()
     result |= {"seconds": seconds, "eval_bn": config.eval_bn}
     result["reliable"] = {"count": 0, "fraction": 0.0, "acc": None}
@@ -114,11 +122,11 @@ def evaluate_scan(
     before, loss = scan.trained(task, run)
     by_head = _labels_by_head(task, place(before, device), images)
     net = place(scan.network(task, run), device)
-    scored, none = _scored(manifest), np.zeros(manifest.n, bool)
+    scored, none = scored_images(manifest), np.zeros(manifest.n, bool)
     result, _ = _judge(task, run, net, images, manifest, scored, none, by_head, loss, progress)
     images.close()
     result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
-    publish_json(run / "scan/eval.json", _scores(_true_labels(run), scored, by_head[int(loss.argmin())]))
+    publish_json(run / "scan/eval.json", scores(true_labels(run), scored, by_head[int(loss.argmin())]))
     publish_json(run / "self_label/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result
@@ -147,7 +155,7 @@ def evaluate_given_labels(
         np.save(file, features)
 
     given = np.load(run / "given_labels/labels.npy") != UNRELIABLE
-    scored = _scored(manifest)
+    scored = scored_images(manifest)
     scored = scored[~given[scored]]
     none, no_heads = np.zeros(manifest.n, bool), np.zeros((0, manifest.n), np.int64)
     result, assigned = _judge(joint, run, net, images, manifest, scored, none, no_heads, torch.zeros(0), progress)
@@ -195,22 +203,33 @@ def _judge(
         "select_loss": float(loss.min()),
         "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
     } if len(loss) else {}  # fmt: skip
-    y_true = _true_labels(run)
+    y_true = true_labels(run)
     sizes = metrics.cluster_sizes(assigned, task.clusters)
+    judged = verdict.judge(
+        verdict.Evidence(
+            clusters=task.clusters,
+            nonempty=int((sizes > 0).sum()),
+            largest=float(sizes.max() / len(assigned)),
+            agreement=selection.get("agreement") if len(by_head) > 1 else None,
+            confidence=float(confidence.mean()),
+            below=_better_baseline(task, manifest, features, assigned, baselines.get("kmeans_features")),
+        )
+    )
     result = {
         "method": task.method,
         "uses_labels": not blind,
         "n": len(assigned),
         "k": task.clusters,
         "nonempty": int((sizes > 0).sum()),
+        "verdict": {**asdict(judged), "text": str(judged)},
         "select": {
             **selection,
             "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
             "mean_confidence": float(confidence.mean()),
             "size_entropy": metrics.size_entropy(assigned, task.clusters),
         },
-        "eval": _scores(y_true, scored, assigned),
-        "baselines": {name: _scores(y_true, scored, clusters) for name, clusters in baselines.items()},
+        "eval": scores(y_true, scored, assigned),
+        "baselines": {name: scores(y_true, scored, clusters) for name, clusters in baselines.items()},
         "heads": [
             {
                 "select_loss": float(value),
@@ -222,11 +241,25 @@ def _judge(
     return result, assigned
 
 
-def _scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) -> Scores:
+def _better_baseline(
+    task: Task, manifest: Ingested, features: np.ndarray, assigned: np.ndarray, baseline: np.ndarray | None
+) -> str:
+    """The name of k-means on the features if a linear classifier recognises its clusters better by MARGIN; or ""."""
+    if baseline is None:
+        return ""
+    chosen = np.sort(np.random.default_rng(task.seed).permutation(manifest.clustered)[: objectives.SAMPLE])
+    reference = features[chosen].astype(np.float32)
+    ours, theirs = (
+        objectives.generalization(reference, found[chosen], task.clusters, task.seed) for found in (assigned, baseline)
+    )
+    return "k-means on the same features" if theirs > ours + MARGIN else ""
+
+
+def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) -> Scores:
     return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
 
-def _scored(manifest: Ingested) -> np.ndarray:
+def scored_images(manifest: Ingested) -> np.ndarray:
     """Which images the scores are of: those held out, or all that are clustered."""
     return np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
 
@@ -266,13 +299,13 @@ def write_assignments(
 
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
     """ACC of a clustering of the run's clustered images; None without true labels. For tables, never to choose by."""
-    y_true = _true_labels(run)
+    y_true = true_labels(run)
     return None if y_true is None else metrics.accuracy(y_true[: len(clusters)], clusters)
 
 
 def relabel(run: Path, source: Source) -> bool:
     """Bring data/labels.npy in line with the labels that `source` has now; whether the scores must be made again."""
-    path, before = run / "data/labels.npy", _true_labels(run)
+    path, before = run / "data/labels.npy", true_labels(run)
     if source.labels is None:
         path.unlink(missing_ok=True)
         return before is not None
@@ -283,7 +316,7 @@ def relabel(run: Path, source: Source) -> bool:
     return before is None or not np.array_equal(before, now)
 
 
-def _true_labels(run: Path) -> np.ndarray | None:
+def true_labels(run: Path) -> np.ndarray | None:
     path = run / "data/labels.npy"
     return np.load(path) if path.exists() else None
 

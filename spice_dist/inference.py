@@ -17,6 +17,7 @@ from jaxtyping import Float, Float16
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from spice_dist.allocator import keep_freed_memory
 from spice_dist.data import augment
 from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import DataConfig, open_data, prepare
@@ -47,6 +48,7 @@ def outputs(
 ) -> Iterator[Float[Tensor, "B D"]]:
     """The model's outputs on the un-augmented images `index`, in order, in chunks; `progress` gets (done, all)."""
     model.eval()
+    keep_freed_memory()
     done = 0
     for image, number in images.batches(index, chunk_of(images.size)):
         with torch.no_grad(), autocast(image.device, precision):

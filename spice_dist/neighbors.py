@@ -7,8 +7,10 @@ worst of them: one comparison with this floor leaves few scores of a tile, and o
 
 import warnings
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -102,6 +104,14 @@ def search(
                 scores[row, at[row]] = -torch.inf
             best.offer(slice(part.start, part.stop), scores, other.start)
     return best.sorted(block)
+
+
+def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first (M,), copy_of (N,)): the first image of each kind of equal rows, and every image's place among those."""
+    seen: dict[bytes, int] = {}
+    digests = (blake2b(row.tobytes(), digest_size=16).digest() for row in np.asarray(features))
+    copy_of = np.array([seen.setdefault(digest, len(seen)) for digest in digests])
+    return np.unique(copy_of, return_index=True)[1], copy_of
 
 
 def label_agreement(

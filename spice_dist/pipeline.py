@@ -7,8 +7,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,30 @@ from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker, Stage, Storage, usable_cores
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, evaluate_given_labels, evaluate_imc_swav, evaluate_scan, relabel
-from spice_dist.methods import byol, given_labels, imc_swav, moco, reliable, scan, spice_self, spice_semi
+from spice_dist.evaluate_graph import evaluate_graph
+from spice_dist.methods import (
+    byol,
+    given_labels,
+    imc_swav,
+    moco,
+    reliable,
+    scan,
+    spice_graph,
+    spice_self,
+    spice_semi,
+    spice_tune,
+    suggested,
+)
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
-from spice_dist.run_folder import owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import USING_LABELS, check_task, require_positive
+from spice_dist.run_folder import forget_other_clusters, owned, refuse_changes, stage_record, write_stage_record
+from spice_dist.task import AUTO, USING_LABELS, check_task, require_positive
 
 # no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
-HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn")
+HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights", "imc_swav.eval_bn")
+NEW = {"backbone.others": ()}  # settings that older run folders lack, which then had these values
+# after these stages there are clusters: a run can end with any of them
+CLUSTERING = ("spice_self", "spice_graph", "reliable", "spice_semi", "spice_tune", "imc_swav", "scan", "self_label")
 SMALL = 50_000  # fewer images are embedded in less time than FFCV's reader compiles, and by one worker alone
 
 
@@ -65,31 +82,58 @@ class Run:
 
 
 def fit(
-    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None = None
+    config: Config,
+    data: str | Source,
+    out: Path,
+    launch: Launch,
+    command: list[str] | None = None,
+    until: str | None = None,
+    network: str = "",
 ) -> dict[str, Any]:
     """Run all stages on `data` in the folder `out`; returns the contents of metrics.json.
+
+    Args:
+        until: the last stage to run; the result is then what there is after it.
+        network: one line about the network, where it was chosen automatically.
 
     Raises:
         UserError: the data, the settings or the folder cannot be used; one line says why.
         Interrupted: asked to stop; the same call goes on from there.
     """
-    with _opened(config, data, out, launch, command) as (run, settings):
+    with _opened(config, data, out, launch, command, network) as (run, settings):
+        settings = _up_to(until, settings)
         finished = _run_stages(run, settings)
         return _conclude(run, settings, finished)
 
 
+def _up_to(until: str | None, settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of the stages up to `until`; of all without one."""
+    names = list(settings)
+    if until is None:
+        return settings
+    if until not in (ends := [name for name in names if name in CLUSTERING]):
+        raise UserError(f'--until is "{until}"; a run of these settings can end with {", ".join(ends)}')
+    return {name: settings[name] for name in names[: names.index(until) + 1]}
+
+
 def fit_until(
-    last: str, config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None = None
+    last: str,
+    config: Config,
+    data: str | Source,
+    out: Path,
+    launch: Launch,
+    command: list[str] | None = None,
+    network: str = "",
 ) -> None:
     """The stages of `fit` up to the one named `last`; it raises what `fit` raises."""
-    with _opened(config, data, out, launch, command) as (run, settings):
+    with _opened(config, data, out, launch, command, network) as (run, settings):
         names = list(settings)
         _run_stages(run, {name: settings[name] for name in names[: names.index(last) + 1]})
 
 
 @contextlib.contextmanager
 def _opened(
-    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None
+    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None, network: str
 ) -> Iterator[tuple[Run, dict[str, dict[str, Any]]]]:
     """The run in the folder `out`, which is ours meanwhile, and the settings of each of its stages."""
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
@@ -99,18 +143,24 @@ def _opened(
         new_backbone(spice_semi.network_task(config, config.spice_semi))
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes, threads = plan(config.bn_groups, launch)
+    sizes, threads = plan(config, launch)
     if (folder / "sweep.json").exists():
         raise UserError(f"{folder} holds a sweep; give another --out")
     with owned(folder), StopSignal() as stop:
         run = Run(config, source, folder, device, sizes, threads, launch, stop)
         settings = stage_settings(config, source)
+        forget_other_clusters(folder, settings)
         for stage, values in settings.items():
             refuse_changes(folder, stage, values)
-        _write_config(run, command)
+        _write_config(run, command, network)
         size = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
+        if network:
+            print(f"network: {network}", file=sys.stderr)
+        clusters = (
+            "as many clusters as the features suggest" if config.clusters == AUTO else f"{config.clusters} clusters"
+        )
         print(
-            f"{len(source.paths)} images into {config.clusters} clusters: {config.backbone.name} of {size:.2f} M "
+            f"{len(source.paths)} images into {clusters}: {config.backbone.name} of {size:.2f} M "
             f"parameters, {_counts(sizes)} Ray workers, {threads} thread{'s' * (threads > 1)} each, {device.type}",
             file=sys.stderr,
         )
@@ -131,22 +181,29 @@ def dry_run(config: Config, source: Source, launch: Launch) -> str:
 
     check_settings(config, source, source.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes, threads = plan(config.bn_groups, launch)
+    sizes, threads = plan(config, launch)
     workers = max(1, sizes[-1])
     passes = 1 if device.type == "cuda" else config.bn_groups // workers
     torch.set_num_threads(threads)
     stages = cost.estimate(config, source.training, source.clustered, workers, passes)
-    heading = f"{len(source.paths):,} images into {config.clusters} clusters on {workers} workers"
+    clusters = config.clusters or "suggested"
+    heading = f"{len(source.paths):,} images into {clusters} clusters on {workers} workers"
     return f"{heading}\n{cost.table(stages, device, config.precision, workers)}"
 
 
-def plan(bn_groups: int, launch: Launch) -> tuple[tuple[int, ...], int]:
+def plan(config: Config, launch: Launch) -> tuple[tuple[int, ...], int]:
     """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
+
+    Where nothing is trained that several workers could share, on a CPU, none is started unless asked for.
 
     Raises:
         UserError: no number that was asked for divides the BatchNorm groups of a batch.
     """
-    return _worker_sizes(bn_groups, launch.workers), _num_threads(bn_groups, launch.threads)
+    workers, groups = launch.workers, config.bn_groups
+    alone = config.method == "spice" and config.pretext == "none" and config.stage3 != "spice_semi"
+    if workers is None and alone and launch.address is None and not torch.cuda.is_available():
+        workers = 0
+    return _worker_sizes(groups, workers), _num_threads(groups, launch.threads)
 
 
 def _worker_sizes(bn_groups: int, wanted: int | tuple[int, int] | None) -> tuple[int, ...]:
@@ -204,7 +261,7 @@ def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> set[str]:
 def _stages(run: Run) -> list[Stage]:
     """All that may follow the packing of the images; a small set is not worth sharing where nothing is trained."""
     config, brief = run.config, _brief(run)
-    large = len(run.source.paths) >= SMALL
+    large = len(run.source.paths) >= SMALL and run.sizes != (0,)  # alone, this process takes all cores
     return [
         *(Stage(name, train, config, own) for name, train, own in pretext_stages(config)),
         Stage("features", inference.embed, brief, None, shared=large),
@@ -212,9 +269,13 @@ def _stages(run: Run) -> list[Stage]:
             "spice_self", spice_self.train, brief, config.spice_self,
             shared=large and not config.spice_self.encodes_anew,
         ),
-        Stage("reliable", reliable.select, config, config.reliable, shared=large),
+        Stage("graph", spice_graph.find_neighbors, config, config.graph, shared=False),
+        Stage("suggest", suggested.suggest_clusters, config, None, shared=False),
+        Stage("spice_graph", partial(suggested.follow, spice_graph.train), config, config.spice_graph, shared=False),
+        Stage("reliable", partial(suggested.follow, reliable.select), config, config.reliable, shared=large),
         Stage("given_labels", given_labels.give, config, config.given_labels, shared=False),
-        Stage("spice_semi", spice_semi.train, config, config.spice_semi),
+        Stage("spice_semi", partial(suggested.follow, spice_semi.train), config, config.spice_semi),
+        Stage("spice_tune", partial(suggested.follow, spice_tune.train), config, config.spice_tune, shared=False),
         Stage("scan", scan.train, config, config.scan),
         Stage("self_label", scan.self_label, config, config.self_label),
     ]  # fmt: skip
@@ -227,7 +288,7 @@ def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str])
     config, folder, device, brief = run.config, run.folder, run.device, _brief(run)
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in settings}
     relabelled = "data" in finished and relabel(folder, run.source)
-    if relabelled or finished != set(settings) or _evaluated_otherwise(config, folder / "metrics.json"):
+    if relabelled or finished != set(settings) or _evaluated_otherwise(config, settings, folder / "metrics.json"):
         with Bar("evaluate", run.stop) as bar:
             if config.method == "imc_swav":
                 evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
@@ -235,6 +296,9 @@ def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str])
                 evaluate_scan(brief, folder, device, seconds, bar.show)
             elif config.method in USING_LABELS:
                 evaluate_given_labels(brief, config.spice_semi, folder, device, seconds, bar.show)
+            elif config.stage2 == "spice_graph":
+                known = override(brief, {"clusters": suggested.with_suggested_clusters(brief, folder).clusters})
+                evaluate_graph(known, folder, device, seconds, bar.show)
             else:
                 evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -242,13 +306,13 @@ def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str])
     return metrics
 
 
-def _evaluated_otherwise(config: Config, metrics: Path) -> bool:
-    """Whether there are no scores yet, or those of another method or of BatchNorm statistics made otherwise."""
+def _evaluated_otherwise(config: Config, stages: Collection[str], metrics: Path) -> bool:
+    """Whether there are no scores yet, or those of other stages, another method or other BatchNorm statistics."""
     if not metrics.exists():
         return True
     wanted = (config.method, config.imc_swav.eval_bn if config.method == "imc_swav" else None)
     found = json.loads(metrics.read_text())
-    return (found.get("method"), found.get("eval_bn")) != wanted
+    return (found.get("method"), found.get("eval_bn")) != wanted or set(found.get("seconds", ())) != set(stages)
 
 
 def pretext_stages(config: Config) -> list[tuple[str, Callable[..., None], Any]]:
@@ -446,12 +510,14 @@ def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
         names["spice_semi"] = ("bn_groups", "precision", "backbone", "spice_semi")
     if config.pretext == "imc_swav":
         names["imc_swav"] = ("clusters", *names["imc_swav"])
+    if config.method == "spice" and config.stage2 == "spice_self":
+        names["spice_self"] = ("seed", "clusters", "spice_self")
+    if config.method == "spice" and config.stage2 == "spice_graph":
+        names |= {"graph": ("graph",), "suggest": ("seed",), "spice_graph": ("clusters", "spice_graph")}
     if config.method == "spice":
-        names |= {
-            "spice_self": ("seed", "clusters", "spice_self"),
-            "reliable": ("reliable",),
-            "spice_semi": ("bn_groups", "spice_semi"),
-        }
+        names["reliable"] = ("reliable",)
+    if config.method == "spice" and config.stage3 != "none":
+        names[config.stage3] = ("bn_groups", config.stage3)
     if config.method == "scan":
         names |= {"scan": ("seed", "clusters", "bn_groups", "scan"), "self_label": ("self_label",)}
     flat = flatten(config)
@@ -460,7 +526,11 @@ def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
     for stage, own in names.items():
         if stage == "given_labels":
             depends["labels"] = _fingerprint(source.labels)
-        depends |= {name: value for name, value in flat.items() if name.split(".")[0] in own and name not in HARMLESS}
+        depends |= {
+            name: value
+            for name, value in flat.items()
+            if name.split(".")[0] in own and name not in HARMLESS and (name not in NEW or value != NEW[name])
+        }
         settings[stage] = dict(depends)
         depends["weights"] = weights_fingerprint(config.backbone)  # of every stage but the first
     return settings
@@ -470,7 +540,7 @@ def check_settings(config: Config, images: Source | Ingested, data: str) -> None
     """UserError for whatever would otherwise fail after hours of training."""
     num_images = images.clustered
     check_task(config)
-    if config.clusters > num_images:
+    if config.clusters != AUTO and config.clusters > num_images:
         raise UserError(f"--clusters is {config.clusters}, more than the {num_images} images of {data}; ask for fewer")
     if config.pretext == "moco":
         moco.check(config, config.moco, images.training)
@@ -479,9 +549,15 @@ def check_settings(config: Config, images: Source | Ingested, data: str) -> None
     if config.pretext == "imc_swav":
         imc_swav.check(config, config.imc_swav, images.training, num_images)
     if config.method == "spice":
-        spice_self.check(config, config.spice_self, num_images)
+        if config.stage2 == "spice_graph":
+            spice_graph.check(config, config.spice_graph, config.graph, num_images)
+        else:
+            spice_self.check(config, config.spice_self, num_images)
         reliable.check(config.reliable)
-        spice_semi.check(config, config.spice_semi)
+        if config.stage3 == "spice_semi":
+            spice_semi.check(config, config.spice_semi)
+        if config.stage3 == "spice_tune":
+            spice_tune.check(config, config.spice_tune)
     if config.method == "scan":
         scan.check(config, config.scan, num_images)
         scan.check_self_label(config, config.self_label, num_images)
@@ -492,7 +568,7 @@ def check_settings(config: Config, images: Source | Ingested, data: str) -> None
             given_labels.draw(config, config.given_labels, images.labels, num_images, images.held_out)
 
 
-def _write_config(run: Run, command: list[str] | None) -> None:
+def _write_config(run: Run, command: list[str] | None, network: str) -> None:
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "timm", "ray", "numpy", "scikit-learn")
@@ -500,6 +576,7 @@ def _write_config(run: Run, command: list[str] | None) -> None:
         "version": 1,
         "command": command,
         "config": asdict(run.config),
+        "network": network,
         "data": {"source": Path(run.source.name).name, "images": images_of(run.source)},
         "launch": {"workers": run.launch.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

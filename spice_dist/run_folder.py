@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -205,6 +207,32 @@ def refuse_changes(
         shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
         more = f" and {len(changed) - 3} more" * (len(changed) > 3)
         raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
+
+
+def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Remove what was made for another number of clusters, or other settings of stage 2 on the neighbour graph.
+
+    The features and neighbours stay, from which it is made in seconds; one line says so.
+    """
+    names = list(settings)
+    if "spice_graph" not in names:
+        return
+    record = stage_record(run, "spice_graph")
+    now = json.loads(json.dumps(settings["spice_graph"]))
+    own = ("clusters", "spice_graph.")
+    earlier = {
+        name: value for name, value in (record or {"settings": now})["settings"].items() if not name.startswith(own)
+    }
+    if (
+        record is None
+        or record["settings"] == now
+        or earlier != {k: v for k, v in now.items() if not k.startswith(own)}
+    ):
+        return
+    was = record["settings"].get("clusters") or "suggested"
+    print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
+    for name in names[names.index("spice_graph") :]:
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

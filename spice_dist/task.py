@@ -10,16 +10,21 @@ METHODS = ("spice", "imc_swav", "scan", "fixmatch", "supervised")
 USING_LABELS = ("fixmatch", "supervised")  # baselines that learn from some true labels
 PRETEXTS = ("moco", "byol", "imc_swav", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
+STAGES2 = ("spice_self", "spice_graph")
+STAGES3 = ("spice_semi", "spice_tune", "none")
+AUTO = 0  # clusters: as many as the features suggest
 
 
 @dataclass(frozen=True)
 class Task:
-    clusters: int = 10  # K
+    clusters: int = 10  # K; AUTO: as many as the features suggest, with stage2 "spice_graph"
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
     precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
     method: str = "spice"  # or "scan"; "imc_swav", whose one stage is its pretext; or one of USING_LABELS
     pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
+    stage2: str = "spice_self"  # of SPICE: as published, or "spice_graph": from the neighbours of a trained network
+    stage3: str = "spice_semi"  # of SPICE: the whole network, "spice_tune": its last blocks, or "none"
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
@@ -34,7 +39,7 @@ def require_positive(group: str, **values: float) -> None:
 def check_task(task: Task) -> None:
     """UserError naming the first setting of these that is out of range."""
     require_positive("", bn_groups=task.bn_groups)
-    named = {"precision": PRECISIONS, "method": METHODS, "pretext": PRETEXTS}
+    named = {"precision": PRECISIONS, "method": METHODS, "pretext": PRETEXTS, "stage2": STAGES2, "stage3": STAGES3}
     for name, choices in named.items():
         if (value := getattr(task, name)) not in choices:
             raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
@@ -49,5 +54,9 @@ def check_task(task: Task) -> None:
             'pretext is "none", and the backbone has no weights to go on with: give --backbone NAME --weights timm, '
             "--weights FILE, or a pretext"
         )
+    if task.clusters == AUTO and task.method == "spice" and task.stage2 == "spice_graph":
+        return
+    if task.clusters == AUTO:
+        raise UserError("--clusters auto needs a trained network: give --backbone, or --clusters, a whole number")
     if task.clusters < 2:
         raise UserError(f"--clusters is {task.clusters}; a clustering needs at least 2")

@@ -64,7 +64,8 @@ def photo_run(tmp_path_factory) -> Path:
 def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
     metrics = json.loads((digits_run / "metrics.json").read_text())
     always = {"method", "uses_labels", "n", "k", "nonempty", "seconds", "select", "eval", "baselines", "heads"}
-    assert set(metrics) == always | {"reliable"}
+    assert set(metrics) == always | {"reliable", "verdict"}
+    assert set(metrics["verdict"]) == {"level", "why", "remedy", "text"}
     scores = {"acc", "nmi", "nmi_geometric", "ami", "ari"}
     assert (metrics["n"], metrics["k"]) == (1797, 10)
     assert set(metrics["eval"]) == scores
@@ -250,7 +251,9 @@ def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
     folder = photos(tmp_path / "in", count=6)
     for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2"), ("0", "at least 2")]:
         assert word in mistake(capsys, "fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
-    assert "--clusters" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
+    assert "6 images are too few" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
+    scratch = ("fit", folder, "--backbone", "scratch", "--out", tmp_path / "run")
+    assert "give --clusters" in mistake(capsys, *scratch)
 
 
 def test_without_the_check_more_clusters_than_images_cost_stage_1_first(tmp_path, capsys, monkeypatch):
@@ -445,7 +448,7 @@ def test_trained_weights_go_straight_to_the_features_and_byol_takes_mocos_place(
     assert run("fit", folder, "--out", tmp_path / "trained", *model) == 0
     assert not (tmp_path / "trained/moco").exists()
     metrics = json.loads((tmp_path / "trained/metrics.json").read_text())
-    assert set(metrics["seconds"]) == {"data", "features", "spice_self", "reliable", "spice_semi"}
+    assert set(metrics["seconds"]) == {"data", "features", "graph", "suggest", "spice_graph", "reliable"}
     about = json.loads((tmp_path / "trained/model/model.json").read_text())["backbone"]
     assert (about["name"], about["mean"], about["weights"]) == ("test_vit", [0.5, 0.5, 0.5], "")
     assert run("fit", folder, "--out", tmp_path / "trained", *model, "--seed", "7") == 1  # another run

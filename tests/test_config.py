@@ -104,7 +104,8 @@ NEAR = [
     ("moco.lr.x", '"moco.lr"'),
     (
         "lr",
-        '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_semi.lr" or "imc_swav.lr" or "scan.lr" or "self_label.lr"',
+        '"moco.lr" or "byol.lr" or "spice_self.lr" or "spice_graph.lr" or "spice_semi.lr" or "spice_tune.lr" or '
+        '"imc_swav.lr" or "scan.lr" or "self_label.lr"',
     ),
 ]
 

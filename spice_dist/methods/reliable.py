@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ from spice_dist.data.ingest import read_manifest
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
+from spice_dist.methods import spice_graph
 from spice_dist.methods.spice_self import head_features, load_heads
-from spice_dist.neighbors import label_agreement, nearest, nearest_by_index
+from spice_dist.neighbors import distinct, label_agreement, nearest, nearest_by_index
 from spice_dist.pseudo_labels import (
     UNRELIABLE,
     adaptive_depth,
@@ -79,7 +79,8 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     run, progress = worker.run, partial(_show, worker)
     manifest = read_manifest(run / "data")
     stored = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
-    predicted = partial(_predicted, run, device=worker.device)
+    stage2 = spice_graph.predicted if task.stage2 == "spice_graph" else _predicted
+    predicted = partial(stage2, run, device=worker.device)
     labels, passed, kept, numbers = choose(task, config, stored, predicted, worker.device, progress)
 
     sizes, passing, per_cluster = (
@@ -207,14 +208,6 @@ def others(neighbors: Tensor, rows: range) -> Tensor:
         itself[:, -1] |= ~itself.any(1)
         kept.append(found.gather(1, places + (places >= itself.int().argmax(1)[:, None])))
     return torch.cat(kept)
-
-
-def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first (M,), copy_of (N,)): the first image of each kind of equal rows, and every image's place among those."""
-    seen: dict[bytes, int] = {}
-    digests = (blake2b(row.tobytes(), digest_size=16).digest() for row in np.asarray(features))
-    copy_of = np.array([seen.setdefault(digest, len(seen)) for digest in digests])
-    return np.unique(copy_of, return_index=True)[1], copy_of
 
 
 def advice(summary: dict[str, Any]) -> str:

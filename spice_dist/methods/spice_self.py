@@ -37,6 +37,7 @@ from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy, entropy_of_mean
+from spice_dist.methods import spice_graph
 from spice_dist.methods.plumbing import autocast, finished, load_backbone, modules_state, named, open_dataset, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
@@ -288,7 +289,9 @@ def head_features(run: Path) -> Path:
 
 
 def stage2_network(task: Task, run: Path) -> ClusterNet:
-    """The backbone of stage 1, or what stage 2 made of it, with the selected head."""
+    """The backbone of stage 1, or what stage 2 made of it, with the selected head or with the head of a consensus."""
+    if task.stage2 == "spice_graph":
+        return spice_graph.network(task, run)
     backbone = load_backbone(task, run)
     if changed := named(finished(run / "spice_self").tensors("select"), "backbone."):
         backbone.load_state_dict(changed)

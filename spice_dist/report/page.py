@@ -33,6 +33,11 @@ STAGE_TITLES = {
         "SPICE-Self",
         "Learns the clustering heads on frozen features from pseudo-labels around cluster centers.",
     ),
+    "spice_graph": (
+        "SPICE-Graph",
+        "Learns heads from clusterings of the neighbour graph; their consensus is the result.",
+    ),
+    "spice_tune": ("SPICE, fine-tuned", "Trains the last blocks of the network on the reliable labels."),
     "spice_semi": ("SPICE-Semi", "Trains the whole network, from the reliable labels towards all images."),
     "scan": ("SCAN", "Trains the whole network: an image and its nearest neighbours belong in the same cluster."),
     "self_label": ("SCAN, self-labelling", "Trains it on, from its own confident predictions to strong views of them."),
@@ -46,6 +51,8 @@ SCORE_TITLES = {
     "ami": ("AMI", "mutual information corrected for chance"),
 }
 EXPLANATIONS = {  # the label-free numbers by name; other names are shown with a general remark
+    "generalization": "share of held-out images whose group a linear classifier recognises; higher is better",
+    "consensus": "mean agreement (ARI) with the other groupings of these features; higher is better",
     "silhouette": "how much closer an image is to its own group than to the next; −1 to 1, higher is better",
     "size_entropy": "how even the group sizes are; 1 is all equal, 0 is everything in one group",
     "agreement": "mean agreement (ARI) between the heads; 1 means that all find the same groups",
@@ -89,6 +96,8 @@ def render(run: Run, images: ReadImages) -> str:
     shown, notes = galleries(run, similarity, images)
     return template("template.html").render(
         title=title(run),
+        trust=run.trust,
+        network=str(run.config.get("network") or ""),
         summary=summary(run),
         labels_note=run.labels_note,
         facts=facts(run),
@@ -176,7 +185,9 @@ def reliable_images(run: Run) -> tuple[int, float]:
 
 def final_scores(run: Run) -> tuple[str, dict[str, float]] | None:
     """The last row of the table that has scores, if it is more than a baseline."""
-    rows = [(name, row) for name, row in run.scores.items() if row and "k-means" not in name]
+    rows = [
+        (name, row) for name, row in run.scores.items() if row and ("k-means" not in name or name.endswith("(result)"))
+    ]
     return rows[-1] if rows else None
 
 
@@ -239,7 +250,7 @@ def score_rows(run: Run) -> list[dict]:
         cells = [
             {"value": (row or {}).get(score), "best": (row or {}).get(score) == best[score]} for score in SCORE_TITLES
         ]
-        rows.append({"name": name, "cells": cells, "baseline": "k-means" in name})
+        rows.append({"name": name, "cells": cells, "baseline": name.startswith(("Pixels", "Features"))})
     return rows
 
 

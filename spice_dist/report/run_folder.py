@@ -15,7 +15,17 @@ import numpy as np
 
 from spice_dist.errors import DamagedFile, UserError
 
-STAGES = ("moco", "byol", "spice_self", "spice_semi", "imc_swav", "scan", "self_label")  # with curves, in order
+STAGES = (
+    "moco",
+    "byol",
+    "spice_self",
+    "spice_graph",
+    "spice_semi",
+    "spice_tune",
+    "imc_swav",
+    "scan",
+    "self_label",
+)  # with curves, in order
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 
@@ -53,6 +63,17 @@ class Run:
         return (
             f"This run USED TRUE LABELS: it learned from {count:,.0f} of them and is no clustering without labels. "
             f"Scores are of the {scored:,.0f} images whose labels were not given."
+        )
+
+    @property
+    def trust(self) -> str:
+        """How far to trust this grouping, in one line; empty for runs of earlier versions."""
+        verdict = mapping(self.metrics.get("verdict"))
+        level, why, remedy = (verdict.get(name) for name in ("level", "why", "remedy"))
+        if not isinstance(level, str) or not isinstance(why, str):
+            return ""
+        return f"How far to trust these groups: {level}: {why}" + (
+            f"; {remedy}" if isinstance(remedy, str) and remedy else ""
         )
 
     @property
@@ -142,11 +163,27 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return rows | {"IMC-SwAV": final}
     if pretext := read_scores(read_json(folder / "imc_swav" / "eval.json")):
         rows["IMC-SwAV, stage 1"] = pretext
+    if isinstance(metrics.get("result"), str):
+        return graph_rows(folder, metrics)
     spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))
     spice = read_scores(read_json(folder / "spice_semi" / "eval.json"))
     if (folder / "spice_semi").is_dir() or spice_self is None:
         spice = spice or final
     return rows | {"SPICE-Self": spice_self, "SPICE": spice}
+
+
+def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None]:
+    """Of a run on the neighbour graph; the result, which label-free scores have chosen, is marked."""
+    baselines = mapping(metrics.get("baselines"))
+    names = {"kmeans_features": "Features + k-means", "spectral": "Features + spectral"}
+    rows = {title: (name, read_scores(baselines.get(name))) for name, title in names.items()}
+    for name, title in {"spice_graph": "SPICE-Graph", "spice_tune": "SPICE, fine-tuned"}.items():
+        if name in mapping(metrics.get("compared")):
+            rows[title] = (name, read_scores(read_json(folder / name / "eval.json")))
+    chosen = metrics["result"]
+    # the result last, as `final_scores` expects
+    ordered = sorted(rows.items(), key=lambda row: row[1][0] == chosen)
+    return {title + " (result)" * (name == chosen): scores for title, (name, scores) in ordered}
 
 
 def read_scores(content: object) -> dict[str, float] | None:

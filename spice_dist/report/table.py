@@ -8,14 +8,15 @@ import numpy as np
 from spice_dist.errors import UserError
 from spice_dist.report.run_folder import SCORES, load
 
-WIDTH = 24  # of the methods' names: "Supervised (250 labels)"
+WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}
 
 
 def format_scores(run: Path) -> str:
     """A table of every method's scores against true labels, where there are any, and the label-free numbers."""
     found = load(run)
-    lines = [found.labels_note, ""] if found.labels_note else []
+    lines = [found.trust] if found.trust else []
+    lines += [found.labels_note, ""] if found.labels_note else []
     if found.has_labels:
         lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>9}" for name in SCORES))
         for method, scores in found.scores.items():
@@ -30,7 +31,10 @@ def format_scores(run: Path) -> str:
         lines.append(f"{reliable['count']} reliable labels ({reliable['fraction']:.0%} of the images)")
     if reliable.get("advice"):
         lines.append(reliable["advice"])
-    lines.append("without labels: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["select"].items()))
+    lines.append(
+        "without labels: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in metrics["select"].items() if value is not None)
+    )
     lines.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items()))
     lines += ["", f"assignments  {run / 'assignments.csv'}", f"report       {run / 'report.html'}"]
     return "\n".join(lines)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from spice_dist.cli import _parser
+from spice_dist.config import override
 from spice_dist.distributed import ray_elastic, ray_nodes, ray_train, ray_trainer
 from spice_dist.distributed.ray_train import Job, WorkersLost
 from spice_dist.distributed.worker import Stage
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.pipeline import Launch, plan
+from spice_dist.recipes import digits
 from spice_dist.task import Task
 
 SIZES = (1, 2, 4)
@@ -143,13 +145,13 @@ def test_a_group_of_fixed_size_is_started_again_as_long_as_that_brings_the_job_o
     [(4, 2, (2,)), (4, (1, 8), (1, 2, 4)), (6, (2, 5), (2, 3)), (4, (3, 4), (4,)), (4, 0, (0,))],
 )
 def test_sizes_divide_the_groups_of_a_batch(groups, wanted, sizes):
-    assert plan(groups, Launch(wanted, threads=1)) == (sizes, 1)
+    assert plan(override(digits(), {"bn_groups": groups}), Launch(wanted, threads=1)) == (sizes, 1)
 
 
 @pytest.mark.parametrize("wanted", [3, -1, (3, 3), (5, 8)])
 def test_a_number_that_divides_nothing_is_refused(wanted):
     with pytest.raises(UserError, match="divisor of 4"):
-        plan(4, Launch(wanted))
+        plan(override(digits(), {"bn_groups": 4}), Launch(wanted))
 
 
 def test_the_option_takes_a_number_or_a_range(capsys):

@@ -1,0 +1,308 @@
+"""Stage 2 on the graph of nearest neighbours: SPICE's EM on frozen features, for a network that is trained already.
+
+`spice_self` begins from random heads and takes random views, each of which is encoded anew. Here an image is encoded
+once. Several clusterings of the neighbour graph (`spice_dist.graph`) are the start, one for each head; neighbours stand
+in the place of views. E-step: a head's probabilities are spread over neighbours and scaled to the sizes of its
+clusters, p(k) = mean of its start, which are estimated and not equal as SPICE's quotas are (the aim of P2OT's uneven
+prior, by Sinkhorn's scaling); `anchor` of the start stays in, or the heads would drift to where classes are easiest to
+separate. M-step: each head, one linear layer, learns these probabilities by cross-entropy.
+
+The result is the consensus of the heads, by matching their clusters and averaging; their agreement is an image's
+confidence. One more head learns the consensus: with the backbone it is the model for new images. Images of the run
+also have neighbours, so their clusters come from the head's and the consensus' probabilities together.
+
+Prototypes as in eqs. (2)-(4) lost here: equal quotas on unequal clusters, or the nearest images to one center, cost 5
+to 16 points of NMI against the start.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from spice_dist import graph
+from spice_dist.data.files import publish
+from spice_dist.data.ingest import read_manifest
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import finished, load_backbone, load_state, state_of
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.neighbors import distinct, nearest, nearest_by_index, search
+from spice_dist.task import Task, require_positive
+
+SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
+CHUNK = 65_536  # images that a head is asked about at once
+MIN_IMAGES = 10
+SEARCHES = ("exact", "index")
+TEMPERATURES = 1.05 ** np.arange(-60, 61)  # 0.05 to 19
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    neighbors: int = 30  # S, of each image, itself not counted; at most N - 1
+    search: str = "exact"  # of neighbours; "index": by faiss, for tens of millions of images, approximate
+
+
+@dataclass(frozen=True)
+class SpiceGraphConfig:
+    counts: tuple[int, ...] = (10, 15, 20)  # k, neighbours of a graph; with `walks` they make H clusterings and heads
+    walks: tuple[int, ...] = (6, 8, 12)  # t, steps of the random walk
+    spread: int = 15  # neighbours that a probability is averaged over
+    rounds: int = 2  # E-steps
+    epochs: int = 4  # passes over the images in an M-step, at least
+    steps: int = 300  # of the optimizer in an M-step, at least: few images are passed over more often
+    minibatch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    anchor: float = 0.25  # share of the start in what a head learns
+
+    @property
+    def heads(self) -> int:  # H
+        return len(self.counts) * len(self.walks)
+
+
+@torch.no_grad()
+def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
+    """Leaves `graph/neighbors.npy` (N, S) int32: of each clustered image the nearest others by cosine, nearest first.
+
+    UserError where features are no numbers.
+    """
+    manifest = read_manifest(worker.run / "data")
+    features = read_features(worker.run, manifest.clustered)
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features).all(1)).sum())
+        raise UserError(f"the network gives features that are no numbers for {bad} images; its weights are damaged")
+    count = min(config.neighbors + 1, len(features))
+
+    def progress(done: int, total: int) -> None:
+        worker.progress(done, total, None)
+
+    on_device = torch.from_numpy(features).to(worker.device)
+    if config.search == "index":
+        found = nearest_by_index(on_device.cpu(), count, progress=progress)
+    else:
+        found = nearest(on_device, count, progress=progress)
+    (worker.run / "graph").mkdir(exist_ok=True)
+    with publish(worker.run / "graph/neighbors.npy") as file:
+        np.save(file, without_itself(found.cpu().numpy().astype(np.int32)))
+
+
+def without_itself(neighbors: Int[np.ndarray, "N S1"]) -> Int[np.ndarray, "N S"]:
+    """(N, S) of (N, S + 1): each image's others. A copy may stand before the image, so it is looked for by number."""
+    itself = neighbors == np.arange(len(neighbors), dtype=np.int32)[:, None]
+    itself[:, -1] |= ~itself.any(1)
+    return neighbors[~itself].reshape(len(neighbors), -1)
+
+
+def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
+    """Leaves `start.npy` (H, N), `posterior.npy` (N, K) and `agreement.npy` (N,) in its folder, and in the last
+    checkpoint `heads`, all H of them, and `best`, the head that learnt their consensus.
+    """
+    neighbors = np.load(worker.run / "graph/neighbors.npy")
+    config = for_images(config, len(neighbors), task.clusters)
+    features = torch.from_numpy(read_features(worker.run, len(neighbors))).to(worker.device)
+    check_distinct(task, features)
+    starts = start_probabilities(task, config, features, neighbors, worker)
+
+    torch.manual_seed(task.seed)
+    heads = ClusterHeads(config.heads, features.shape[1], task.clusters, layers=1).to(worker.device)
+    best = ClusterHeads(1, features.shape[1], task.clusters, layers=1).to(worker.device)
+    parts: dict[str, nn.Module] = {"heads": heads, "best": best}
+    trained = [*heads.parameters(), *best.parameters()]
+    optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=True)
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+    total = config.rounds + 1
+    for step in range(start, total):
+        targets = e_step(config, heads, features, neighbors, starts) if step else starts
+        learner = heads
+        if step == config.rounds:  # the heads have settled: one more learns their consensus
+            learner, targets = best, graph.consensus(targets, seed=task.seed)[0][None]
+        loss = m_step(task, config, learner, optimizer, features, targets, step)
+        if learner is best:
+            calibrate(best, features, targets[0])
+        worker.report(step + 1, total, {"loss": loss}, lambda: state_of(parts, optimizer), every=1)
+    write_posterior(task, config, worker.run / "spice_graph", parts, features, neighbors, starts)
+
+
+def for_images(config: SpiceGraphConfig, images: int, clusters: int) -> SpiceGraphConfig:
+    """The settings with at most half a cluster's images as neighbours: more would reach into others."""
+    most = max(2, images // (2 * clusters))
+    counts = tuple(min(count, most) for count in config.counts)
+    return replace(config, counts=counts, spread=min(config.spread, most))
+
+
+def check_distinct(task: Task, features: Float[Tensor, "N D"]) -> None:
+    """UserError if fewer images differ than there are clusters."""
+    count = len(distinct(features.cpu().numpy())[0])
+    if count < task.clusters:
+        ask = f"ask for {count} clusters or fewer" if count > 1 else "there are no groups to find"
+        alike = "all images are alike" if count == 1 else f"only {count} images differ, of {len(features)}"
+        raise UserError(f"{alike}, and {task.clusters} clusters are asked for: {ask}")
+
+
+def start_probabilities(
+    task: Task, config: SpiceGraphConfig, features: Tensor, neighbors: Int[np.ndarray, "N S"], worker: Worker
+) -> Float[np.ndarray, "H N K"]:
+    """The start of each head, float32: a clustering of the neighbour graph, spread over neighbours."""
+    path = worker.run / "spice_graph/start.npy"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        labels = clusterings(task, config, features, neighbors)
+        with publish(path) as file:
+            np.save(file, labels.astype(np.int32))
+    one_hot = np.eye(task.clusters, dtype=np.float32)
+    return np.stack([graph.spread(one_hot[row], neighbors[:, : config.spread]) for row in np.load(path)])
+
+
+def clusterings(
+    task: Task, config: SpiceGraphConfig, features: Tensor, neighbors: Int[np.ndarray, "N S"]
+) -> Int[np.ndarray, "H N"]:
+    """`graph.graph_clusterings`, beyond LANDMARKS images of a sample; the others vote with their nearest landmarks."""
+    if len(neighbors) <= graph.LANDMARKS:
+        return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed)
+    chosen = np.sort(np.random.default_rng([task.seed, SAMPLE]).permutation(len(neighbors))[: graph.LANDMARKS])
+    sample = features[torch.from_numpy(chosen).to(features.device)]
+    among = nearest(sample, max(config.counts) + 1).cpu().numpy().astype(np.int32)
+    labels = graph.graph_clusterings(without_itself(among), task.clusters, config.counts, config.walks, task.seed)
+    _, near = search(sample, features, config.spread)
+    near, one_hot = near.cpu().numpy(), np.eye(task.clusters, dtype=np.float32)
+    return np.stack([graph.neighbor_mean(one_hot[row], near).argmax(1) for row in labels])
+
+
+def e_step(
+    config: SpiceGraphConfig, heads: ClusterHeads, features: Tensor, neighbors: Int[np.ndarray, "N S"],
+    starts: Float[np.ndarray, "H N K"],
+) -> Float[np.ndarray, "H N K"]:  # fmt: skip
+    """What each head learns next: its own probabilities over neighbours, scaled to its clusters' sizes, and its start.
+
+    The sizes are those of its start: without them large clusters would grow from round to round.
+    """
+    near = neighbors[:, : config.spread]
+    made = []
+    for probs, start in zip(outputs(heads, features), starts, strict=True):
+        scaled = graph.with_sizes(graph.spread(probs, near), start.mean(0))
+        made.append((1 - config.anchor) * scaled + config.anchor * start)
+    return np.stack(made).astype(np.float32)
+
+
+def m_step(
+    task: Task, config: SpiceGraphConfig, heads: ClusterHeads, optimizer: torch.optim.Optimizer,
+    features: Float[Tensor, "N D"], targets: Float[np.ndarray, "H N K"], step: int,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Cross-entropy with soft labels, `epochs` passes; the mean loss of a head."""
+    labels = torch.from_numpy(targets).to(features.device)
+    sums, count = torch.zeros((), device=features.device), 0
+    for rows in _minibatches(task, config, len(features), step):
+        at = rows.to(features.device)
+        logits = F.log_softmax(heads(features[at]), 2)
+        loss = -(labels[:, at] * logits).sum(2).mean(1).sum()  # heads share no weight: each gets its own gradient
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sums, count = sums + loss.detach() / len(heads), count + 1
+    return sums / count
+
+
+def _minibatches(task: Task, config: SpiceGraphConfig, images: int, step: int) -> Iterator[Int[Tensor, " B"]]:
+    for epoch in range(max(config.epochs, -(-config.steps * config.minibatch // images))):
+        order = np.random.default_rng([task.seed, step, epoch, SHUFFLE]).permutation(images)
+        yield from torch.from_numpy(order).split(config.minibatch)
+
+
+@torch.no_grad()
+def outputs(heads: ClusterHeads, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "H N K"]:
+    """Probabilities of all heads for all images, float32, on the host."""
+    return torch.cat([heads(part).softmax(2).cpu() for part in features.split(CHUNK)], 1).numpy()
+
+
+@torch.no_grad()
+def calibrate(head: ClusterHeads, features: Float[Tensor, "N D"], targets: Float[np.ndarray, "N K"]) -> None:
+    """Divide the logits by the temperature at which the head is as sure as the other heads agree (Guo et al. 2017).
+
+    That is the one with the lowest cross-entropy of their mean, `targets`.
+    """
+    wanted = torch.from_numpy(targets).to(features.device)
+    logits = torch.cat([head(part)[0] for part in features.split(CHUNK)])
+    losses = [-(wanted * F.log_softmax(logits / value, 1)).sum(1).mean() for value in TEMPERATURES.tolist()]
+    temperature = float(TEMPERATURES[int(torch.stack(losses).argmin())])
+    for parameter in head.parameters():
+        parameter /= temperature
+
+
+def write_posterior(
+    task: Task, config: SpiceGraphConfig, folder: Path, parts: dict[str, nn.Module], features: Tensor,
+    neighbors: Int[np.ndarray, "N S"], starts: Float[np.ndarray, "H N K"],
+) -> None:  # fmt: skip
+    """What is known of every image of the run: the geometric mean of the heads' consensus and of the head that learnt
+    it, both over neighbours; and the share of the heads that agree."""
+    heads, best = parts["heads"], parts["best"]
+    assert isinstance(heads, ClusterHeads)
+    assert isinstance(best, ClusterHeads)
+    mean, agreement = graph.consensus(e_step(config, heads, features, neighbors, starts), seed=task.seed)
+    own = graph.spread(outputs(best, features)[0], neighbors[:, : config.spread])
+    joint = np.sqrt(np.maximum(own, 1e-6) * np.maximum(mean, 1e-6))
+    for name, values in {"posterior": joint / joint.sum(1, keepdims=True), "agreement": agreement}.items():
+        with publish(folder / f"{name}.npy") as file:
+            np.save(file, values.astype(np.float16))
+
+
+def read_features(run: Path, clustered: int) -> Float[np.ndarray, "N D"]:
+    """The features of the clustered images, float32 of unit norm up to the rounding of the file."""
+    return np.load(run / "features/features.npy", mmap_mode="r")[:clustered].astype(np.float32)
+
+
+def head_of(
+    task: Task, config: SpiceGraphConfig, features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"]
+) -> ClusterHeads:
+    """A linear head that has learnt these clusters, as sure of them as they can be told apart."""
+    torch.manual_seed(task.seed)
+    head = ClusterHeads(1, features.shape[1], task.clusters, layers=1).to(features.device)
+    optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    targets = np.eye(task.clusters, dtype=np.float32)[labels][None]
+    for step in range(config.rounds + 1):
+        m_step(task, config, head, optimizer, features, targets, step)
+    return head
+
+
+def network(task: Task, run: Path) -> ClusterNet:
+    """The trained network with the head that learnt the consensus."""
+    return ClusterNet(load_backbone(task, run), ClusterHeads.holding(finished(run / "spice_graph").tensors("best")))
+
+
+def predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The cluster of these images of the run and its probability, (M,) each."""
+    probs = np.load(run / "spice_graph/posterior.npy", mmap_mode="r")
+    best = torch.from_numpy(probs[index].astype(np.float32)).to(device).max(1)
+    return best.indices, best.values
+
+
+def check(task: Task, config: SpiceGraphConfig, neighbors: GraphConfig, num_images: int) -> None:
+    """UserError if these settings cannot train on so many images."""
+    numbers = {name: getattr(config, name) for name in ("spread", "rounds", "epochs", "steps", "minibatch", "lr")}
+    require_positive("spice_graph", **numbers)
+    require_positive("graph", neighbors=neighbors.neighbors)
+    if neighbors.search not in SEARCHES:
+        raise UserError(f'graph.search is "{neighbors.search}"; it can be {", ".join(SEARCHES)}')
+    for name in ("counts", "walks"):
+        if not (values := getattr(config, name)) or min(values) < 1:
+            raise UserError(f"spice_graph.{name} is {values}; give whole numbers from 1 up")
+    if max(*config.counts, config.spread) > neighbors.neighbors:
+        raise UserError(
+            f"spice_graph.counts and spread ask for {max(*config.counts, config.spread)} neighbours, more than "
+            f"graph.neighbors, {neighbors.neighbors}; raise that"
+        )
+    if not 0 <= config.anchor <= 1 or config.weight_decay < 0:
+        raise UserError("spice_graph.anchor must be between 0 and 1, and spice_graph.weight_decay at least 0")
+    if num_images < max(MIN_IMAGES, 2 * task.clusters):
+        raise UserError(
+            f"{num_images} images are too few for groups from neighbours: give {max(MIN_IMAGES, 2 * task.clusters)} or "
+            f"more" + f", or ask for {num_images // 2} clusters or fewer" * (num_images >= MIN_IMAGES)
+        )

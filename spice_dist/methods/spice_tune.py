@@ -1,0 +1,478 @@
+"""Stage 3 in minutes: the last blocks of a trained network learn from the reliable labels (SPICE III-C, eqs. 8-9).
+
+The trunk encodes every view once and is not run again. As Kumar et al. 2022 have it (LP-FT), the head is fitted to the
+features first; then head and last blocks are tuned together, FixMatch-style, at rates that suit trained weights. Images
+with a reliable label, every cluster as often, teach it as they are and by strong views; any other image that is
+predicted with confidence teaches that cluster to its strong view. The network's moving average is what is left.
+
+What improves are the features more than the head: it confirms its own errors. So the clusters are found again, as
+stage 2 on the neighbour graph finds them, among the tuned features, and the head is fitted to these.
+
+A guard watches. If the loss rises, or clusters shrink, or the reliable labels are forgotten, training goes back to its
+start with a third of the rate; after the last retry the result is the network of stage 2, as it was.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float16, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spice_dist import graph, losses
+from spice_dist.data import augment
+from spice_dist.data.augment import PLAIN, View
+from spice_dist.data.files import publish_json
+from spice_dist.data.images import Images
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.methods.plumbing import autocast, load_state, open_dataset, place, state_of
+from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings, without_itself
+from spice_dist.methods.spice_self import stage2_network
+from spice_dist.methods.spice_semi import best_temperature
+from spice_dist.models.backbone import Backbone, unit
+from spice_dist.models.folding import folded
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.momentum import follow, slow_copy
+from spice_dist.models.tail import Tail, Trunk, split
+from spice_dist.neighbors import nearest
+from spice_dist.optim import cosine, warm_up
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task, require_positive
+
+DRAW, WEAK, STRONG, SAMPLE, HEAD = 50, 51, 52, 53, 54  # streams of random numbers
+ENCODED = 32  # images between two signs of progress, about a second's on a core
+CHUNK = 256  # activations per forward pass without gradients
+SMOOTHED = 3  # times that soft labels are averaged with those of the neighbours
+WATCHED = 1024  # images, at most, that the guard asks the averaged network about, unless clusters are many
+SEEN = 5  # images of each cluster among them, as far as it has any
+FITTED = 512  # features in one step of the head's fit
+
+
+@dataclass(frozen=True)
+class SpiceTuneConfig:
+    epochs: float = 2.0  # passes of strong views over the images, labelled ones counted
+    labelled: int = 64  # images per step with a reliable label
+    ratio: float = 1.0  # other images per labelled one
+    strong_views: int = 1  # strong views of each image that are encoded, once
+    images: int = 10_000  # at most that are used, every cluster among them
+    memory: float = 1.5e9  # bytes of activations, at most; fewer images are used if theirs are larger
+    blocks: int = 0  # last blocks that are tuned; 0: as many as are 15 % of the forward pass, or one
+    lr: float = 1e-3  # of the last layer of the network, AdamW's
+    head_lr: float = 1e-3  # of the clustering head
+    layer_decay: float = 0.7  # factor on the rate from one layer to the one before it
+    warmup: float = 0.1  # share of the steps in which the rate rises
+    weight_decay: float = 0.05  # on kernels only
+    ema: float = 0.98  # momentum of the evaluated network
+    head_steps: int = 300  # in which the head alone is fitted before; 0: its temperature only
+    neighbors: int = 15  # that soft labels are averaged with; 0: none
+    threshold: float = 0.8  # confidence from which a prediction is taken as a label
+    regroup: bool = True  # find the clusters again among the tuned features; False: the tuned head's own
+    guard_steps: int = 20  # between two looks of the guard; 0: no guard
+    retries: int = 2  # at a third of the rate before; then stage 2's network is kept
+    max_rise: float = 1.5  # of the smoothed loss over that of the first steps
+    min_size: float = 0.2  # share of a cluster's images that it must keep
+    min_agreement: float = 0.8  # share of the agreement with reliable labels, at the start, that must be kept
+    weak: View = PLAIN  # what the network is evaluated on
+    strong: View = View((0.4, 1.0), operations=2)  # noqa: RUF009  frozen
+
+
+def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
+    """Leaves the whole network in the stage's last checkpoint, `net.safetensors`, and says in `summary.json` which.
+
+    Reads `reliable/labels.npy` and the network of stage 2. `spice_tune/summary.json` holds {"kept": "tuned" or
+    "stage2", "why": ...}. The trunk and the statistics of BatchNorm stay as they are, bit for bit. For one worker, on
+    all cores: activations lie on its device. An interrupted run encodes again, and goes on where it was.
+
+    Raises:
+        UserError: these settings cannot train.
+    """
+    check(task, config)
+    saved = worker.resume()
+    if saved and saved.step == saved.state["total"]:
+        return
+    net = place(stage2_network(task, worker.run), worker.device).eval()
+    assert isinstance(net.backbone, Backbone)
+    stage2 = deepcopy(net.state_dict())
+    found = np.load(worker.run / "reliable/labels.npy")
+    try:
+        cut = split(net.backbone, task.data.channels, task.data.size, config.blocks)
+        if not (found != UNRELIABLE).any():
+            raise UserError("no image has a reliable label")
+    except UserError as error:
+        leave_stage2(net, str(error), worker)
+        return
+    tail = cut.tail
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    chosen = chosen_images(found[: manifest.clustered], task, config, cut.activation_bytes)
+    kept = encode(task, config, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
+    images.close()
+    labels = torch.from_numpy(found[chosen]).to(worker.device)
+
+    guard = Guard(task, config, labels, predicted(tail, net.head, kept[0], task, torch.arange(len(chosen))))
+    features = [features_of(tail, part, task) for part in kept]
+    fit_head(task, config, net.head, features, soft_labels(net.head, features[0], labels, config))
+    net.requires_grad_(False)
+    optimizer = torch.optim.AdamW(layer_groups(tail, net.head, config), config.lr)
+    ema = slow_copy(net)
+    start_weights = deepcopy(net.state_dict())
+    assert isinstance(ema.backbone, Backbone)
+    averaged_tail = split(ema.backbone, task.data.channels, task.data.size, cut.blocks).tail
+    says = partial(predicted, averaged_tail, ema.head, kept[0], task)
+    parts: dict[str, nn.Module] = {"net": ema, "student": net, "guard": guard}
+    if saved:
+        load_state(parts, optimizer, saved)
+
+    labelled, others = config.labelled, round(config.labelled * config.ratio)
+    steps = math.ceil(config.epochs * len(chosen) / (labelled + others))
+    teachers = [torch.from_numpy(np.flatnonzero(found[chosen] == c)) for c in np.unique(found[found != UNRELIABLE])]
+    step = saved.step if saved else 0
+    while step < guard.begun + steps:
+        done = step - guard.begun
+        rate = cosine(done / steps) * warm_up(done + 1, config.warmup * steps) / 3**guard.retried
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * rate
+        view, taught, any_rows = draw(task.seed, step, teachers, len(chosen), labelled, others, config.strong_views)
+        half = labelled // 2
+        x = torch.cat([kept[0][taught[:half]], kept[1 + view][torch.cat([taught[half:], any_rows])]])
+
+        optimizer.zero_grad()
+        with torch.no_grad():
+            weak_logits = logits_of(tail, net.head, kept[0][any_rows], task)
+        logits = logits_of(tail, net.head, x, task)
+        supervised = F.cross_entropy(logits[:labelled], labels[taught])
+        consistent, passed = losses.consistency(weak_logits, logits[labelled:], config.threshold)
+        loss = supervised + consistent
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        # of the first steps the mean, so that the start weighs no more than any other
+        follow(ema, net, min(config.ema, (done + 1) / (done + 10)))
+        step += 1
+
+        last = step == guard.begun + steps
+        alarm = guard.see(float(loss.detach()), last, says)
+        if alarm and guard.retried == config.retries:
+            net.load_state_dict(stage2)
+            leave_stage2(net, alarm, worker, step)
+            return
+        if alarm:
+            net.load_state_dict(start_weights)
+            ema.load_state_dict(start_weights)
+            forget(optimizer)
+            guard.go_back(step)
+        agreed = (logits[:labelled].detach().argmax(1) == labels[taught]).float().mean()
+        metrics = {"loss": loss.detach().nan_to_num(), "supervised_loss": supervised.detach().nan_to_num()}
+        metrics |= {"reliable_agreement": agreed, "confident_fraction": passed}
+        if step == guard.begun + steps:
+            groups = (
+                regroup(task, config, ema.head, averaged_tail, kept, guard) if config.regroup else "not found again"
+            )
+            why = f"{steps} steps at lr {config.lr / 3**guard.retried:.2g}; clusters among the new features {groups}"
+            write_summary(worker.run, "tuned", why)
+        worker.report(step, guard.begun + steps, metrics, lambda: state_of(parts, optimizer))
+
+
+def check(task: Task, config: SpiceTuneConfig) -> None:
+    """UserError if these settings cannot train."""
+    positive = {"epochs": config.epochs, "labelled": config.labelled, "strong_views": config.strong_views}
+    positive |= {"images": config.images, "memory": config.memory, "lr": config.lr}
+    require_positive("spice_tune", **positive, layer_decay=config.layer_decay, max_rise=config.max_rise)
+    for name in ("ratio", "head_lr", "weight_decay", "blocks", "head_steps", "neighbors", "guard_steps", "retries"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"spice_tune.{name} is {getattr(config, name)}; it must be 0 or more")
+    for name in ("layer_decay", "warmup", "ema", "threshold", "min_size", "min_agreement"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"spice_tune.{name} is {getattr(config, name)}; it must be between 0 and 1")
+    if config.images < 2 * task.clusters:
+        raise UserError(f"spice_tune.images is {config.images}; {task.clusters} clusters need {2 * task.clusters}")
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def chosen_images(
+    labels: Int[np.ndarray, " N"], task: Task, config: SpiceTuneConfig, activation_bytes: int
+) -> Int[np.ndarray, " M"]:
+    """The numbers of the images that are used, rising: all, or at random as many as `images` and `memory` allow.
+
+    Of the latter up to a half have reliable labels, every cluster as many if it has: none loses its own to the draw.
+    """
+    most = min(config.images, int(config.memory / ((1 + config.strong_views) * activation_bytes)))
+    if len(labels) <= most:
+        return np.arange(len(labels))
+    order = np.random.default_rng([task.seed, SAMPLE]).permutation(len(labels))
+    quota = max(1, most // (2 * task.clusters))
+    first = np.concatenate([order[labels[order] == c][:quota] for c in np.unique(labels[labels != UNRELIABLE])])
+    rest = order[~np.isin(order, first)]
+    return np.sort(np.concatenate([first, rest[: max(0, most - len(first))]]))
+
+
+def folded_trunk(task: Task, backbone: Backbone, blocks: int) -> Trunk:
+    """The trunk with its BatchNorms folded, which a CPU runs two to four times as fast; equal up to rounding."""
+    channels, size = task.data.channels, task.data.size
+    device = next(backbone.parameters()).device
+    example = torch.rand((2, channels, size, size), generator=torch.Generator().manual_seed(0)).to(device)
+    return split(place(folded(backbone, example), device), channels, size, blocks).trunk
+
+
+def encode(
+    task: Task, config: SpiceTuneConfig, images: Images, chosen: np.ndarray, trunk: Trunk, worker: Worker
+) -> list[Tensor]:
+    """The activations (M, ...), float16, of the weak view of these images and of each strong one, on the device."""
+    views = [(config.weak, (task.seed, 0, WEAK))]
+    views += [(config.strong, (task.seed, number, STRONG)) for number in range(config.strong_views)]
+    kept: list[Tensor] = []
+    done = 0
+    for batch, _ in augment.view_batches(images, chosen, ENCODED, views, task.backbone.statistics):
+        with autocast(worker.device, task.precision):
+            found = [trunk(ready(view)) for view in batch]
+        if not kept:
+            kept = [torch.empty((len(chosen), *part.shape[1:]), dtype=part.dtype, device=part.device) for part in found]
+        for whole, part in zip(kept, found, strict=True):
+            whole[done : done + len(part)] = part
+        done += len(found[0])
+        worker.progress(done, len(chosen), None)
+    return kept
+
+
+def ready(x: Tensor) -> Tensor:
+    """In float32, and in the memory layout that convolutions are fastest in."""
+    return x.float().contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.float()
+
+
+def logits_of(tail: Tail, head: ClusterHeads, activations: Tensor, task: Task) -> Float[Tensor, "B K"]:
+    with autocast(activations.device, task.precision):
+        return head(unit(tail(ready(activations)).float()))[0]
+
+
+@torch.no_grad()
+def features_of(
+    tail: Tail, activations: Float16[Tensor, "M ..."], task: Task, rows: Int[Tensor, " S"] | None = None
+) -> Float[Tensor, "S D"]:
+    """Unit features of these rows, or of all, by the tail as it is now."""
+    rows = torch.arange(len(activations)) if rows is None else rows
+    with autocast(activations.device, task.precision):
+        return torch.cat([unit(tail(ready(activations[part])).float()) for part in rows.split(CHUNK)])
+
+
+@torch.no_grad()
+def predicted(
+    tail: Tail, head: ClusterHeads, activations: Float16[Tensor, "M ..."], task: Task, rows: Int[Tensor, " S"]
+) -> Int[Tensor, " S"]:
+    """The clusters of some of the images."""
+    return head(features_of(tail, activations, task, rows))[0].argmax(1)
+
+
+# ---------------------------------------------------------------- what is learnt
+
+
+@torch.no_grad()
+def soft_labels(
+    head: ClusterHeads, features: Float[Tensor, "M D"], labels: Int[Tensor, " M"], config: SpiceTuneConfig
+) -> Float[Tensor, "M K"]:
+    """What the head says of each image, half of it replaced by the mean of its nearest neighbours' SMOOTHED times.
+
+    The head is calibrated first by the reliable labels, which take the place of its own predictions.
+    """
+    logits = head(features)[0]
+    reliable = labels != UNRELIABLE
+    own = (logits / best_temperature(logits[reliable].cpu(), labels[reliable].cpu())).softmax(1)
+    own[reliable] = F.one_hot(labels[reliable], own.shape[1]).to(own.dtype)
+    count = min(config.neighbors, len(features) - 1)
+    if count <= 0:
+        return own
+    index = nearest(features, count + 1)[:, 1:].long()
+    probs = own
+    for _ in range(SMOOTHED):
+        # neighbour by neighbour: (M, S, K) of many clusters would not fit
+        probs = 0.5 * own + 0.5 * torch.stack([probs[column] for column in index.T]).mean(0)
+    return probs
+
+
+def fit_head(
+    task: Task,
+    config: SpiceTuneConfig,
+    head: ClusterHeads,
+    views: Sequence[Float[Tensor, "M D"]],
+    targets: Float[Tensor, "M K"],
+) -> None:
+    """Fit the head to soft labels by the features of all views, the network fixed; its temperature comes first.
+
+    The double softmax of stage 2 leaves logits so large that the first gradients would tear the network apart.
+    """
+    with torch.no_grad():
+        temperature = best_temperature(head(views[-1])[0].cpu(), targets.argmax(1).cpu())
+        for parameter in (head.weights[-1], head.biases[-1]):
+            parameter /= temperature
+    head.requires_grad_(True)
+    kernels, rest = list(head.weights), list(head.biases)
+    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, config.head_lr)
+    for step in range(config.head_steps):
+        rows = drawn_rows(len(targets), FITTED, (task.seed, step, HEAD)).to(targets.device)
+        logits = head(views[step % len(views)][rows])[0]
+        for group in optimizer.param_groups:
+            group["lr"] = config.head_lr * cosine(step / config.head_steps)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, targets[rows]).backward()
+        optimizer.step()
+    head.requires_grad_(False)
+
+
+def regroup(
+    task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, kept: Sequence[Tensor], guard: "Guard"
+) -> str:
+    """Cluster the tuned features by the graph of their neighbours, as `spice_graph` starts, and fit the head to that.
+
+    Clusters keep the numbers that stage 2 gave them. Says "are found again", or why the head stays as it is.
+    """
+    own, settings = deepcopy(head.state_dict()), SpiceGraphConfig()
+    features = [features_of(tail, part, task) for part in kept]
+    count = min(max(*settings.counts, settings.spread), len(features[0]) - 1)
+    near = without_itself(nearest(features[0], count + 1).cpu().numpy().astype(np.int32))
+    labels = clusterings(task, settings, features[0], near)
+    one_hot = np.eye(task.clusters, dtype=np.float32)
+    starts = np.stack([graph.spread(one_hot[row], near[:, : settings.spread]) for row in labels])
+    probs, _ = graph.consensus(starts, seed=task.seed)
+    to = graph.matched(guard.before.cpu().numpy(), probs.argmax(1), task.clusters)
+    targets = np.empty_like(probs, dtype=np.float32)
+    targets[:, to] = probs
+    fit_head(task, config, head, features, torch.from_numpy(targets).to(kept[0].device))
+    with torch.no_grad():
+        now = head(features[0])[0].argmax(1)
+    if why := guard.changed(guard.everything, now):
+        head.load_state_dict(own)
+        return f"are not taken: {why}"
+    return "are found again"
+
+
+def layer_groups(tail: Tail, head: ClusterHeads, config: SpiceTuneConfig) -> list[dict]:
+    """AdamW's groups with their own rates, `base`: the head's, then a layer's `layer_decay` of the one after it."""
+    layers: list[tuple[nn.Module, float]] = [(head, config.head_lr)]
+    for depth, layer in enumerate(reversed(tail.layers)):
+        layers.append((layer, config.lr * config.layer_decay**depth))
+    groups = []
+    for layer, rate in layers:
+        layer.requires_grad_(True)
+        kernels = [p for name, p in layer.named_parameters() if p.ndim >= 2 and "bias" not in name]
+        others = [p for name, p in layer.named_parameters() if p.ndim < 2 or "bias" in name]
+        for own, decay in ((kernels, config.weight_decay), (others, 0.0)):
+            if own:
+                groups.append({"params": own, "base": rate, "weight_decay": decay})
+    return groups
+
+
+def drawn_rows(count: int, size: int, key: tuple[int, int, int]) -> Int[Tensor, " size"]:
+    return torch.from_numpy(np.random.default_rng(key).integers(count, size=size))
+
+
+def draw(
+    seed: int, step: int, teachers: list[Tensor], count: int, labelled: int, others: int, views: int
+) -> tuple[int, Int[Tensor, " L"], Int[Tensor, " U"]]:
+    """(strong view, rows with a reliable label, rows of any images) of a step, with replacement.
+
+    A labelled one comes from every cluster alike, then from any of its images alike.
+    """
+    generator = np.random.default_rng((seed, step, DRAW))
+    clusters = generator.integers(len(teachers), size=labelled)
+    places = generator.random(labelled)
+    taught = [teachers[c][int(place * len(teachers[c]))] for c, place in zip(clusters, places, strict=True)]
+    view = int(generator.integers(views))
+    return view, torch.stack(taught), torch.from_numpy(generator.integers(count, size=others))
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """As if it had made no step: AdamW's moments and its count are zero."""
+    for values in optimizer.state.values():
+        for value in values.values():
+            value.zero_()
+
+
+# ---------------------------------------------------------------- the guard
+
+
+class Guard(nn.Module):
+    """Sees whether tuning does harm, by the loss of every step and by what the averaged network says of images.
+
+    The clusters that stage 2 has found, `before` (M,), are held against those of the averaged network: every
+    `guard_steps` steps for a sample, at the end for all images. Of SEEN images or more a cluster must keep `min_size`.
+    """
+
+    def __init__(self, task: Task, config: SpiceTuneConfig, labels: Int[Tensor, " M"], before: Int[Tensor, " M"]):
+        super().__init__()
+        self.config, self.labels, self.before = config, labels, before
+        order = np.random.default_rng([task.seed, SAMPLE]).permutation(len(before))
+        found = before.cpu().numpy()[order]
+        few = [order[found == cluster][:SEEN] for cluster in range(task.clusters)]
+        self.sample = torch.from_numpy(np.unique(np.concatenate([*few, order[:WATCHED]])))
+        self.everything = torch.arange(len(before))
+        self.counters: Tensor  # step at which this attempt began, attempts before it
+        self.register_buffer("counters", torch.zeros(2, dtype=torch.long))
+        self.sums: Tensor  # losses of the first steps and their number, losses since the last look and theirs
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
+
+    @property
+    def begun(self) -> int:
+        return int(self.counters[0])
+
+    @property
+    def retried(self) -> int:
+        return int(self.counters[1])
+
+    def go_back(self, step: int) -> None:
+        """A new attempt begins after `step`."""
+        self.counters.copy_(torch.tensor([step, self.retried + 1]))
+        self.sums.zero_()
+
+    def see(self, loss: float, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
+        """Why this attempt has failed, in a few words; "" if it goes on. `predicted` gives the clusters of rows."""
+        if not self.config.guard_steps:
+            return ""
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        first = self.sums[1] < self.config.guard_steps
+        self.sums += torch.tensor([loss, 1, 0, 0] if first else [0, 0, loss, 1], dtype=torch.float64)
+        if not last and self.sums[3] < self.config.guard_steps:
+            return ""
+        start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # no number if there was no step between two looks
+        self.sums[2:] = 0
+        if now > self.config.max_rise * start:
+            return f"the loss has risen from {start:.2g} to {now:.2g}"
+        rows = self.everything if last else self.sample
+        return self.changed(rows, predicted(rows))
+
+    def changed(self, rows: Int[Tensor, " S"], now: Int[Tensor, " S"]) -> str:
+        """As `see`, by the clusters of these images."""
+        before, labels = self.before[rows], self.labels[rows]
+        clusters = int(max(before.max(), now.max())) + 1
+        had, has = (torch.bincount(part, minlength=clusters) for part in (before, now))
+        dying = (had >= SEEN) & (has < self.config.min_size * had)
+        if dying.any():
+            cluster = int(dying.nonzero()[0, 0])
+            return f"cluster {cluster} has shrunk from {had[cluster]} to {has[cluster]} images"
+        agreed = [float((part == labels)[labels != UNRELIABLE].float().mean()) for part in (before, now)]
+        if agreed[1] < self.config.min_agreement * agreed[0]:
+            return f"{agreed[1]:.0%} of the reliable labels are predicted, {agreed[0]:.0%} were before"
+        return ""
+
+
+def leave_stage2(net: ClusterNet, why: str, worker: Worker, step: int = 1) -> None:
+    """The network of stage 2 is the result; one line says so."""
+    tqdm.write(f"the last blocks are not tuned, stage 2's result is kept: {why}", sys.stderr)
+    write_summary(worker.run, "stage2", why)
+    state = {"net": net.state_dict()}
+    worker.report(step, step, {"loss": torch.zeros((), device=worker.device)}, lambda: state)
+
+
+def write_summary(run: Path, kept: str, why: str) -> None:
+    (run / "spice_tune").mkdir(exist_ok=True)
+    publish_json(run / "spice_tune/summary.json", {"kept": kept, "why": why})

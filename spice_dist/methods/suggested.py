@@ -1,0 +1,43 @@
+"""The number of clusters where none is given: what the features suggest, and stages that take it from there."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from spice_dist.data.files import publish_json
+from spice_dist.data.ingest import read_manifest
+from spice_dist.distributed.worker import Worker
+from spice_dist.methods.spice_graph import read_features
+from spice_dist.suggest import Suggestion, suggest
+from spice_dist.task import AUTO, Task
+
+
+def suggest_clusters(task: Task, config: None, worker: Worker) -> None:
+    """Leaves `suggest/suggestion.json`, the fields of a `Suggestion` for the clustered images."""
+    features = read_features(worker.run, read_manifest(worker.run / "data").clustered)
+
+    def progress(done: int, total: int) -> None:
+        worker.progress(done, total, None)
+
+    publish_json(worker.run / "suggest/suggestion.json", asdict(suggest(features, task.seed, progress=progress)))
+
+
+def read_suggestion(run: Path) -> Suggestion | None:
+    """None where the run has none."""
+    path = run / "suggest/suggestion.json"
+    return Suggestion(**json.loads(path.read_text())) if path.exists() else None
+
+
+def with_suggested_clusters(task: Task, run: Path) -> Task:
+    """The task with the suggested number of clusters where it names none; 2 where no groups stand out."""
+    if task.clusters != AUTO:
+        return task
+    suggestion = read_suggestion(run)
+    return replace(task, clusters=max(2, suggestion.clusters) if suggestion else 2)
+
+
+def follow(train: Callable[[Task, Any, Worker], None], task: Task, config: Any, worker: Worker) -> None:
+    """`train` for as many clusters as are suggested, where none are given."""
+    train(with_suggested_clusters(task, worker.run), config, worker)

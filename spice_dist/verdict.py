@@ -1,0 +1,69 @@
+"""How far to trust a grouping, in words, from numbers that need no labels. Numbers in, words out."""
+
+from dataclasses import dataclass
+
+STRONG, FAIR, WEAK, FAILED = "strong", "fair", "weak", "failed"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run knows of its own grouping; None where it does not know."""
+
+    clusters: int  # K, asked for or suggested
+    nonempty: int  # of them in use
+    largest: float  # share of the images in the largest cluster, 0 to 1
+    agreement: float | None = None  # between heads, of different starts: mean ARI, 1 where all find the same groups
+    confidence: float | None = None  # mean, 0 to 1, calibrated
+    groups_found: bool | None = None  # False: structureless data would score as well
+    suggested: tuple[int, int] | None = None  # range of plausible K
+    below: str = ""  # the baseline that is better by label-free scores; "" if none is
+
+
+@dataclass(frozen=True)
+class Verdict:
+    level: str  # "strong", "fair", "weak" or "failed"
+    why: str  # one or two clauses
+    remedy: str = ""  # what to try, an imperative; "" if all is well
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.why}" + f"; {self.remedy}" * bool(self.remedy)
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The first of these that holds, worst first.
+
+    Heads agree by .85 or more in mean ARI on well separated classes, and by .6 where half of the images are in
+    groups that pass into each other; below .4 the groups are those of the start and of chance.
+    """
+    empty = evidence.clusters - evidence.nonempty
+    if evidence.nonempty < 2:
+        return Verdict(FAILED, "all images are in one group", "ask for fewer clusters, or take another --backbone")
+    if evidence.groups_found is False:
+        return Verdict(
+            FAILED, "no groups found: images without any structure would score as well", "take another --backbone"
+        )
+    if empty:
+        share = f"{empty} of {evidence.clusters} clusters are empty"
+        level = FAILED if 2 * empty >= evidence.clusters else WEAK
+        return Verdict(level, share, f"ask for {evidence.nonempty} clusters")
+    if evidence.below:
+        return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another --backbone")
+    agreement = evidence.agreement
+    asked = _asked(evidence)
+    if agreement is None:
+        level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
+        return Verdict(level, "one head alone, whose stability is unknown", "" if level == FAIR else "train longer")
+    told = f"heads of different starts agree by {agreement:.2f} of 1"
+    if agreement < 0.4:
+        return Verdict(WEAK, told, asked or "take another --backbone")
+    if agreement < 0.75 or asked:
+        return Verdict(FAIR, told, asked)
+    return Verdict(STRONG, told)
+
+
+def _asked(evidence: Evidence) -> str:
+    """A hint if the number of clusters is outside of the suggested range."""
+    if evidence.suggested is None or evidence.suggested[0] <= evidence.clusters <= evidence.suggested[1]:
+        return ""
+    low, high = evidence.suggested
+    return f"the features suggest {low} to {high} clusters" if low < high else f"the features suggest {low} clusters"
