@@ -325,6 +325,8 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
 
     trackers.request(options.track)
     if options.dry_run or out is None:
+        if network:
+            print(f"network: {network}")
         print(dry_run(config, source, _launch(options)))
         return
     fit(config, source, out, _launch(options), ["spice-dist", *given], options.until, network)

@@ -19,6 +19,7 @@ from spice_dist.config import Config
 from spice_dist.graph import DIMENSIONS, LANDMARKS
 from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import autocast, place
+from spice_dist.methods.spice_graph import passes
 from spice_dist.methods.spice_semi import network_task
 from spice_dist.models.backbone import Backbone, BackboneConfig
 from spice_dist.models.folding import folded
@@ -170,7 +171,7 @@ class _Count:
     def spice_graph(self) -> Stage:
         own, images, dim = self.config.spice_graph, self.clustered, self.plain.dim
         clusters = self.config.clusters or SUPPOSED
-        asked = (own.rounds + 1) * (3 * own.epochs + 1) * images
+        asked = (own.rounds + 1) * (3 * passes(own, images) + 1) * images
         sample = min(images, LANDMARKS)
         start = own.heads * sample * clusters * (DIMENSIONS * clusters + max(own.counts)) * START_SECONDS
         memory = (images * dim + 4 * images * own.heads * clusters) * FLOAT

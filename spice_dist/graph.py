@@ -9,7 +9,7 @@ sample of so many, and the others take the mean of their nearest landmarks.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -80,7 +80,12 @@ def kmeans(points: Float[np.ndarray, "N D"], clusters: int, seed: int, starts: i
 
 
 def graph_clusterings(
-    neighbors: Int[np.ndarray, "N S"], clusters: int, counts: Sequence[int], steps: Sequence[int], seed: int = 0
+    neighbors: Int[np.ndarray, "N S"],
+    clusters: int,
+    counts: Sequence[int],
+    steps: Sequence[int],
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Int[np.ndarray, "T N"]:
     """One clustering for each number of neighbours and each length of the walk: k-means of the diffusion map.
 
@@ -93,6 +98,7 @@ def graph_clusterings(
             seen = coordinates if length else coordinates[:, : clusters - 1]
             points = walked(values[: seen.shape[1]], seen, length)
             found.append(kmeans(points, clusters, seed * 1000 + len(found)))
+            progress(len(found), len(counts) * len(steps))
     return np.stack(found)
 
 

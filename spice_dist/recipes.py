@@ -59,8 +59,9 @@ def digits(num_images: int = 1797) -> Config:
 
 
 def photos(num_images: int) -> Config:
-    """Any folder of colour images, also without a GPU: 64 pixels, a narrow ResNet-18 of 0.5 M parameters.
+    """Any folder of colour images from scratch, also without a GPU: 64 pixels, a narrow ResNet-18 of 0.5 M parameters.
 
+    With a trained network, which a folder takes where one can be had, `trained` makes another configuration of it.
     Stage 1 passes over about 100,000 images (20 to 400 epochs), so that its time hardly grows up to 5,000 photos; 1,000
     took six minutes in all on two cores. A GPU deserves more: --set moco.epochs=500.
     """

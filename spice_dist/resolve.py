@@ -7,7 +7,7 @@ network that its config.json names: a hub that answers today and not tomorrow mu
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,11 @@ def resolve(
     config = override(config, network)
     if name == "photos" and wish.method == "spice":
         config = trained(config, len(source.paths), shorter_side(source)) if network.get("backbone.weights") else config
-    if "clusters" not in changes and name == "photos":
-        if config.stage2 != "spice_graph":
-            raise UserError(
-                "how many clusters? give --clusters, a whole number from 2 up; auto needs a trained network"
-            )
-        changes["clusters"] = AUTO
+    if name == "photos" and wish.method == "spice" and changes.setdefault("clusters", AUTO) == AUTO:
+        if config.stage2 != "spice_graph":  # the neighbours of what stage 1 learns say how many groups there are
+            config = replace(config, stage2="spice_graph", stage3="none")
+    elif name == "photos" and "clusters" not in changes:
+        raise UserError(f"how many clusters? give --clusters, a whole number from 2 up, with --method {wish.method}")
     return Resolved(override(config, changes), line)
 
 

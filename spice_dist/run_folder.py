@@ -231,8 +231,10 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
         return
     was = record["settings"].get("clusters") or "suggested"
     print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
-    for name in names[names.index("spice_graph") :]:
+    for name in (*names[names.index("spice_graph") :], "spice_tune", "model"):
         shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("assignments.csv", "levels.csv", "metrics.json", "report.html"):  # they would describe other groups
+        (run / name).unlink(missing_ok=True)
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

@@ -57,6 +57,6 @@ def check_task(task: Task) -> None:
     if task.clusters == AUTO and task.method == "spice" and task.stage2 == "spice_graph":
         return
     if task.clusters == AUTO:
-        raise UserError("--clusters auto needs a trained network: give --backbone, or --clusters, a whole number")
+        raise UserError("--clusters auto is for the recipe photos and SPICE; give --clusters, a whole number from 2 up")
     if task.clusters < 2:
         raise UserError(f"--clusters is {task.clusters}; a clustering needs at least 2")

@@ -16,6 +16,7 @@ class Evidence:
     confidence: float | None = None  # mean, 0 to 1, calibrated
     groups_found: bool | None = None  # False: structureless data would score as well
     suggested: tuple[int, int] | None = None  # range of plausible K
+    too_few: bool = False  # images, to test whether there are groups at all
     below: str = ""  # the baseline that is better by label-free scores; "" if none is
 
 
@@ -38,6 +39,8 @@ def judge(evidence: Evidence) -> Verdict:
     empty = evidence.clusters - evidence.nonempty
     if evidence.nonempty < 2:
         return Verdict(FAILED, "all images are in one group", "ask for fewer clusters, or take another --backbone")
+    if evidence.too_few:
+        return Verdict(WEAK, "too few different images to test whether there are groups", "add images, 20 at least")
     if evidence.groups_found is False:
         return Verdict(
             FAILED, "no groups found: images without any structure would score as well", "take another --backbone"
@@ -46,6 +49,9 @@ def judge(evidence: Evidence) -> Verdict:
         share = f"{empty} of {evidence.clusters} clusters are empty"
         level = FAILED if 2 * empty >= evidence.clusters else WEAK
         return Verdict(level, share, f"ask for {evidence.nonempty} clusters")
+    if evidence.largest > 0.9:
+        share = f"one cluster holds {evidence.largest:.0%} of the images"
+        return Verdict(WEAK, share, "ask for more clusters, or look whether the rest are outliers")
     if evidence.below:
         return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another --backbone")
     agreement = evidence.agreement

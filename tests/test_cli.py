@@ -252,8 +252,6 @@ def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
     for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2"), ("0", "at least 2")]:
         assert word in mistake(capsys, "fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
     assert "6 images are too few" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
-    scratch = ("fit", folder, "--backbone", "scratch", "--out", tmp_path / "run")
-    assert "give --clusters" in mistake(capsys, *scratch)
 
 
 def test_without_the_check_more_clusters_than_images_cost_stage_1_first(tmp_path, capsys, monkeypatch):

@@ -145,6 +145,26 @@ def test_a_better_baseline_is_the_result_and_its_model(run, tmp_path, photos, ca
     assert np.mean([a == b for a, b in zip(predicted, found, strict=True)]) > 0.9
 
 
+SAME = {"generalization": 0.8, "consensus": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen"),
+    [
+        ({}, "spice_graph"),
+        ({"kmeans_features": {"generalization": 0.9, "consensus": 0.4}}, "spice_graph"),
+        ({"kmeans_features": {"generalization": 0.9, "consensus": 0.6}}, "kmeans_features"),
+        ({"spectral": {"generalization": 0.85, "consensus": 0.51}, "kmeans_features": SAME}, "spectral"),
+        ({"spice_tune": SAME}, "spice_tune"),
+        ({"spice_tune": {"generalization": 0.79, "consensus": 0.9}}, "spice_graph"),
+    ],
+)
+def test_which_grouping_goes_out(others, chosen):
+    low = {"generalization": 0.1, "consensus": 0.1}
+    compared = {"kmeans_features": low, "spectral": low, "spice_graph": SAME, **others}
+    assert evaluate_graph.best(compared) == chosen
+
+
 def test_labels_choose_nothing(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -160,7 +180,6 @@ def test_labels_choose_nothing(run, tmp_path):
         (3, (), "3 images are too few"),
         (30, ("--clusters", "40"), "40, more than the 30 images"),
         (30, ("--until", "moco"), "can end with spice_graph, reliable"),
-        (30, ("--clusters", "auto", "--backbone", "scratch"), "auto needs a trained network"),
         (30, ("--backbone", "auto", "--backbone", "resnet18"), "stands alone"),
     ],
 )
@@ -226,3 +245,25 @@ def test_the_estimator_groups_photos_by_default(tmp_path, photos):
     model = SpiceClusterer(run=tmp_path / "run", settings={"data.size": 64, "stage3": "none"}).fit(photos)
     assert model.n_clusters_ == len(np.unique(model.labels_))
     assert model.predict(photos).shape == (80,)
+
+
+def test_without_any_trained_network_it_trains_one_and_says_why(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(auto_backbone, "find_packaged", lambda _: None)
+    assert main(["fit", str(photos), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "from scratch: DINOv2 cannot be had (HF_HUB_OFFLINE is set)" in told
+    assert "pip install" in told
+    few = ["moco.epochs=1", "data.size=16", "moco.batch=16", "moco.queue=16", "backbone.widths=(8,8,8,8)"]
+    settings = [word for setting in few for word in ("--set", setting)]
+    out = tmp_path / "run"
+    assert main(["fit", str(photos), "--out", str(out), "--backbone", "scratch", "--workers", "0", *settings]) == 0
+    assert (out / "moco").exists()
+    assert read(out)["k"] >= 2
+
+
+@pytest.mark.parametrize("images", [12, 255, 256, 257, 3781, 1_000_000])
+def test_a_small_set_takes_no_more_steps_than_asked_for(images):
+    config = spice_graph.SpiceGraphConfig()
+    steps = spice_graph.passes(config, images) * -(-images // config.minibatch)
+    by_epochs = config.epochs * -(-images // config.minibatch)
+    assert max(config.steps, by_epochs) <= steps < max(config.steps, by_epochs) + -(-images // config.minibatch)

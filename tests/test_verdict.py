@@ -21,6 +21,8 @@ def test_clear_groups_are_strong():
         ({"nonempty": 4}, "failed", "6 of 10 clusters are empty"),
         ({"nonempty": 9}, "weak", "1 of 10 clusters are empty; ask for 9"),
         ({"groups_found": False}, "failed", "no groups found"),
+        ({"too_few": True, "groups_found": False}, "weak", "add images"),
+        ({"largest": 0.95}, "weak", "one cluster holds 95%"),
         ({"below": "k-means"}, "weak", "k-means scores better"),
         ({"agreement": 0.3}, "weak", "0.30"),
         ({"agreement": 0.6}, "fair", "0.60"),

@@ -15,6 +15,7 @@ Prototypes as in eqs. (2)-(4) lost here: equal quotas on unequal clusters, or th
 to 16 points of NMI against the start.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist import graph
-from spice_dist.data.files import publish
+from spice_dist.data.files import Progress, publish
 from spice_dist.data.ingest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -142,10 +143,13 @@ def for_images(config: SpiceGraphConfig, images: int, clusters: int) -> SpiceGra
 def check_distinct(task: Task, features: Float[Tensor, "N D"]) -> None:
     """UserError if fewer images differ than there are clusters."""
     count = len(distinct(features.cpu().numpy())[0])
+    if count == 1:
+        raise UserError(f"all {len(features)} images are alike: there are no groups to find; give other images")
     if count < task.clusters:
-        ask = f"ask for {count} clusters or fewer" if count > 1 else "there are no groups to find"
-        alike = "all images are alike" if count == 1 else f"only {count} images differ, of {len(features)}"
-        raise UserError(f"{alike}, and {task.clusters} clusters are asked for: {ask}")
+        raise UserError(
+            f"only {count} of {len(features)} images differ, too few for {task.clusters} clusters: ask for {count} or "
+            "fewer"
+        )
 
 
 def start_probabilities(
@@ -155,7 +159,7 @@ def start_probabilities(
     path = worker.run / "spice_graph/start.npy"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
-        labels = clusterings(task, config, features, neighbors)
+        labels = clusterings(task, config, features, neighbors, lambda done, total: worker.progress(done, total, None))
         with publish(path) as file:
             np.save(file, labels.astype(np.int32))
     one_hot = np.eye(task.clusters, dtype=np.float32)
@@ -163,15 +167,20 @@ def start_probabilities(
 
 
 def clusterings(
-    task: Task, config: SpiceGraphConfig, features: Tensor, neighbors: Int[np.ndarray, "N S"]
+    task: Task,
+    config: SpiceGraphConfig,
+    features: Tensor,
+    neighbors: Int[np.ndarray, "N S"],
+    progress: Progress = lambda done, total: None,
 ) -> Int[np.ndarray, "H N"]:
     """`graph.graph_clusterings`, beyond LANDMARKS images of a sample; the others vote with their nearest landmarks."""
     if len(neighbors) <= graph.LANDMARKS:
-        return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed)
+        return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed, progress)
     chosen = np.sort(np.random.default_rng([task.seed, SAMPLE]).permutation(len(neighbors))[: graph.LANDMARKS])
     sample = features[torch.from_numpy(chosen).to(features.device)]
     among = nearest(sample, max(config.counts) + 1).cpu().numpy().astype(np.int32)
-    labels = graph.graph_clusterings(without_itself(among), task.clusters, config.counts, config.walks, task.seed)
+    near = without_itself(among)
+    labels = graph.graph_clusterings(near, task.clusters, config.counts, config.walks, task.seed, progress)
     _, near = search(sample, features, config.spread)
     near, one_hot = near.cpu().numpy(), np.eye(task.clusters, dtype=np.float32)
     return np.stack([graph.neighbor_mean(one_hot[row], near).argmax(1) for row in labels])
@@ -211,8 +220,13 @@ def m_step(
     return sums / count
 
 
+def passes(config: SpiceGraphConfig, images: int) -> int:
+    """Over the images in an M-step: `epochs`, or as many as make `steps` minibatches."""
+    return max(config.epochs, math.ceil(config.steps / math.ceil(images / config.minibatch)))
+
+
 def _minibatches(task: Task, config: SpiceGraphConfig, images: int, step: int) -> Iterator[Int[Tensor, " B"]]:
-    for epoch in range(max(config.epochs, -(-config.steps * config.minibatch // images))):
+    for epoch in range(passes(config, images)):
         order = np.random.default_rng([task.seed, step, epoch, SHUFFLE]).permutation(images)
         yield from torch.from_numpy(order).split(config.minibatch)
 
