@@ -38,15 +38,15 @@ Scores = dict[str, float] | None
 
 def evaluate(
     task: Task, semi: SpiceSemiConfig, run: Path, device: torch.device, seconds: dict[str, float],
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total: None, until: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Leaves `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; returns the metrics.
 
-    `seconds` are of the stages that are done: where it lacks stage 3, the result is that of stage 2.
+    With `until`, "spice_self" or "reliable", the result is that of stage 2, and there may be no reliable labels yet.
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
     """
     joint, net = task, stage2_network(task, run)
-    if "spice_semi" in seconds:
+    if until in (None, "spice_semi"):
         joint = network_task(task, semi)
         net = new_network(joint, semi, run)
         net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
@@ -58,7 +58,7 @@ def evaluate(
         chunks = np.array_split(seen, -(-len(seen) // 4096))
         by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
     selected = by_head[int(loss.argmin())]
-    chosen = "reliable" in seconds
+    chosen = until != "spice_self"
     reliable = np.load(run / "reliable/labels.npy") if chosen else np.full(manifest.n, UNRELIABLE)
     scored, kept = scored_images(manifest), reliable != UNRELIABLE
     result, _ = _judge(joint, run, net, images, manifest, scored, kept, by_head, loss, progress)
@@ -81,7 +81,7 @@ def evaluate(
     }
     _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(run / "spice_self/eval.json", scores(y_true, scored, selected))
-    if "spice_semi" in seconds:
+    if until in (None, "spice_semi"):
         publish_json(run / "spice_semi/eval.json", result["eval"])
     publish_json(run / "metrics.json", result)
     return result

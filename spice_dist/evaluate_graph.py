@@ -110,6 +110,7 @@ def evaluate_graph(
         if name in groupings:
             publish_json(run / name / "eval.json", scores(y_true, scored, groupings[name].labels))
     publish_json(run / "metrics.json", result)
+    progress(STARTS + 2, STARTS + 2)
     return result
 
 

@@ -300,7 +300,7 @@ def _conclude(run: Run, settings: dict[str, dict[str, Any]], finished: set[str])
                 known = override(brief, {"clusters": suggested.with_suggested_clusters(brief, folder).clusters})
                 evaluate_graph(known, folder, device, seconds, bar.show)
             else:
-                evaluate(brief, config.spice_semi, folder, device, seconds, bar.show)
+                evaluate(brief, config.spice_semi, folder, device, seconds, bar.show, list(settings)[-1])
     metrics = json.loads((folder / "metrics.json").read_text())
     write_report(folder)
     return metrics
