@@ -249,8 +249,12 @@ def test_wrong_data_is_refused_in_one_line(tmp_path, capsys):
 
 def test_wrong_numbers_of_clusters_are_refused_in_one_line(tmp_path, capsys):
     folder = photos(tmp_path / "in", count=6)
-    for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2"), ("0", "at least 2")]:
+    for clusters, word in [("7", "more than the 6 images"), ("1", "at least 2")]:
         assert word in mistake(capsys, "fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
+    for clusters in ("0", "many"):
+        with pytest.raises(SystemExit, match="1"):
+            run("fit", folder, "--clusters", clusters, "--out", tmp_path / "run")
+        assert "give auto, or a whole number of at least 2" in capsys.readouterr().err
     assert "6 images are too few" in mistake(capsys, "fit", folder, "--out", tmp_path / "run")
 
 
