@@ -58,6 +58,15 @@ def diffusion_map(
     return values[order], vectors[:, order] / np.sqrt(degree)[:, None]
 
 
+def modularity(graph: sparse.csr_array, labels: Int[np.ndarray, " N"]) -> float:
+    """Newman and Girvan 2004: the share of the weight inside groups, less what it would be of links by chance."""
+    links = graph.tocoo()
+    total = links.data.sum()
+    inside = links.data[labels[links.row] == labels[links.col]].sum()
+    shares = np.bincount(labels, weights=np.asarray(graph.sum(1)).ravel()) / total
+    return float(inside / total - (shares**2).sum())
+
+
 def walked(
     values: Float[np.ndarray, " m"], coordinates: Float[np.ndarray, "N m"], steps: int
 ) -> Float[np.ndarray, "N m"]:

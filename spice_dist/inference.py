@@ -28,13 +28,15 @@ from spice_dist.data.sources import Source
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_backbone, open_dataset, place
+from spice_dist.methods.plumbing import MIXTURE, autocast, load_backbone, open_dataset, place
+from spice_dist.mixing import COMPARED, choose_weight
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
 from spice_dist.models.folding import folded
 from spice_dist.models.heads import ClassifierNet, Classifiers, ClusterHeads, ClusterNet
 from spice_dist.task import Task
 
 TUPLES = ("widths", "depths", "mean", "std", "others", "other_weights")  # lists in JSON
+FLOAT16 = 65_504.0  # the largest
 CHUNK = 512  # images of 64 pixels and below in a forward pass; fewer of larger ones, see `chunk_of`
 
 
@@ -67,9 +69,10 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     """Unit-norm features of stage 1 for all images, in image order: `features/features.npy`, (N, D) float16.
 
     Every worker writes the rows of a consecutive share of the images; the file appears when all are there. Rows that an
-    earlier call left are kept, whatever the number of workers was: a row that is done has unit norm.
+    earlier call left are kept, whatever the number of workers was: the final features of one that is done have unit
+    norm. Where a middle stage's features stand beside them, `mixture.json` says how much they count.
     """
-    images, _ = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
     backbone = load_backbone(task, worker.run)
     folder = worker.run / "features"
     partial = folder / f"features.{_called(task, backbone)}.partial.npy"
@@ -77,6 +80,8 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     if task.pretext == "none":  # stages 1 keep the bits that their checkpoints were scored with
         size = task.data.size
         backbone = folded(backbone, torch.rand(2, task.data.channels, size, size, device=worker.device))
+    model = backbone if backbone.mixture is None else BesideEachOther(backbone)
+    final = backbone.dim if backbone.mixture is None else backbone.dim - len(backbone.mixture.center)
     error = None
     if worker.rank == 0:
         try:
@@ -87,20 +92,49 @@ def embed(task: Task, config: None, worker: Worker) -> None:
         raise error or UserError(f"the first worker cannot write {folder}")
     rows = open_memmap(partial, mode="r+")
     share = np.array_split(np.arange(images.n), worker.world)[worker.rank]
-    own = share[~_done(rows, share)]
+    own = share[~_done(rows[:, :final], share)]
     before, written = len(share) - len(own), 0
 
     def progress(done: int, total: int) -> None:
         worker.progress(before + done, before + total, None)
 
-    for features in outputs(backbone, images, own, task.backbone.statistics, progress, task.precision):
-        rows[own[written : written + len(features)]] = unit(features).half().cpu().numpy()
+    for features in outputs(model, images, own, task.backbone.statistics, progress, task.precision):
+        features[:, :final] = unit(features[:, :final])
+        rows[own[written : written + len(features)]] = features.clamp(-FLOAT16, FLOAT16).half().cpu().numpy()
         written += len(features)
     rows.flush()
     images.close()
     collectives.barrier()
-    if worker.rank == 0:
+    if worker.rank == 0 and backbone.mixture is None:
         partial.rename(folder / "features.npy")
+    elif worker.rank == 0:
+        mix(rows, final, manifest.clustered, worker)
+        partial.unlink()
+
+
+class BesideEachOther(nn.Module):
+    """Images to the parts of a backbone's mixture, (B, D1 + D2): before it is known how much each counts."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        return torch.cat(self.backbone.parts(images), 1)
+
+
+def mix(rows: Float16[np.ndarray, "N D"], final: int, clustered: int, worker: Worker) -> None:
+    """Leaves `features.npy` and `mixture.json`: of each row the first `final` numbers are its final features."""
+    sample = np.sort(np.random.default_rng(0).permutation(clustered)[:COMPARED])  # the same for every seed of a run
+    compared = torch.from_numpy(rows[sample]).to(worker.device).float()
+    mixture = choose_weight(compared[:, :final], compared[:, final:])
+    with publish(worker.run / "features/features.npy") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": rows.shape})
+        for start in range(0, len(rows), CHUNK):
+            row = torch.from_numpy(rows[start : start + CHUNK]).to(worker.device).float()
+            file.write(mixture(row[:, :final], row[:, final:]).half().cpu().numpy().tobytes())
+    about = {"weight": mixture.weight.item(), "center": mixture.center.tolist()}
+    publish_json(worker.run / MIXTURE, about)
 
 
 def backbone_features(

@@ -106,6 +106,13 @@ def search(
     return best.sorted(block)
 
 
+def without_itself(neighbors: Int[np.ndarray, "N S1"]) -> Int[np.ndarray, "N S"]:
+    """(N, S) of (N, S + 1): each image's others. A copy may stand before the image, so it is looked for by number."""
+    itself = neighbors == np.arange(len(neighbors), dtype=np.int32)[:, None]
+    itself[:, -1] |= ~itself.any(1)
+    return neighbors[~itself].reshape(len(neighbors), -1)
+
+
 def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(first (M,), copy_of (N,)): the first image of each kind of equal rows, and every image's place among those."""
     seen: dict[bytes, int] = {}

@@ -112,6 +112,7 @@ def trained(config: Config, num_images: int, shorter_side: int | None) -> Config
         pretext="none",
         stage2="spice_graph",
         stage3="none",
+        backbone=replace(config.backbone, intermediate=True),
         data=replace(config.data, size=size, format=stored),
     )
 

@@ -65,6 +65,8 @@ def resolve(
     config = override(config, network)
     if name == "photos" and wish.method == "spice":
         config = trained(config, len(source.paths), shorter_side(source)) if network.get("backbone.weights") else config
+        if changes.get("pretext", "none") != "none":  # its features are not known before it has learnt them
+            config = override(config, {"backbone.intermediate": False})
     if name == "photos" and wish.method == "spice" and changes.setdefault("clusters", AUTO) == AUTO:
         if config.stage2 != "spice_graph":  # the neighbours of what stage 1 learns say how many groups there are
             config = replace(config, stage2="spice_graph", stage3="none")

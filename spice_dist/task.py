@@ -54,6 +54,8 @@ def check_task(task: Task) -> None:
             'pretext is "none", and the backbone has no weights to go on with: give --backbone NAME --weights timm, '
             "--weights FILE, or a pretext"
         )
+    if task.backbone.intermediate and task.pretext != "none":
+        raise UserError(f'backbone.intermediate is for weights as they are, not for pretext "{task.pretext}": leave it out')
     if task.clusters == AUTO and task.method == "spice" and task.stage2 == "spice_graph":
         return
     if task.clusters == AUTO:

@@ -95,6 +95,20 @@ def test_the_model_predicts_what_the_run_found(run, photos, tmp_path):
     assert np.mean([a == b for a, b in zip(predicted, found, strict=True)]) > 0.9
 
 
+def test_the_weight_of_the_middle_stage_is_kept_and_belongs_to_weights_as_they_are(run, photos, tmp_path, capsys):
+    about = json.loads((run / "features/mixture.json").read_text())
+    features = np.load(run / "features/features.npy").astype(np.float32)
+    assert len(about["center"]) == 112
+    share = np.linalg.norm(features[:, 1280:], axis=1)
+    np.testing.assert_allclose(share, about["weight"] / np.hypot(1, about["weight"]), atol=2e-3)
+    given = ["fit", str(photos), "--out", str(tmp_path / "run"), "--backbone", "tf_efficientnet_lite0", "--dry-run"]
+    given += ["--weights", "package", "--set", "pretext=moco", *FAST]
+    assert main(given) == 0
+    capsys.readouterr()
+    assert main([*given, "--set", "backbone.intermediate=True"]) == 1
+    assert "backbone.intermediate is for weights as they are" in capsys.readouterr().err
+
+
 def test_another_number_of_clusters_keeps_the_features(run, photos, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -1,5 +1,6 @@
 """What every training loop calls and no paper mentions: devices, precision, and the state of a checkpoint."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
+MIXTURE = "features/mixture.json"  # in a run: how a middle stage's features stand beside the final ones
 
 
 def open_dataset(task: Task, run: Path, device: torch.device, scratch: Path | None = None) -> tuple[Images, Ingested]:
@@ -162,9 +164,12 @@ def new_backbone(task: Task) -> Backbone:
 
 
 def load_backbone(task: Task, run: Path) -> Backbone:
-    """The network that stage 1 left."""
+    """The network that stage 1 left, with the mixture of its features if those are there."""
     if task.pretext == "none":
-        return new_backbone(task)
+        backbone = new_backbone(task)
+        if backbone.mixture is not None and (path := run / MIXTURE).exists():
+            backbone.mixture.set(**json.loads(path.read_text()))
+        return backbone
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     backbone.load_state_dict(finished(run / task.pretext).tensors("backbone"))
     return backbone

@@ -33,7 +33,7 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import finished, load_backbone, load_state, state_of
 from spice_dist.models.heads import ClusterHeads, ClusterNet
-from spice_dist.neighbors import distinct, nearest, nearest_by_index, search
+from spice_dist.neighbors import distinct, nearest, nearest_by_index, search, without_itself
 from spice_dist.task import Task, require_positive
 
 SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
@@ -91,13 +91,6 @@ def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
     (worker.run / "graph").mkdir(exist_ok=True)
     with publish(worker.run / "graph/neighbors.npy") as file:
         np.save(file, without_itself(found.cpu().numpy().astype(np.int32)))
-
-
-def without_itself(neighbors: Int[np.ndarray, "N S1"]) -> Int[np.ndarray, "N S"]:
-    """(N, S) of (N, S + 1): each image's others. A copy may stand before the image, so it is looked for by number."""
-    itself = neighbors == np.arange(len(neighbors), dtype=np.int32)[:, None]
-    itself[:, -1] |= ~itself.any(1)
-    return neighbors[~itself].reshape(len(neighbors), -1)
 
 
 def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:

@@ -384,7 +384,9 @@ def network_task(task: Task, config: SpiceSemiConfig) -> Task:
     statistics = (config.mean, config.std) if config.mean else task.backbone.statistics
     if config.network:
         return replace(task, backbone=for_small_images(config.network, statistics))
-    return replace(task, backbone=replace(task.backbone, mean=statistics[0], std=statistics[1]))
+    beside = task.backbone.intermediate and config.init == "stage2"  # how much it counts is known from stage 2 alone
+    own = replace(task.backbone, mean=statistics[0], std=statistics[1], intermediate=beside)
+    return replace(task, backbone=own)
 
 
 def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:

@@ -35,7 +35,7 @@ from spice_dist.data.images import Images
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, load_state, open_dataset, place, state_of
-from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings, without_itself
+from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings
 from spice_dist.methods.spice_self import stage2_network
 from spice_dist.methods.spice_semi import best_temperature
 from spice_dist.models.backbone import Backbone, unit
@@ -43,7 +43,7 @@ from spice_dist.models.folding import folded
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import follow, slow_copy
 from spice_dist.models.tail import Tail, Trunk, split
-from spice_dist.neighbors import nearest
+from spice_dist.neighbors import nearest, without_itself
 from spice_dist.optim import cosine, warm_up
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task, require_positive

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
+from spice_dist.models.intermediate import Mixture, middle_stage, peaks
 from spice_dist.models.pretrained import (
     MISFITS,
     PACKAGE,
@@ -57,6 +58,9 @@ class BackboneConfig:
     weights: str = ""
     others: tuple[str, ...] = ()  # further timm models, whose features stand beside those of the first
     other_weights: tuple[str, ...] = ()  # as `weights`, for each of the others; empty: as the first
+    # a middle stage's features beside the final ones, of networks that have stages; the images' neighbours say how much
+    # they count
+    intermediate: bool = False
 
     @property
     def statistics(self) -> Statistics:
@@ -74,7 +78,8 @@ class BackboneConfig:
 class Backbone(nn.Module):
     """Images (B, C, H, W) to pooled features (B, dim).
 
-    With `config.others`, dim is the sum of all networks' and the features have unit norm: the parts count alike.
+    With `config.others`, dim is the sum of all networks' and the features have unit norm: the parts count alike. With
+    `config.intermediate` a `Mixture` adds those of a middle stage of the first network, if it has one.
     The weights are random, for a checkpoint to replace, unless `pretrained`; then they are what `config.weights` says.
     """
 
@@ -87,18 +92,33 @@ class Backbone(nn.Module):
         elif config.stem != "native":
             raise UserError(f'backbone.stem is "{config.stem}"; it can be {", ".join(POOLINGS)} or native')
         self.dim: int = _feature_width(self.body, channels, size)
+        self.middle = middle_stage(self.body) if config.intermediate else None
         if pretrained:
             self.body = _trained(self.body, config, channels, size)
         split_batch_norm(self.body)  # last: it renames tensors
         beside = [OtherNetwork(config, own, channels, size, pretrained) for own in others]
         self.others = nn.ModuleList(beside)  # no tensor's name changes if it is empty
         self.dim += sum(other.dim for other in beside)
+        self.mixture = None
+        if self.middle is not None:
+            self.mixture = Mixture(_middle_width(self.body, self.middle))
+            self.dim += len(self.mixture.center)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        if not self.others:
-            return self.body(images)
-        parts = [unit(network(images).float()) for network in (self.body, *self.others)]
-        return torch.cat(parts, 1) / len(parts) ** 0.5
+        if self.mixture is not None:
+            return self.mixture(*self.parts(images))
+        return self._beside_others(self.body(images), images) if self.others else self.body(images)
+
+    def parts(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B D1"], Float[Tensor, "B D2"]]:
+        """The final features, of unit norm, and those of the middle stage, as the mixture takes them."""
+        body: Any = self.body
+        last, (middle,) = body.forward_intermediates(images, indices=[self.middle])
+        features = body.forward_head(last)
+        return self._beside_others(features, images) if self.others else unit(features.float()), peaks(middle)
+
+    def _beside_others(self, features: Float[Tensor, "B D"], images: Tensor) -> Float[Tensor, "B D1"]:
+        found = [unit(features.float()), *(unit(network(images).float()) for network in self.others)]
+        return torch.cat(found, 1) / len(found) ** 0.5
 
 
 class OtherNetwork(nn.Module):
@@ -353,6 +373,11 @@ def _shrink_stem(body: nn.Module, stem: str) -> None:
     body.conv1 = nn.Conv2d(conv.in_channels, stem_width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
     body.maxpool = POOLINGS[stem]()
+
+
+def _middle_width(body: nn.Module, stage: int) -> int:
+    info: Any = body.feature_info
+    return getattr(info, "info", info)[stage]["num_chs"]
 
 
 @torch.no_grad()

@@ -4,16 +4,19 @@ Training from activations that are kept in front of the tail saves the trunk's f
 EfficientNet-lite0 the tail is 13 % of the multiplications, and an activation at 224 pixels takes 19 kB in float16.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float16
 from torch import Tensor, nn
 
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import Backbone
+from spice_dist.models.intermediate import Mixture, peaks
 
 TAIL_SHARE = 0.15  # of the multiplications, at most, unless the last block alone has more
 TOLERANCE = 2e-2  # of the norm of a feature: what rounding activations to float16 may change
@@ -28,34 +31,46 @@ class _Parts:
     after: Sequence[nn.Module]
     pooled: Callable[[Tensor], Tensor]
     head: Sequence[nn.Module]  # what `pooled` is made of
+    middle: int = 0  # units up to the end of the stage that a mixture takes
 
 
 class Trunk(nn.Module):
     """Images (B, C, H, W) to the activations (B, ...) in front of the tail, float16, by the network in eval mode.
 
+    Where the backbone mixes in a middle stage that lies in the trunk, that stage's peaks follow the flat activations.
     Float16 holds values up to 65,504; larger ones are cut off there.
     """
 
-    def __init__(self, before: Sequence[Callable[[Tensor], Tensor]], units: Iterable[nn.Module]):
+    def __init__(
+        self, before: Sequence[Callable[[Tensor], Tensor]], units: Iterable[nn.Module], middle: int | None = None
+    ):
         super().__init__()
         self.before, self.units = tuple(before), nn.ModuleList(units)
+        self.middle = middle  # units up to the middle stage's end
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float16[Tensor, "B ..."]:
-        x = images
-        for step in (*self.before, *self.units):
+        x, beside = images, None
+        for step in self.before:
             x = step(x)
+        for number, unit in enumerate(self.units, 1):
+            x = unit(x)
+            beside = peaks(x) if number == self.middle else beside
+        if beside is not None:
+            x = torch.cat([x.flatten(1), beside], 1)
         return x.clamp(-65_504, 65_504).half()
 
 
 class Tail(nn.Module):
     """Activations (B, ...) of the trunk to features (B, D). Holds the modules of the backbone themselves, no copies."""
 
-    def __init__(self, units: Iterable[nn.Module], after: Iterable[nn.Module], pooled: Callable, head: Iterable):
+    def __init__(self, parts: _Parts, cut: int, mixture: Mixture | None, shape: Sequence[int]):
         super().__init__()
-        self.units, self.after = nn.ModuleList(units), nn.ModuleList(after)
-        self.head = nn.ModuleList(head)  # so that its parameters, such as a last norm's, are trained too
-        self.pooled = pooled
+        self.units, self.after = nn.ModuleList(parts.units[cut:]), nn.ModuleList(parts.after)
+        self.head = nn.ModuleList(parts.head)  # so that its parameters, such as a last norm's, are trained too
+        self.pooled = parts.pooled
+        self.mixture, self.shape = mixture, tuple(shape)
+        self.middle = None if mixture is None else parts.middle - cut  # own units up to the middle stage's end
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -63,10 +78,20 @@ class Tail(nn.Module):
         return [*self.units, nn.ModuleList([*self.after, *self.head])]
 
     def forward(self, activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
-        x = activations
-        for module in (*self.units, *self.after):
+        x, beside = activations, None
+        if self.middle is not None and self.middle <= 0:  # it lies in the trunk
+            size = math.prod(self.shape)
+            x, beside = activations[:, :size].unflatten(1, self.shape), activations[:, size:]
+        for number, unit in enumerate(self.units, 1):
+            x = unit(x)
+            beside = peaks(x) if number == self.middle else beside
+        for module in self.after:
             x = module(x)
-        return self.pooled(x)
+        features = self.pooled(x)
+        if self.mixture is None:
+            return features
+        assert beside is not None
+        return self.mixture(F.normalize(features.float(), dim=1), beside)
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,10 @@ def split(backbone: Backbone, channels: int, size: int, blocks: int = 0) -> Spli
         if not 0 < blocks <= len(parts.units):
             raise UserError(f"the last {blocks} blocks are to be tuned; this network has {len(parts.units)}")
         cut = len(parts.units) - blocks
-        trunk = Trunk(parts.before, parts.units[:cut])
-        tail = Tail(parts.units[cut:], parts.after, parts.pooled, parts.head)
+        mixture = backbone.mixture
+        trunk = Trunk(parts.before, parts.units[:cut], parts.middle if mixture is not None else None)
+        shape = Trunk(parts.before, parts.units[:cut])(image).shape[1:]
+        tail = Tail(parts, cut, mixture, shape)
         activation, features = trunk(image), backbone(image)
         if not (tail(activation.float()) - features).norm() <= TOLERANCE * features.norm():
             raise _unknown(backbone)
@@ -132,6 +159,16 @@ def _affordable(units: Sequence[float], end: float, whole: float) -> int:
 
 
 def _parts(backbone: Backbone) -> _Parts:
+    parts = _units(backbone)
+    if backbone.middle is None:
+        return parts
+    info: Any = backbone.body.feature_info
+    stage = backbone.body.get_submodule(getattr(info, "info", info)[backbone.middle]["module"])
+    inside = set(stage.modules())
+    return replace(parts, middle=1 + max(place for place, unit in enumerate(parts.units) if unit in inside))
+
+
+def _units(backbone: Backbone) -> _Parts:
     from timm.models.convnext import ConvNeXt
     from timm.models.efficientnet import EfficientNet
     from timm.models.resnet import ResNet

@@ -18,14 +18,14 @@ from spice_dist.data.images import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.inference import outputs, probabilities
-from spice_dist.methods import spice_graph, spice_tune
+from spice_dist.methods import spice_tune
 from spice_dist.methods.plumbing import finished
 from spice_dist.methods.spice_self import stage2_network
 from spice_dist.methods.spice_tune import Guard, SpiceTuneConfig, chosen_images, draw, soft_labels
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.tail import SplitNetwork, split
-from spice_dist.neighbors import nearest
+from spice_dist.neighbors import nearest, without_itself
 from spice_dist.pseudo_labels import UNRELIABLE
 from tests.methods.conftest import CPU, SMALL
 from tests.methods.test_methods import assert_same_bits, weights
@@ -170,7 +170,7 @@ def test_the_head_learns_the_clusters_of_the_tuned_features(run):
     features = torch.cat(
         list(outputs(net.backbone, images, np.arange(200), SMALL.backbone.statistics, lambda *_: None))
     )
-    near = spice_graph.without_itself(nearest(F.normalize(features), 21).numpy().astype(np.int32))
+    near = without_itself(nearest(F.normalize(features), 21).numpy().astype(np.int32))
     found = graph.graph_clusterings(near, 10, (10, 15, 20), (6, 8, 12), 0)
     probs = np.stack([graph.spread(np.eye(10, dtype=np.float32)[row], near[:, :15]) for row in found])
     expected = graph.consensus(probs)[0].argmax(1)

@@ -11,10 +11,10 @@ from spice_dist.models.tail import TAIL_SHARE, SplitNetwork, split
 FAMILIES = {"tf_efficientnet_lite0": 64, "resnet10t": 64, "convnext_atto": 64, "vit_tiny_patch16_224": 64}
 
 
-def trained_looking(name: str, size: int = 64, stem: str = "native") -> Backbone:
+def trained_looking(name: str, size: int = 64, stem: str = "native", intermediate: bool = False) -> Backbone:
     """A backbone of random weights and random statistics of its normalisations."""
     torch.manual_seed(0)
-    backbone = Backbone(BackboneConfig(name, stem), 3, size)
+    backbone = Backbone(BackboneConfig(name, stem, intermediate=intermediate), 3, size)
     for tensor_name, tensor in backbone.state_dict().items():
         if tensor_name.endswith("running_mean"):
             tensor.uniform_(-0.2, 0.2)
@@ -43,6 +43,20 @@ def test_tail_of_trunk_is_the_backbone(backbone, blocks):
     assert kept[0].numel() * 2 == parts.activation_bytes
     assert parts.blocks == (blocks or parts.blocks)
     assert ((found - expected).norm(dim=1) < 5e-3 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 6])  # the middle stage is in the trunk, or in the tail
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
+def test_a_middle_stage_goes_through_both_parts(name, blocks):
+    backbone = trained_looking(name, intermediate=True)
+    assert backbone.mixture is not None
+    backbone.mixture.set(0.5, [0.1] * len(backbone.mixture.center))
+    parts, x = split(backbone, 3, 64, blocks), images()
+    with torch.no_grad():
+        kept, expected = parts.trunk(x), backbone(x)
+        found = parts.tail(kept.float())
+    assert kept[0].numel() * 2 == parts.activation_bytes
+    assert ((found - expected).norm(dim=1) < 5e-3).all()
 
 
 def test_the_default_tail_is_cheap(backbone):
