@@ -55,7 +55,9 @@ def check_task(task: Task) -> None:
             "--weights FILE, or a pretext"
         )
     if task.backbone.intermediate and task.pretext != "none":
-        raise UserError(f'backbone.intermediate is for weights as they are, not for pretext "{task.pretext}": leave it out')
+        raise UserError(
+            f'backbone.intermediate is for weights as they are, not for pretext "{task.pretext}": leave it out'
+        )
     if task.clusters == AUTO and task.method == "spice" and task.stage2 == "spice_graph":
         return
     if task.clusters == AUTO:
