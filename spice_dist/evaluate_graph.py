@@ -27,7 +27,7 @@ from spice_dist.methods import spice_graph, suggested
 from spice_dist.methods.plumbing import finished, load_backbone, open_dataset, place
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.suggest import Suggestion, cut, merge_tree
+from spice_dist.suggest import FEW_PER_CLUSTER, Suggestion, cut, merge_tree
 
 SCORES = ("generalization", "consensus")  # without labels, higher is better
 STARTS = 10  # of k-means, of which the best counts
@@ -279,8 +279,9 @@ def _levels(
     if suggestion is None or not suggestion.found or config.clusters < 3:
         return None
     tree = merge_tree(features, labels)
-    coarse = cut(tree, min(suggestion.coarse, config.clusters))[labels]
-    fine = _divided(config, run, labels, max(suggestion.fine, config.clusters))
+    coarse = cut(tree, min(suggestion.coarse, 2 * config.clusters // 3))[labels]  # of other K's suggestion too
+    finer = -(-3 * config.clusters // 2)
+    fine = _divided(config, run, labels, max(suggestion.fine, finer if FEW_PER_CLUSTER * finer <= len(labels) else 0))
     rows = [f"{index},{a},{b},{c}" for index, (a, b, c) in enumerate(zip(coarse, labels, fine, strict=True))]
     with publish(run / "levels.csv") as file:
         file.write("\n".join(["index,coarse,cluster,fine", *rows, ""]).encode())

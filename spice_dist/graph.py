@@ -58,13 +58,17 @@ def diffusion_map(
     return values[order], vectors[:, order] / np.sqrt(degree)[:, None]
 
 
-def modularity(graph: sparse.csr_array, labels: Int[np.ndarray, " N"]) -> float:
-    """Newman and Girvan 2004: the share of the weight inside groups, less what it would be of links by chance."""
-    links = graph.tocoo()
-    total = links.data.sum()
-    inside = links.data[labels[links.row] == labels[links.col]].sum()
-    shares = np.bincount(labels, weights=np.asarray(graph.sum(1)).ravel()) / total
-    return float(inside / total - (shares**2).sum())
+def modularity(neighbors: Int[np.ndarray, "N k"], labels: Int[np.ndarray, " N"]) -> tuple[float, float]:
+    """Agreement e and modularity Q = e - sum_c a_c^2 of clusters in the graph of nearest neighbours.
+
+    e is the share of edges within clusters, a_c the share of all ends of edges that lie in cluster c (Newman and Girvan
+    2004). An edge from each image to each of its k neighbours; one that both ends name counts twice.
+    """
+    count = int(labels.max()) + 1
+    others = labels[neighbors]
+    agreement = float(np.mean(others == labels[:, None]))
+    ends = np.bincount(labels, minlength=count) * neighbors.shape[1] + np.bincount(others.ravel(), minlength=count)
+    return agreement, agreement - float(np.square(ends / ends.sum()).sum())
 
 
 def walked(

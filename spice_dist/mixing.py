@@ -55,5 +55,5 @@ def modularity_of(features: Float[Tensor, "N D"]) -> float:
     for clusters in numbers:
         seen = slice(0, graph.DIMENSIONS * clusters)
         points = graph.walked(values[seen], coordinates[:, seen], STEPS)
-        found.append(graph.modularity(links, graph.kmeans(points, clusters, 0, STARTS)))
+        found.append(graph.modularity(near[:, :count], graph.kmeans(points, clusters, 0, STARTS))[1])
     return float(np.mean(found))

@@ -160,7 +160,7 @@ def _opened(
             "as many clusters as the features suggest" if config.clusters == AUTO else f"{config.clusters} clusters"
         )
         print(
-            f"{len(source.paths)} images into {clusters}: {config.backbone.name} of {size:.2f} M "
+            f"{len(source.paths)} images into {clusters}: {_named(config)} of {size:.2f} M "
             f"parameters, {_counts(sizes)} Ray workers, {threads} thread{'s' * (threads > 1)} each, {device.type}",
             file=sys.stderr,
         )
@@ -336,6 +336,10 @@ def _ray_session(run: Run) -> Iterator[None]:
         if address:
             ray_nodes.require_shared(run.folder)
         yield
+
+
+def _named(config: Config) -> str:
+    return " + ".join(name for name, _ in config.backbone.networks)
 
 
 @contextlib.contextmanager

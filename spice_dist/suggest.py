@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spice_dist.errors import UserError
+from spice_dist.graph import modularity
 
 DIMENSIONS = 20  # principal components: with 50, distances are mostly noise, and the score chose worse
 NEIGHBORS = 15  # of an image in the graph
@@ -45,8 +46,8 @@ class Suggestion:
 
     found: bool  # False: no groups, by comparison with structureless data, or too few distinct images
     clusters: int  # the suggested K
-    coarse: int  # where the silhouette is best, among K <= clusters
-    fine: int  # where the modularity is best, among K >= clusters
+    coarse: int  # where the silhouette is best, among K of at most two thirds of `clusters`; else `clusters`
+    fine: int  # where the modularity is best, among K of at least one and a half times `clusters`; else `clusters`
     low: int  # the range of plausible K: scores of at least PLATEAU times the best
     high: int
     candidates: list[int]  # the K's that were scored, ascending
@@ -81,19 +82,6 @@ def silhouettes(points: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"])
     distances[rows, labels] = np.inf
     b = distances.min(1)
     return np.where(own > 1, (b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny), 0.0)
-
-
-def modularity(neighbors: Int[np.ndarray, "N k"], labels: Int[np.ndarray, " N"]) -> tuple[float, float]:
-    """Agreement e and modularity Q = e - sum_c a_c^2 of clusters in the graph of nearest neighbours.
-
-    e is the share of edges within clusters, a_c the share of all ends of edges that lie in cluster c (Newman and Girvan
-    2004). An edge from each image to each of its k neighbours; one that both ends name counts twice.
-    """
-    count = int(labels.max()) + 1
-    others = labels[neighbors]
-    agreement = float(np.mean(others == labels[:, None]))
-    ends = np.bincount(labels, minlength=count) * neighbors.shape[1] + np.bincount(others.ravel(), minlength=count)
-    return agreement, agreement - float(np.square(ends / ends.sum()).sum())
 
 
 def composite(micro: Float[np.ndarray, " B"], macro: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
@@ -298,7 +286,8 @@ def _suggestion(scan: _Scan, null: _Scan, points: Float[np.ndarray, "N D"], dist
     q = np.array([scan.rows[k][:, 3].mean() for k in ks])
     found = bool(scores[place] > upper[place] and lifts[place] >= LIFT)
     plausible = [k for k, score in zip(ks, scores, strict=True) if score >= PLATEAU * scores[place]]
-    coarse, fine = ks[int(s[: place + 1].argmax())], ks[place + int(q[place:].argmax())]
+    coarse = max((k for k in ks if 3 * k <= 2 * best), key=lambda k: s[ks.index(k)], default=best)
+    fine = max((k for k in ks if 2 * k >= 3 * best), key=lambda k: q[ks.index(k)], default=best)
     levels = (best, coarse, fine, min(plausible), max(plausible)) if found else (1, 1, 1, 1, 1)
     curves = [curve.tolist() for curve in (scores, errors, upper, s, q, lifts)]
     stability = _stability(points, best, seed) if found else []

@@ -1,5 +1,6 @@
 """Clusterings of the neighbour graph, their consensus, and the spreading and scaling of probabilities."""
 
+import networkx as nx
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
@@ -112,3 +113,14 @@ def test_scaled_probabilities_have_the_sizes_and_keep_their_odds():
     np.testing.assert_allclose(scaled.sum(1), 1)
     odds = (scaled[:, 0] / scaled[:, 1]) / (probs[:, 0] / probs[:, 1])
     np.testing.assert_allclose(odds, odds[0])  # one factor for each cluster: the nearest in relative entropy
+
+
+def test_modularity_is_networkxs():
+    rng = np.random.default_rng(0)
+    neighbors = np.array([rng.choice(np.delete(np.arange(60), i), 4, replace=False) for i in range(60)])
+    labels = rng.integers(0, 5, 60)
+    links = nx.MultiGraph([(i, int(j)) for i in range(60) for j in neighbors[i]])
+    groups = [set(np.flatnonzero(labels == c).tolist()) for c in range(5)]
+    agreement, value = graph.modularity(neighbors, labels)
+    assert value == pytest.approx(nx.community.modularity(links, groups), abs=1e-12)
+    assert agreement == pytest.approx(np.mean([labels[i] == labels[j] for i in range(60) for j in neighbors[i]]))

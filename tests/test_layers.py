@@ -54,7 +54,17 @@ def test_only_the_named_files_import_ray_and_ffcv(package):
     assert using, "the rule would hold of an empty package too"
 
 
-BLIND = ("methods/", "models/", "data/", "losses.py", "pseudo_labels.py", "neighbors.py", "graph.py", "suggest.py")
+BLIND = (
+    "methods/",
+    "models/",
+    "data/",
+    "losses.py",
+    "pseudo_labels.py",
+    "neighbors.py",
+    "graph.py",
+    "mixing.py",
+    "suggest.py",
+)
 SEEING = (
     "spice_dist.evaluate",
     "spice_dist.evaluate_graph",
@@ -78,7 +88,16 @@ def test_pure_math_knows_no_worker_configuration_or_file():
         "spice_dist.data",
         "spice_dist.methods",
     )
-    pure = ("losses.py", "pseudo_labels.py", "neighbors.py", "metrics.py", "graph.py", "suggest.py", "verdict.py")
+    pure = (
+        "losses.py",
+        "pseudo_labels.py",
+        "neighbors.py",
+        "metrics.py",
+        "graph.py",
+        "mixing.py",
+        "suggest.py",
+        "verdict.py",
+    )
     assert [(path, name) for path, tree in trees() if path in pure for name in outside if uses(tree, name)] == []
 
 

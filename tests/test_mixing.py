@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spice_dist import graph
 from spice_dist.mixing import choose_weight
 
 
@@ -46,17 +45,3 @@ def test_few_images_and_copies_have_a_weight_too(count, alike):
 def test_features_that_are_no_numbers_are_left_for_the_neighbour_search_to_refuse():
     rows = torch.full((20, 4), float("nan"))
     assert choose_weight(rows, rows).weight == 0
-
-
-def test_modularity_is_that_of_its_definition():
-    """Q = sum_ij (W_ij - d_i d_j / 2m) [c_i = c_j] / 2m, term by term in float64."""
-    rng = np.random.default_rng(0)
-    near = np.stack([rng.permutation([j for j in range(30) if j != i])[:5] for i in range(30)]).astype(np.int32)
-    labels = rng.integers(3, size=30)
-    links = graph.neighbor_graph(near, 5)
-    dense = links.toarray()
-    degree, total = dense.sum(1), dense.sum()
-    same = labels[:, None] == labels[None]
-    expected = ((dense - np.outer(degree, degree) / total) * same).sum() / total
-    assert graph.modularity(links, labels) == pytest.approx(expected, abs=1e-12)
-    assert graph.modularity(links, np.zeros(30, int)) == pytest.approx(0, abs=1e-12)

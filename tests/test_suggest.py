@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import networkx as nx
 import numpy as np
 import pytest
 from scipy.cluster.hierarchy import fcluster, is_valid_linkage, ward
@@ -15,7 +14,6 @@ from spice_dist.suggest import (
     cut,
     describe,
     merge_tree,
-    modularity,
     silhouettes,
     structureless,
     suggest,
@@ -60,16 +58,6 @@ def test_silhouettes_of_copies_are_zero_and_not_nan():
     assert (silhouettes(np.ones((6, 2)), np.array([0, 0, 0, 1, 1, 1])) == 0).all()
 
 
-def test_modularity_is_networkxs():
-    neighbors = np.array([RNG.choice(np.delete(np.arange(60), i), 4, replace=False) for i in range(60)])
-    labels = RNG.integers(0, 5, 60)
-    graph = nx.MultiGraph([(i, int(j)) for i in range(60) for j in neighbors[i]])
-    groups = [set(np.flatnonzero(labels == c).tolist()) for c in range(5)]
-    agreement, value = modularity(neighbors, labels)
-    assert value == pytest.approx(nx.community.modularity(graph, groups), abs=1e-12)
-    assert agreement == pytest.approx(np.mean([labels[i] == labels[j] for i in range(60) for j in neighbors[i]]))
-
-
 def test_composite_follows_its_formula_and_lies_between_micro_and_macro():
     micro, macro = np.array([0.3, 0.2, 0.4]), np.array([0.1, 0.25, 0.4])
     weights = [(1 + np.tanh((a - b) / 0.2)) / 2 for a, b in zip(micro, macro, strict=True)]
@@ -95,7 +83,8 @@ def test_structureless_data_have_the_covariance_and_the_tails_but_not_the_groups
 def test_separated_groups_are_counted_exactly(k: int):
     answer = suggest(mixture(k, 40 * k + 100, 0.4), seed=1, largest=30)
     assert (answer.found, answer.clusters) == (True, k)
-    assert answer.coarse <= k <= answer.fine
+    assert answer.coarse == k or 3 * answer.coarse <= 2 * k
+    assert answer.fine == k or 2 * answer.fine >= 3 * k
     assert answer.low <= k <= answer.high
     assert len(answer.stability) == k
     assert min(answer.stability) > 0.95
@@ -224,7 +213,13 @@ def test_the_description_has_a_bar_for_each_k_and_never_one_number_alone():
     answer = suggest(mixture(3, 150, 0.4), largest=8)
     text = describe(replace(answer, stability=[0.9, 0.8, 0.3]))
     assert sum(" #" in line and line.lstrip()[0].isdigit() for line in text.splitlines()) == len(answer.candidates)
-    for part in ("suggested: 3 groups", "plausible: 3 to 3", "coarser: 3", "finer: 3", "about 50 images"):
+    for part in (
+        "suggested: 3 groups",
+        "plausible: 3 to 3",
+        f"coarser: {answer.coarse}",
+        f"finer: {answer.fine}",
+        "about 50 images",
+    ):
         assert part in text
     assert "1 very stable, 1 stable, 1 do not trust" in text
     assert "note: " in describe(replace(answer, notes=["a sentence"]))

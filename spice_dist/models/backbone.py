@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
-from spice_dist.models.intermediate import Mixture, middle_stage, peaks
+from spice_dist.models.intermediate import Mixture, middle_stage, peaks, stages
 from spice_dist.models.pretrained import (
     MISFITS,
     PACKAGE,
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         self.dim += sum(other.dim for other in beside)
         self.mixture = None
         if self.middle is not None:
-            self.mixture = Mixture(_middle_width(self.body, self.middle))
+            self.mixture = Mixture(stages(self.body)[self.middle]["num_chs"])
             self.dim += len(self.mixture.center)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
@@ -373,11 +373,6 @@ def _shrink_stem(body: nn.Module, stem: str) -> None:
     body.conv1 = nn.Conv2d(conv.in_channels, stem_width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
     body.maxpool = POOLINGS[stem]()
-
-
-def _middle_width(body: nn.Module, stage: int) -> int:
-    info: Any = body.feature_info
-    return getattr(info, "info", info)[stage]["num_chs"]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ tells more. Its part is the largest activation of each channel, of the last stag
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 REDUCTION = 16  # of the image's side, of the stage that is taken
 
 
+def stages(body: nn.Module) -> list[dict[str, Any]]:
+    """Of a network whose stages timm knows, each one's "module", "num_chs" and "reduction" of the side; else empty."""
+    info: Any = getattr(body, "feature_info", ())
+    return list(getattr(info, "info", info)) if hasattr(body, "forward_intermediates") else []
+
+
 def middle_stage(body: nn.Module) -> int | None:
-    """The place in a timm network's `feature_info` of the last stage at a 16th of the side, if a smaller one follows.
+    """The place among the stages of the last one at a 16th of the side, if one of lower resolution follows.
 
     None for networks without such stages, as transformers of one resolution are.
     """
-    info = getattr(body, "feature_info", None)
-    if info is None or not hasattr(body, "forward_intermediates"):
-        return None
-    reductions = [entry["reduction"] for entry in getattr(info, "info", info)]
-    if REDUCTION not in reductions or max(reductions) <= REDUCTION:
+    reductions = [stage["reduction"] for stage in stages(body)]
+    if REDUCTION not in reductions or max(reductions) == REDUCTION:
         return None
     return len(reductions) - 1 - reductions[::-1].index(REDUCTION)
 

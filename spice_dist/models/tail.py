@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import Backbone
-from spice_dist.models.intermediate import Mixture, peaks
+from spice_dist.models.intermediate import Mixture, peaks, stages
 
 TAIL_SHARE = 0.15  # of the multiplications, at most, unless the last block alone has more
 TOLERANCE = 2e-2  # of the norm of a feature: what rounding activations to float16 may change
@@ -162,9 +162,7 @@ def _parts(backbone: Backbone) -> _Parts:
     parts = _units(backbone)
     if backbone.middle is None:
         return parts
-    info: Any = backbone.body.feature_info
-    stage = backbone.body.get_submodule(getattr(info, "info", info)[backbone.middle]["module"])
-    inside = set(stage.modules())
+    inside = set(backbone.body.get_submodule(stages(backbone.body)[backbone.middle]["module"]).modules())
     return replace(parts, middle=1 + max(place for place, unit in enumerate(parts.units) if unit in inside))
 
 

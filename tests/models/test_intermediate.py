@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spice_dist.models.backbone import Backbone, BackboneConfig, unit
-from spice_dist.models.intermediate import Mixture, middle_stage, peaks
+from spice_dist.models.intermediate import Mixture, middle_stage, peaks, stages
 from tests.models.test_tail import images, trained_looking
 
 STAGES = {"tf_efficientnet_lite0": 112, "resnet10t": 256, "convnext_atto": 160, "swin_tiny_patch4_window7_224": 384}
@@ -25,8 +25,7 @@ def test_features_are_the_final_ones_and_the_peaks_of_the_stage_at_a_16th(name):
     """The oracle reads the stage from a hook on the plain network."""
     plain, backbone, x = trained_looking(name), with_middle(name), images()
     seen = []
-    info = plain.body.feature_info
-    module = next(entry["module"] for entry in getattr(info, "info", info) if entry["num_chs"] == STAGES[name])
+    module = next(stage["module"] for stage in stages(plain.body) if stage["num_chs"] == STAGES[name])
     plain.body.get_submodule(module).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.no_grad():
         final, found = unit(plain(x)), backbone(x)
@@ -42,10 +41,8 @@ def test_the_stage_is_the_last_of_its_resolution(name):
     body = timm.create_model(name, num_classes=0)
     place = middle_stage(body)
     assert place is not None
-    info = body.feature_info
-    entries = getattr(info, "info", info)
-    assert entries[place]["num_chs"] == STAGES[name]
-    assert entries[place + 1]["reduction"] == 32
+    assert stages(body)[place]["num_chs"] == STAGES[name]
+    assert stages(body)[place + 1]["reduction"] == 32
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "wrn_28_2"])
