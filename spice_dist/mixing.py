@@ -7,8 +7,6 @@ unequal classes, 600 images) it ordered weights as the true labels do or chose o
 Memory: that of the features of COMPARED images and of a graph of them. Time: seconds.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -18,29 +16,30 @@ from spice_dist import graph
 from spice_dist.models.intermediate import Mixture
 from spice_dist.neighbors import nearest, without_itself
 
-WEIGHTS = (0.0, 0.3, 0.6)  # of the middle stage's part, beside 1 for the final features
+USUAL = 0.3  # weight of the middle stage's part, beside 1 for the final features
+OTHERS = (0.0, 0.6)
+MARGIN = 0.005  # of modularity by which another weight must be better: so much do samples of the same images differ
 CLUSTERS = (6, 10, 15, 20)  # numbers of groups by which graphs are compared: K need not be known
 COMPARED = 3_000  # images by which weights are compared
 NEIGHBORS, STEPS, STARTS = 15, 8, 5  # of the graph, of the walk, of k-means
 
 
 @torch.no_grad()
-def choose_weight(
-    features: Float[Tensor, "N D"], middle: Float[Tensor, "N C"], weights: Sequence[float] = WEIGHTS
-) -> Mixture:
+def choose_weight(features: Float[Tensor, "N D"], middle: Float[Tensor, "N C"]) -> Mixture:
     """The mixture, with the center of these images, whose graph of nearest neighbours has the highest modularity.
 
-    Give COMPARED images or so. Of equal ones the smaller weight is taken.
+    Give COMPARED images or so. USUAL is taken unless another weight is better by MARGIN.
     """
     mixture = Mixture(middle.shape[1]).to(features.device)
     mixture.center.copy_(middle.float().mean(0))
     if not torch.isfinite(features).all() or not torch.isfinite(middle).all():
         return mixture  # the search for neighbours will say so
-    scores = []
-    for weight in weights:
+    scores = {}
+    for weight in (USUAL, *OTHERS):
         mixture.weight.fill_(weight)
-        scores.append(modularity_of(mixture(features, middle)))
-    mixture.weight.fill_(weights[int(np.argmax(scores))])
+        scores[weight] = modularity_of(mixture(features, middle))
+    scores[USUAL] += MARGIN
+    mixture.weight.fill_(max(scores, key=lambda weight: scores[weight]))
     return mixture
 
 

@@ -67,8 +67,10 @@ def resolve(
         config = trained(config, len(source.paths), shorter_side(source)) if network.get("backbone.weights") else config
         if changes.get("pretext", "none") != "none":  # its features are not known before it has learnt them
             config = override(config, {"backbone.intermediate": False})
-    if name == "photos" and wish.method == "spice" and changes.setdefault("clusters", AUTO) == AUTO:
-        if config.stage2 != "spice_graph":  # the neighbours of what stage 1 learns say how many groups there are
+    if name == "photos" and wish.method == "spice":
+        # the neighbours of what stage 1 learns say how many groups there are; with another number the run goes on so
+        graph = changes.setdefault("clusters", AUTO) == AUTO or _began_on_graph(run)
+        if graph and config.stage2 != "spice_graph":
             config = replace(config, stage2="spice_graph", stage3="none")
     elif name == "photos" and "clusters" not in changes:
         raise UserError(f"how many clusters? give --clusters, a whole number from 2 up, with --method {wish.method}")
@@ -142,6 +144,13 @@ def _automatic(num_images: int, run: Path | None, progress: Progress) -> tuple[d
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = choose(device, num_images, progress)
     return dict(choice.settings), choice.line
+
+
+def _began_on_graph(run: Path | None) -> bool:
+    try:
+        return run is not None and json.loads((run / "config.json").read_text())["config"]["stage2"] == "spice_graph"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _chosen_before(run: Path) -> tuple[dict[str, Any], str] | None:

@@ -47,6 +47,7 @@ from spice_dist.pipeline import (
 )
 from spice_dist.report.sweep import settings_line, with_objective, write_sweep_report
 from spice_dist.run_folder import owned, refuse_changes, stage_record
+from spice_dist.task import PRETEXTS
 from spice_dist.trials import FINISHED, RUNNING, Plan, read_record, start_of
 
 COMBINED = "combined"  # the mean place by several objectives
@@ -84,6 +85,8 @@ def tune(
     """
     ranges, metric = ray_tune.read_space(space_file(space), launch.address, launch.insecure)
     start = start_of(ranges)
+    if config.stage2 == "spice_graph":  # trials search the settings of the published stages
+        config = override(config, {"stage2": "spice_self", "stage3": "spice_semi"})
     override(config, ray_tune.values_of(ranges, config.seed))  # a wrong name is told at once
     if start != "pretrain":
         config = _with_shared_views(config)
@@ -147,6 +150,11 @@ def _check(plan: Plan, search: Search, objective: str, ranges: Space) -> None:
     heads = plan.config.spice_self.heads
     if objective == "agreement" and heads < 2 and "spice_self.heads" not in ranges and not plan.reliable:
         raise UserError(f"--objective agreement compares the heads of a trial, and spice_self.heads is {heads}")
+    if idle := [name for name in ranges if name.split(".")[0] in {*PRETEXTS} - {plan.config.pretext}]:
+        raise UserError(
+            f'the space searches {idle[0]}, and stage 1 is "{plan.config.pretext}": give another --space, or '
+            f"--pretext {idle[0].split('.')[0]}" + " with --backbone scratch" * (plan.config.pretext == "none")
+        )
     counts = {"--trials": search.trials, "--max-concurrent": search.max_concurrent, "--threads": plan.threads}
     for name, count in counts.items():
         if count is not None and count < 1:

@@ -288,6 +288,7 @@ def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
         (["--space", "heads", "--time-budget", "-1"], "--time-budget is -1; give seconds above 0"),
         (["--space", "thresholds", "--scheduler", "asha"], "trials of thresholds have none"),
         (["--space", "heads", "--method", "imc_swav"], "leave --method out"),
+        (["--space", "pretrain", "--pretext", "byol"], 'stage 1 is "byol": give another --space, or --pretext moco'),
         (["--space", "heads", "--base", "nowhere"], "--base nowhere has no features yet"),
         (["--space", "heads", "--set", "moco.batch=1280"], "moco.queue is 1024"),
         (["--space", "augmentations", "--objective", "agreement", "--set", "spice_self.heads=1"], "heads is 1"),
