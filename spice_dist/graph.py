@@ -156,9 +156,9 @@ def spread(
     return found
 
 
-def neighbor_mean(probs: Float[np.ndarray, "N K"], neighbors: Int[np.ndarray, "N S"]) -> Float[np.ndarray, "N K"]:
+def neighbor_mean(probs: Float[np.ndarray, "N K"], neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray, "M K"]:
     """The mean of each image's neighbours, one neighbour at a time: never N x S x K numbers."""
-    total = np.zeros_like(probs)
+    total = np.zeros((len(neighbors), probs.shape[1]), probs.dtype)
     for column in neighbors.T:
         total += probs[column]
     return total / neighbors.shape[1]

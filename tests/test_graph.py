@@ -3,9 +3,13 @@
 import networkx as nx
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from spice_dist import graph
+from spice_dist.methods import spice_graph
+from spice_dist.methods.spice_graph import SpiceGraphConfig
+from spice_dist.task import Task
 
 
 def rings(count: int = 150, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +107,18 @@ def test_spreading_is_its_series():
     wanted = 0.5 * (probs + 0.5 * walk @ probs) + 0.25 * walk @ walk @ probs
     np.testing.assert_allclose(graph.spread(probs, neighbors, 0.5, rounds=2), wanted)
     np.testing.assert_allclose(graph.neighbor_mean(probs, neighbors), walk @ probs)
+
+
+def test_beyond_the_landmarks_the_others_follow_their_nearest(monkeypatch):
+    rng = np.random.default_rng(6)
+    which = rng.integers(4, size=900)
+    points = rng.standard_normal((4, 16))[which] * 3 + rng.standard_normal((900, 16))
+    points = torch.nn.functional.normalize(torch.from_numpy(points).float(), dim=1)
+    monkeypatch.setattr(graph, "LANDMARKS", 300)
+    settings = SpiceGraphConfig(counts=(10,), walks=(4, 8), spread=5)
+    labels = spice_graph.clusterings(Task(clusters=4), settings, points, neighbors_of(points.numpy(), 10))
+    assert labels.shape == (2, 900)
+    assert all(adjusted_rand_score(which, row) > 0.95 for row in labels)
 
 
 def test_scaled_probabilities_have_the_sizes_and_keep_their_odds():
