@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spice_dist.config import Config
-from spice_dist.graph import DIMENSIONS, LANDMARKS
+from spice_dist.graph import DIMENSIONS, landmarks
 from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import autocast, place
 from spice_dist.methods.spice_graph import passes
@@ -172,7 +172,7 @@ class _Count:
         own, images, dim = self.config.spice_graph, self.clustered, self.plain.dim
         clusters = self.config.clusters or SUPPOSED
         asked = (own.rounds + 1) * (3 * passes(own, images) + 1) * images
-        sample = min(images, LANDMARKS)
+        sample = min(images, landmarks(clusters))
         start = own.heads * sample * clusters * (DIMENSIONS * clusters + max(own.counts)) * START_SECONDS
         memory = (images * dim + 4 * images * own.heads * clusters) * FLOAT
         return Stage("spice_graph", (Work(self.plain, 0, 0),), 2.0 * own.heads * dim * clusters * asked, memory, start)

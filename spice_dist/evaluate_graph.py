@@ -297,7 +297,7 @@ def _divided(config: Config, run: Path, labels: Int[np.ndarray, " M"], count: in
     """Groups inside of clusters: the pairs (cluster, finer group) with a tenth of the finer group, the rest joins the
     largest pair of its cluster."""
     neighbors = np.load(run / "graph/neighbors.npy")
-    if count <= config.clusters or len(neighbors) > graph.LANDMARKS:
+    if count <= config.clusters or len(neighbors) > graph.landmarks(count):
         return labels
     finer = graph.graph_clusterings(neighbors, count, (SPECTRAL_NEIGHBORS,), (8,), config.seed)[0]
     pairs, index, sizes = np.unique(labels * count + finer, return_inverse=True, return_counts=True)

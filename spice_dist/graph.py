@@ -4,8 +4,8 @@ Images that a chain of close neighbours joins belong together, even where no cen
 graph stays inside a group for long. N = images, K = clusters, k = neighbours of each, S = neighbours known of each.
 
 Memory in bytes: the graph 24 N k, the map 8 N (m + 20) for m = DIMENSIONS K coordinates. Time: N k (m + 20) operations
-a round of the eigensolver, some tens of rounds; k-means N K m a round. Beyond LANDMARKS images the map is of a random
-sample of so many, and the others take the mean of their nearest landmarks.
+a round of the eigensolver, some tens of rounds; k-means N K m a round. Of more images than `landmarks` the map is of a
+random sample of so many, and the others take the mean of their nearest landmarks.
 """
 
 import warnings
@@ -16,9 +16,14 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from scipy.sparse import linalg
 
-LANDMARKS = 50_000  # more images than these are clustered through a sample of so many
+LANDMARKS, LANDMARKS_OF_CLUSTER = 20_000, 50  # at least; see `landmarks`
 DIMENSIONS = 3  # coordinates of the map for each cluster
 DENSE = 400  # images up to which all eigenvectors are computed: the iterative solver needs more than it is asked for
+
+
+def landmarks(clusters: int) -> int:
+    """How many images are clustered themselves: of more than these a sample."""
+    return max(LANDMARKS, LANDMARKS_OF_CLUSTER * clusters)
 
 
 def neighbor_graph(neighbors: Int[np.ndarray, "N S"], count: int) -> sparse.csr_array:

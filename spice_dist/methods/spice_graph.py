@@ -166,10 +166,11 @@ def clusterings(
     neighbors: Int[np.ndarray, "N S"],
     progress: Progress = lambda done, total: None,
 ) -> Int[np.ndarray, "H N"]:
-    """`graph.graph_clusterings`, beyond LANDMARKS images of a sample; the others vote with their nearest landmarks."""
-    if len(neighbors) <= graph.LANDMARKS:
+    """`graph.graph_clusterings`, of many images of a sample; the others vote with their nearest landmarks."""
+    most = graph.landmarks(task.clusters)
+    if len(neighbors) <= most:
         return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed, progress)
-    chosen = np.sort(np.random.default_rng([task.seed, SAMPLE]).permutation(len(neighbors))[: graph.LANDMARKS])
+    chosen = np.sort(np.random.default_rng([task.seed, SAMPLE]).permutation(len(neighbors))[:most])
     sample = features[torch.from_numpy(chosen).to(features.device)]
     among = nearest(sample, max(config.counts) + 1).cpu().numpy().astype(np.int32)
     near = without_itself(among)
