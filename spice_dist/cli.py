@@ -318,7 +318,8 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     if out is None and not options.dry_run:
         raise UserError("where to? give --out, a folder for the run")
     source = _open(options)
-    print(f"{len(source.paths):,} images found; loading torch and the network", file=sys.stderr)
+    if "torch" not in sys.modules:  # which takes seconds
+        print(f"{len(source.paths):,} images found; loading torch", file=sys.stderr)
     config, network = _config(options, source)
 
     from spice_dist.distributed import trackers

@@ -418,6 +418,7 @@ def test_a_run_folder_in_use_is_refused_and_ctrl_c_saves_what_the_same_command_f
         child.kill()
     assert child.returncode == 130
     assert "the same command goes on from there" in printed
+    assert printed.startswith("1,797 images found"), "torch takes seconds to load, silence would worry"
     assert "Traceback" not in printed
     saved = [path.name for path in (tmp_path / "run/moco/checkpoints").iterdir()]
     assert len(saved) == 1
