@@ -98,7 +98,8 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     def progress(done: int, total: int) -> None:
         worker.progress(before + done, before + total, None)
 
-    for features in outputs(model, images, own, task.backbone.statistics, progress, task.precision):
+    chunks = outputs(model, images, own, task.backbone.statistics, progress, task.precision) if len(own) else ()
+    for features in chunks:
         features[:, :final] = unit(features[:, :final])
         rows[own[written : written + len(features)]] = features.clamp(-FLOAT16, FLOAT16).half().cpu().numpy()
         written += len(features)

@@ -67,7 +67,6 @@ def resolve(
         config = trained(config, len(source.paths), shorter_side(source)) if network.get("backbone.weights") else config
         if changes.get("pretext", "none") != "none":  # its features are not known before it has learnt them
             config = override(config, {"backbone.intermediate": False})
-    if name == "photos" and wish.method == "spice":
         # the neighbours of what stage 1 learns say how many groups there are; with another number the run goes on so
         graph = changes.setdefault("clusters", AUTO) == AUTO or _began_on_graph(run)
         if graph and config.stage2 != "spice_graph":

@@ -85,8 +85,7 @@ def tune(
     """
     ranges, metric = ray_tune.read_space(space_file(space), launch.address, launch.insecure)
     start = start_of(ranges)
-    if config.stage2 == "spice_graph":  # trials search the settings of the published stages
-        config = override(config, {"stage2": "spice_self", "stage3": "spice_semi"})
+    config = with_published_stages(config)
     override(config, ray_tune.values_of(ranges, config.seed))  # a wrong name is told at once
     if start != "pretrain":
         config = _with_shared_views(config)
@@ -133,6 +132,13 @@ def objectives_of(plan: Plan) -> list[str]:
 def _guide(objective: str) -> str:
     """The score that Optuna and ASHA follow: one that a trial has alone, not by comparison with the others."""
     return "generalization" if objective in (COMBINED, "consensus") else objective
+
+
+def with_published_stages(config: Config) -> Config:
+    """Stages 2 and 3 as published, whose settings trials search, in the place of those on the neighbour graph."""
+    if config.stage2 != "spice_graph":
+        return config
+    return override(config, {"stage2": "spice_self", "stage3": "spice_semi"})
 
 
 def _with_shared_views(config: Config) -> Config:

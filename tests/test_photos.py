@@ -15,8 +15,9 @@ from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from spice_dist import SpiceClusterer, evaluate_graph
+from spice_dist import SpiceClusterer, evaluate_graph, inference
 from spice_dist.cli import main
+from spice_dist.config import read_config
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.methods import spice_graph
@@ -107,6 +108,25 @@ def test_the_weight_of_the_middle_stage_is_kept_and_belongs_to_weights_as_they_a
     capsys.readouterr()
     assert main([*given, "--set", "backbone.intermediate=True"]) == 1
     assert "backbone.intermediate is for weights as they are" in capsys.readouterr().err
+
+
+def test_a_stop_while_the_stages_are_mixed_loses_no_row(run, tmp_path, monkeypatch):
+    """Rows that are done are not encoded again, and are mixed once: the file has the bytes of an undisturbed run."""
+    config = read_config(run / "config.json")
+    for name in ("data", "config.json"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / name)
+    worker = LocalWorker(tmp_path, "features", torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "publish_json", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
+        with pytest.raises(UserError, match="disk full"):
+            inference.embed(config, None, worker)
+    encoded: list[int] = []
+    monkeypatch.setattr(worker, "progress", lambda done, *_: encoded.append(done))
+    inference.embed(config, None, worker)
+    assert encoded == []
+    for name in ("features.npy", "mixture.json"):
+        assert (tmp_path / "features" / name).read_bytes() == (run / "features" / name).read_bytes()
+    assert not list((tmp_path / "features").glob("*.partial.npy"))
 
 
 def test_another_number_of_clusters_keeps_the_features(run, photos, tmp_path, capsys):
@@ -274,9 +294,14 @@ def test_without_any_trained_network_it_trains_one_and_says_why(photos, tmp_path
     few = ["moco.epochs=1", "data.size=16", "moco.batch=16", "moco.queue=16", "backbone.widths=(8,8,8,8)"]
     settings = [word for setting in few for word in ("--set", setting)]
     out = tmp_path / "run"
-    assert main(["fit", str(photos), "--out", str(out), "--backbone", "scratch", "--workers", "0", *settings]) == 0
+    given = ["fit", str(photos), "--out", str(out), "--backbone", "scratch", "--workers", "0", *settings]
+    assert main(given) == 0
     assert (out / "moco").exists()
     assert read(out)["k"] >= 2
+    features = (out / "features/features.npy").stat().st_mtime_ns
+    assert main([*given, "--clusters", "3"]) == 0, "a run that began without a number takes one later"
+    assert read(out)["k"] == 3
+    assert (out / "features/features.npy").stat().st_mtime_ns == features
 
 
 @pytest.mark.parametrize("images", [12, 255, 256, 257, 3781, 1_000_000])

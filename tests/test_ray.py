@@ -44,7 +44,7 @@ def kill_a_worker(run: Path, stopped_at: int, killed: list[int]) -> None:
 
 
 @pytest.mark.timeout(480)  # starts Ray twice and workers three times
-def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path):
+def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path, capfd):
     out = tmp_path / "run"
     arguments = ["fit", "digits", "--out", str(out), *SETTINGS]
     child = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, process_group=0)
@@ -71,11 +71,14 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted,
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(out, stopped_at, killed), daemon=True)
     killer.start()
-    assert cli.main(arguments) == 0
+    (tmp_path / "file").touch()
+    scratch = tmp_path / "file/below"  # where nothing can be written, as the workers say
+    assert cli.main([*arguments, "--scratch", str(scratch)]) == 0
     killer.join(1)
     assert len(killed) == 1
     assert (out / "assignments.csv").read_bytes() == uninterrupted
     assert not (out / ".ray").exists()
+    assert f"the images cannot be copied to {scratch}" in capfd.readouterr().err, "what a worker says reaches the user"
 
 
 def test_a_worker_that_hangs_as_its_cluster_ends_is_killed_and_no_other_process_is(monkeypatch):

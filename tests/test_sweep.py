@@ -18,7 +18,7 @@ from spice_dist.errors import UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.methods import spice_self
 from spice_dist.pipeline import Launch, fit_until
-from spice_dist.recipes import photos
+from spice_dist.recipes import photos, trained
 from spice_dist.report.sweep import correlations
 from spice_dist.sweep import best_first, objectives_of, rows, space_file, write_results
 from spice_dist.trials import FAILED, FINISHED, RUNGS, Plan, run_trial, start_of, trial_folder
@@ -390,6 +390,13 @@ def test_a_sweep_without_a_trial_takes_the_settings_of_a_corrected_command_and_o
     with pytest.raises(UserError, match="other settings: moco.lr was 0.01"):
         sweep._begin(wrong, few_digits(), "heads", {}, True, None)
     assert sweep.config_of(tmp_path) == right.config
+
+
+def test_photos_on_the_neighbour_graph_are_searched_with_the_published_stages():
+    config = sweep.with_published_stages(replace(trained(photos(100), 100, None), clusters=3))
+    assert (config.stage2, config.stage3) == ("spice_self", "spice_semi")
+    without = replace(CONFIG, stage3="none")
+    assert sweep.with_published_stages(without) == without
 
 
 def test_a_score_that_no_trial_has_chooses_none(heads):
