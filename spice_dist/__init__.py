@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from spice_dist.config import Config, override
     from spice_dist.errors import Interrupted, UserError
     from spice_dist.estimator import SpiceClusterer
-    from spice_dist.pipeline import Launch, fit
+    from spice_dist.launching import Launch
+    from spice_dist.pipeline import fit
     from spice_dist.recipes import recipe
 
 # How often an idle thread of torch's CPU kernels looks for work before it sleeps, read when torch is first imported.
@@ -22,7 +23,7 @@ __all__ = ["Config", "Interrupted", "Launch", "SpiceClusterer", "UserError", "fi
 _HOME = {
     "Config": "config",
     "Interrupted": "errors",
-    "Launch": "pipeline",
+    "Launch": "launching",
     "SpiceClusterer": "estimator",
     "UserError": "errors",
     "fit": "pipeline",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from spice_dist.config import Config
     from spice_dist.data.sources import Source
-    from spice_dist.pipeline import Launch
+    from spice_dist.launching import Launch
 
 OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
 
@@ -289,7 +289,7 @@ def _open(options: argparse.Namespace) -> "Source":
 
 def _pack(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.data.ingest import pack
-    from spice_dist.pipeline import Bar, StopSignal
+    from spice_dist.terminal import Bar, StopSignal
 
     source = _open(options)
     with StopSignal() as stop, Bar("pack", stop) as bar:
@@ -338,8 +338,9 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
 def _suggest(options: argparse.Namespace, given: list[str]) -> None:
     import tempfile
 
+    from spice_dist.launching import Launch
     from spice_dist.methods.suggested import read_suggestion
-    from spice_dist.pipeline import Launch, fit_until
+    from spice_dist.pipeline import fit_until
     from spice_dist.suggest import describe
 
     suggestion = read_suggestion(Path(options.data))
@@ -358,7 +359,7 @@ def _tune(options: argparse.Namespace, given: list[str]) -> None:
     config, _ = _config(options, source)
 
     from spice_dist.distributed.ray_tune import Search
-    from spice_dist.pipeline import Launch
+    from spice_dist.launching import Launch
     from spice_dist.report.sweep import format_sweep
     from spice_dist.sweep import tune
 
@@ -404,7 +405,7 @@ def _doctor(options: argparse.Namespace, given: list[str]) -> None:
 
 def _launch(options: argparse.Namespace) -> "Launch":
     from spice_dist.distributed.worker import Storage
-    from spice_dist.pipeline import Launch
+    from spice_dist.launching import Launch
 
     storage = Storage(options.checkpoint_seconds, options.scratch)
     return Launch(options.workers, options.threads, options.address, options.insecure, storage, options.labels)
@@ -445,7 +446,7 @@ def _config(options: argparse.Namespace, source: "Source") -> "tuple[Config, str
         if options.recipe or options.method != "spice":
             raise UserError("--config is a whole configuration: leave --recipe and --method out")
         return override(read_config(options.config), {**named_networks(backbones, options.weights), **changes}), ""
-    from spice_dist.pipeline import Bar, StopSignal
+    from spice_dist.terminal import Bar, StopSignal
 
     wish = Wish(options.recipe, options.method, backbones, options.weights, changes)
     with StopSignal() as stop, Bar("download", stop) as bar:
@@ -479,8 +480,8 @@ def _evaluate(options: argparse.Namespace, given: list[str]) -> None:
     import torch
 
     from spice_dist.errors import UserError
-    from spice_dist.pipeline import Bar, StopSignal
     from spice_dist.probes import format_rows, probe_checkpoints
+    from spice_dist.terminal import Bar, StopSignal
 
     if others:
         raise UserError("--probe takes one run at a time")

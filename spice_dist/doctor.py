@@ -31,7 +31,8 @@ from spice_dist.data.ingest import manifest_path
 from spice_dist.data.sources import Source, is_beton
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError
-from spice_dist.pipeline import Launch, check_settings, plan
+from spice_dist.launching import Launch, plan
+from spice_dist.pipeline import check_settings
 
 if TYPE_CHECKING:
     from spice_dist.distributed.ray_nodes import Report

@@ -18,9 +18,10 @@ from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
+from spice_dist.launching import Launch
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
-from spice_dist.pipeline import Launch, fit
+from spice_dist.pipeline import fit
 from spice_dist.report import write_report
 from spice_dist.report.run_folder import read_assignments
 from spice_dist.resolve import Wish, resolve

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,10 +22,11 @@ from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import Ingested
 from spice_dist.data.sources import Source, listing
-from spice_dist.distributed.worker import LocalWorker, Stage, Storage, usable_cores
+from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, evaluate_given_labels, evaluate_imc_swav, evaluate_scan, relabel
 from spice_dist.evaluate_graph import evaluate_graph
+from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import (
     byol,
     given_labels,
@@ -43,7 +43,8 @@ from spice_dist.methods import (
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.run_folder import forget_other_clusters, owned, refuse_changes, stage_record, write_stage_record
-from spice_dist.task import AUTO, USING_LABELS, check_task, require_positive
+from spice_dist.task import AUTO, USING_LABELS, check_task
+from spice_dist.terminal import Bar, StopSignal
 
 # no pixel changes; weights count by their SHA-256; evaluation alone reads eval_bn
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights", "imc_swav.eval_bn")
@@ -51,20 +52,6 @@ NEW = {"backbone.others": ()}  # settings that older run folders lack, which the
 # after these stages there are clusters: a run can end with any of them
 CLUSTERING = ("spice_self", "spice_graph", "reliable", "spice_semi", "spice_tune", "imc_swav", "scan", "self_label")
 SMALL = 50_000  # fewer images are embedded in less time than FFCV's reader compiles, and by one worker alone
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a run is carried out; nothing here changes its result."""
-
-    # training processes; 0: this one, without Ray; (least, most): as many as there is room for at the time, elastic;
-    # None: one per GPU, or 2 on a CPU
-    workers: int | tuple[int, int] | None = None
-    threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
-    address: str | None = None  # of a running Ray cluster; None: our own on this machine
-    insecure: bool = False  # join a cluster that asks for no token
-    storage: Storage = Storage()  # how often workers save, and where they read images from
-    labels: str | None = None  # where true labels come from, for scores only
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class Run:
     sizes: tuple[int, ...]  # numbers of workers that may run, ascending; (0,): none beside this process
     threads: int
     launch: Launch
-    stop: "StopSignal"
+    stop: StopSignal
 
 
 def fit(
@@ -161,7 +148,7 @@ def _opened(
         )
         print(
             f"{len(source.paths)} images into {clusters}: {_named(config)} of {size:.2f} M "
-            f"parameters, {_counts(sizes)} Ray workers, {threads} thread{'s' * (threads > 1)} each, {device.type}",
+            f"parameters, {in_words(sizes)} Ray workers, {threads} thread{'s' * (threads > 1)} each, {device.type}",
             file=sys.stderr,
         )
         try:
@@ -189,53 +176,6 @@ def dry_run(config: Config, source: Source, launch: Launch) -> str:
     clusters = config.clusters or "suggested"
     heading = f"{len(source.paths):,} images into {clusters} clusters on {workers} workers"
     return f"{heading}\n{cost.table(stages, device, config.precision, workers)}"
-
-
-def plan(config: Config, launch: Launch) -> tuple[tuple[int, ...], int]:
-    """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
-
-    Where nothing is trained that several workers could share, on a CPU, none is started unless asked for.
-
-    Raises:
-        UserError: no number that was asked for divides the BatchNorm groups of a batch.
-    """
-    workers, groups = launch.workers, config.bn_groups
-    alone = config.method == "spice" and config.pretext == "none" and config.stage3 != "spice_semi"
-    if workers is None and alone and launch.address is None and not torch.cuda.is_available():
-        workers = 0
-    return _worker_sizes(groups, workers), _num_threads(groups, launch.threads)
-
-
-def _worker_sizes(bn_groups: int, wanted: int | tuple[int, int] | None) -> tuple[int, ...]:
-    if wanted == 0:
-        return (0,)
-    if wanted is None:
-        return _divisors(bn_groups, 1, torch.cuda.device_count() or 2)[-1:]
-    least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
-    found = _divisors(bn_groups, least, most)
-    if least < 1 or not found:
-        shown = (
-            f"{wanted}, which does not divide" if isinstance(wanted, int) else f"{least}:{most}; none of these divides"
-        )
-        raise UserError(
-            f"--workers is {shown} the {bn_groups} BatchNorm groups of a batch; "
-            f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
-        )
-    return found
-
-
-def _divisors(number: int, least: int, most: int) -> tuple[int, ...]:
-    return tuple(count for count in range(max(1, least), most + 1) if number % count == 0)
-
-
-def _counts(sizes: tuple[int, ...]) -> str:
-    return " or ".join(map(str, sizes)) if sizes != (0,) else "no"
-
-
-def _num_threads(bn_groups: int, wanted: int | None) -> int:
-    if wanted is not None:
-        require_positive("", threads=wanted)
-    return wanted or max(1, usable_cores() // bn_groups)
 
 
 def _run_stages(run: Run, settings: dict[str, dict[str, Any]]) -> set[str]:
@@ -331,7 +271,7 @@ def _ray_session(run: Run) -> Iterator[None]:
 
     address = run.launch.address
     where = f"joining the Ray cluster at {address}" if address else "starting Ray"
-    print(f"{where} for {_counts(run.sizes)} workers", file=sys.stderr)
+    print(f"{where} for {in_words(run.sizes)} workers", file=sys.stderr)
     with ray_train.session(address, num_cpus=run.sizes[-1], insecure=run.launch.insecure):
         if address:
             ray_nodes.require_shared(run.folder)
@@ -343,7 +283,7 @@ def _named(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def _recorded(run: Run, stage: str, settings: dict[str, Any]) -> Iterator["Bar"]:
+def _recorded(run: Run, stage: str, settings: dict[str, Any]) -> Iterator[Bar]:
     """The bar of a stage; its record says how long it took, and that it is done unless an exception ends it."""
     spent = (stage_record(run.folder, stage) or {}).get("seconds", 0.0)
     started = time.monotonic()
@@ -403,7 +343,7 @@ def _train_on_workers(run: Run, stages: list[Stage], settings: dict[str, dict[st
         reach(len(names) - 1)
 
 
-def pack(run: Run, bar: "Bar") -> None:
+def pack(run: Run, bar: Bar) -> None:
     """The images as one verified file in FFCV's format."""
     folder = run.folder / "data"
     manifest = prepare(run.source, run.config.data, folder, bar.show)
@@ -420,73 +360,6 @@ def _brief(run: Run) -> Config:
     if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
         return run.config
     return override(run.config, {"data.loader": "torch"})
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM or SIGUSR1: save and stop. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        with contextlib.suppress(ValueError):  # not the main thread: whoever owns it takes the signals
-            for number in self.before:
-                signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ValueError):
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        tqdm.write("stopping after this step; the state is being saved", sys.stderr)
-
-    def requested(self) -> bool:
-        return self.received is not None
-
-    def check(self) -> None:
-        if self.received is not None:
-            raise Interrupted(signal.Signals(self.received).name)
-
-
-class Bar:
-    """A stage's progress: done of total, rate, time left, loss."""
-
-    def __init__(self, stage: str, stop: StopSignal):
-        self.stage, self.stop = stage, stop
-        self.tqdm: Any = None  # until there is something to show: a mistake is one line
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.tqdm is not None:
-            self.tqdm.close()
-
-    def fill(self) -> None:
-        """The stage is done, whatever was shown last."""
-        if self.tqdm is not None:
-            self.tqdm.update(self.tqdm.total - self.tqdm.n)
-
-    def show(self, done: int, total: int, loss: float | None = None) -> None:
-        """A stage without a loss keeps no state of its own: here is where it stops when asked to."""
-        if loss is None:
-            self.stop.check()
-        if self.tqdm is None:
-            slow = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no redrawing
-            options = {"unit": "", "mininterval": slow, "dynamic_ncols": True, "file": sys.stderr}
-            self.tqdm = tqdm(desc=f"{self.stage:<11}", **options)
-        if self.tqdm.total != total:
-            self.tqdm.reset(total)
-            self.tqdm.initial = self.tqdm.n = done if loss is not None and done > 1 else 0
-        if loss is not None:
-            self.tqdm.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self.tqdm.update(done - self.tqdm.n)
 
 
 def _fingerprint(labels: np.ndarray | None) -> str:

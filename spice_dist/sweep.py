@@ -33,21 +33,14 @@ from spice_dist.distributed.ray_tune import Search, Space
 from spice_dist.distributed.worker import LocalWorker, Stage, usable_cores
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
+from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
 from spice_dist.objectives import OBJECTIVES, SHOWN, combined, consensus
-from spice_dist.pipeline import (
-    Bar,
-    Launch,
-    StopSignal,
-    check_settings,
-    fit_until,
-    images_of,
-    pretext_stages,
-    stage_settings,
-)
+from spice_dist.pipeline import check_settings, fit_until, images_of, pretext_stages, stage_settings
 from spice_dist.report.sweep import settings_line, with_objective, write_sweep_report
 from spice_dist.run_folder import owned, refuse_changes, stage_record
 from spice_dist.task import PRETEXTS
+from spice_dist.terminal import Bar, StopSignal
 from spice_dist.trials import FINISHED, RUNNING, Plan, read_record, start_of
 
 COMBINED = "combined"  # the mean place by several objectives

@@ -12,7 +12,7 @@ from spice_dist.distributed.ray_nodes import Report
 from spice_dist.distributed.worker import Storage
 from spice_dist.doctor import BAD, NOTE, OK, Finding, Patient
 from spice_dist.errors import UserError
-from spice_dist.pipeline import Launch
+from spice_dist.launching import Launch
 from spice_dist.recipes import recipe
 
 

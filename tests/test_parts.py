@@ -9,7 +9,8 @@ import pytest
 
 from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed import checkpoint
-from spice_dist.pipeline import Launch, fit
+from spice_dist.launching import Launch
+from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
 from tests.methods.conftest import SMALL, override
 

@@ -16,8 +16,9 @@ from spice_dist.distributed import ray_train, ray_tune
 from spice_dist.distributed.ray_tune import Search
 from spice_dist.errors import UserError
 from spice_dist.evaluate import clustering_accuracy
+from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
-from spice_dist.pipeline import Launch, fit_until
+from spice_dist.pipeline import fit_until
 from spice_dist.recipes import photos, trained
 from spice_dist.report.sweep import correlations
 from spice_dist.sweep import best_first, objectives_of, rows, space_file, write_results

@@ -16,7 +16,8 @@ import pytest
 from spice_dist import cli
 from spice_dist.config import override
 from spice_dist.data.sources import open_source
-from spice_dist.pipeline import Launch, fit_until
+from spice_dist.launching import Launch
+from spice_dist.pipeline import fit_until
 from spice_dist.recipes import digits
 from tests.test_cli import command
 

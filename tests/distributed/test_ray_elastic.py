@@ -12,7 +12,7 @@ from spice_dist.distributed import ray_elastic, ray_nodes, ray_train, ray_traine
 from spice_dist.distributed.ray_train import Job, WorkersLost
 from spice_dist.distributed.worker import Stage
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.pipeline import Launch, plan
+from spice_dist.launching import Launch, plan
 from spice_dist.recipes import digits
 from spice_dist.task import Task
 

@@ -15,9 +15,10 @@ from spice_dist.config import Config, override
 from spice_dist.data.sources import open_source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
+from spice_dist.launching import Launch
 from spice_dist.methods import given_labels
 from spice_dist.methods.given_labels import GivenLabelsConfig, draw
-from spice_dist.pipeline import Launch, fit
+from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.recipes import recipe
 from spice_dist.report.run_folder import load, read_assignments

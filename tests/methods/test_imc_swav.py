@@ -19,11 +19,12 @@ from spice_dist.data.order import epoch_order
 from spice_dist.data.sources import open_source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
+from spice_dist.launching import Launch
 from spice_dist.methods import imc_swav
 from spice_dist.methods.imc_swav import Bank, EveryClassifier, SwavNet
 from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_lists
 from spice_dist.models.heads import ClassifierNet, Classifiers
-from spice_dist.pipeline import Launch, fit
+from spice_dist.pipeline import fit
 from spice_dist.recipes import recipe
 from spice_dist.task import check_task
 from tests.methods.conftest import CPU, SMALL, TRAIN

@@ -21,10 +21,11 @@ from spice_dist.data.images import open_images
 from spice_dist.data.order import epoch_order
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
+from spice_dist.launching import Launch
 from spice_dist.methods import scan
 from spice_dist.methods.plumbing import finished, load_backbone
 from spice_dist.models.heads import ClusterHeads
-from spice_dist.pipeline import Launch, fit
+from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report.run_folder import load, read_assignments
 from spice_dist.report.table import format_scores

@@ -1,0 +1,71 @@
+"""How a run is carried out: on which workers, with how many threads. Nothing here changes a result."""
+
+from dataclasses import dataclass
+
+import torch
+
+from spice_dist.config import Config
+from spice_dist.distributed.worker import Storage, usable_cores
+from spice_dist.errors import UserError
+from spice_dist.task import require_positive
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is carried out; nothing here changes its result."""
+
+    # training processes; 0: this one, without Ray; (least, most): as many as there is room for at the time, elastic;
+    # None: one per GPU, or 2 on a CPU
+    workers: int | tuple[int, int] | None = None
+    threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
+    address: str | None = None  # of a running Ray cluster; None: our own on this machine
+    insecure: bool = False  # join a cluster that asks for no token
+    storage: Storage = Storage()  # how often workers save, and where they read images from
+    labels: str | None = None  # where true labels come from, for scores only
+
+
+def plan(config: Config, launch: Launch) -> tuple[tuple[int, ...], int]:
+    """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
+
+    Where nothing is trained that several workers could share, on a CPU, none is started unless asked for.
+
+    Raises:
+        UserError: no number that was asked for divides the BatchNorm groups of a batch.
+    """
+    workers, groups = launch.workers, config.bn_groups
+    alone = config.method == "spice" and config.pretext == "none" and config.stage3 != "spice_semi"
+    if workers is None and alone and launch.address is None and not torch.cuda.is_available():
+        workers = 0
+    return _worker_sizes(groups, workers), _num_threads(groups, launch.threads)
+
+
+def _worker_sizes(bn_groups: int, wanted: int | tuple[int, int] | None) -> tuple[int, ...]:
+    if wanted == 0:
+        return (0,)
+    if wanted is None:
+        return _divisors(bn_groups, 1, torch.cuda.device_count() or 2)[-1:]
+    least, most = (wanted, wanted) if isinstance(wanted, int) else wanted
+    sizes = _divisors(bn_groups, least, most)
+    if least < 1 or not sizes:
+        shown = (
+            f"{wanted}, which does not divide" if isinstance(wanted, int) else f"{least}:{most}; none of these divides"
+        )
+        raise UserError(
+            f"--workers is {shown} the {bn_groups} BatchNorm groups of a batch; "
+            f"give a divisor of {bn_groups}, 0, or --set bn_groups=..."
+        )
+    return sizes
+
+
+def _divisors(number: int, least: int, most: int) -> tuple[int, ...]:
+    return tuple(count for count in range(max(1, least), most + 1) if number % count == 0)
+
+
+def in_words(sizes: tuple[int, ...]) -> str:
+    return " or ".join(map(str, sizes)) if sizes != (0,) else "no"
+
+
+def _num_threads(bn_groups: int, wanted: int | None) -> int:
+    if wanted is not None:
+        require_positive("", threads=wanted)
+    return wanted or max(1, usable_cores() // bn_groups)
