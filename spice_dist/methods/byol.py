@@ -32,20 +32,25 @@ from spice_dist.models.heads import MLP
 from spice_dist.models.momentum import follow, slow_copy
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
 from spice_dist.optim import cosine, set_lr, sgd, warm_up
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
 
 @dataclass(frozen=True)
 class BYOLConfig:
-    epochs: int = 1000
-    batch: int = 256  # images per optimizer step, all workers together
-    lr: float = 0.03  # for this global batch; falls to 0 along a cosine
-    warmup: float = 0.0  # epochs over which it rises first; the paper has 10 of its 1,000
-    weight_decay: float = 5e-4  # on every parameter
-    momentum: float = 0.996  # of the target network at the start; it rises to 1 along a cosine
-    hidden: int = 4096  # width of the hidden layer of projection and prediction
-    dim: int = 256  # width of the projection
-    view: View = MOCO_V2
+    epochs: int = setting(1000, "passes over the images", above=0)
+    batch: int = setting(256, "images per optimizer step, all workers together", above=0)
+    lr: float = setting(0.03, "for this global batch; falls to 0 along a cosine", above=0)
+    warmup: float = setting(
+        0.0, "epochs over which the learning rate rises first; the paper has 10 of its 1,000", least=0
+    )
+    weight_decay: float = setting(5e-4, "on every parameter", least=0)
+    momentum: float = setting(
+        0.996, "of the target network at the start; it rises to 1 along a cosine", least=0, below=1
+    )
+    hidden: int = setting(4096, "width of the hidden layer of projection and prediction", above=0)
+    dim: int = setting(256, "width of the projection", above=0)
+    view: View = setting(MOCO_V2, "both views of an image")
 
 
 def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
@@ -113,12 +118,8 @@ def target_momentum(first: float, progress: float) -> float:
 
 def check(task: Task, config: BYOLConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    sizes = {"epochs": config.epochs, "batch": config.batch, "hidden": config.hidden, "dim": config.dim}
-    require_positive("byol", lr=config.lr, **sizes)
-    if config.weight_decay < 0:
-        raise UserError(f"byol.weight_decay is {config.weight_decay}; give 0 or more")
+    check_ranges("byol", config, "lr", "epochs", "batch", "hidden", "dim", "weight_decay")
     check_batch(task, "byol", config.batch, num_images)
-    if not 0 <= config.momentum < 1:
-        raise UserError(f"byol.momentum is {config.momentum}; give 0 or more, and less than 1")
+    check_ranges("byol", config, "momentum")
     if not 0 <= config.warmup < config.epochs:
         raise UserError(f"byol.warmup is {config.warmup} epochs; give 0 or more, and fewer than byol.epochs")

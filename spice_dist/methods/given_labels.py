@@ -20,6 +20,7 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
 DRAW = 50  # stream of random numbers
@@ -27,7 +28,12 @@ DRAW = 50  # stream of random numbers
 
 @dataclass(frozen=True)
 class GivenLabelsConfig:
-    per_class: int = 4  # n, drawn by the seed; 0: all labels, where --split split holds images out for the scores
+    per_class: int = setting(
+        4,
+        "n, labelled images of each class, drawn by the seed; 0: all labels, where --split split holds images out",
+        least=0,
+        remedy="give 1 or more, or 0 for all labels",
+    )
 
 
 def give(task: Task, config: GivenLabelsConfig, worker: Worker) -> None:
@@ -88,8 +94,7 @@ def draw(
 
 def check(task: Task, config: GivenLabelsConfig, semi: SpiceSemiConfig) -> None:
     """UserError if stage 3 cannot learn from given labels with these settings."""
-    if config.per_class < 0:
-        raise UserError(f"given_labels.per_class is {config.per_class}; give 1 or more, or 0 for all labels")
+    check_ranges("given_labels", config, "per_class")
     if semi.init != "scratch":
         raise UserError(
             f'spice_semi.init is "{semi.init}", but method "{task.method}" has no stage 2 to go on from; leave it '

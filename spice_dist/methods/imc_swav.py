@@ -43,40 +43,59 @@ from spice_dist.models.heads import ClassifierNet, Classifiers, LinearProjection
 from spice_dist.models.momentum import Queue
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
 from spice_dist.optim import adam, set_lr, steps_down, warm_up
+from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task, require_positive
 
 GLOBAL = 2  # large crops, those that are assigned
-EVAL_BN = ("train_stats", "adapt_on_test")
 ADAPT_BATCHES = 50  # at most, of the authors' evaluation
 
 
 @dataclass(frozen=True)
 class ImcSwavConfig:
-    epochs: int = 500
-    batch: int = 256  # images per optimizer step, all workers together
-    lr: float = 5e-4  # of Adam
-    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)  # shares of the epochs at which the learning rate falls
-    decay: float = 0.4  # by this factor
-    warmup: int = 500  # first optimizer steps, in which the learning rate rises and the prototypes are frozen
-    betas: tuple[float, float] = (0.8, 0.999)
-    weight_decay: float = 1e-5  # on every parameter, as part of the gradient
-    dim: int = 128  # width of the projection
-    prototypes: int = 1000  # K'; about as many as batch and queue hold, or images are spread over several
-    temperature: float = 0.1  # tau, eq. (2)
-    epsilon: float = 0.05  # of Sinkhorn, eqs. (3, 4); 0.03 if all images end up alike
-    iterations: int = 3  # of Sinkhorn
-    queue: int = 0  # earlier images that Sinkhorn sees beside a small batch, as in SwAV; 0: none
-    queue_start: float = 15.0  # epochs, from which on it does
-    hidden: int = 1024  # width of the classifier's hidden layers
-    classifiers: int = 1  # for each K; the lowest loss (6) over the last epoch selects one
-    extra_clusters: tuple[int, ...] = ()  # other K, for which classifiers are trained as well
-    balance: float = 4.0  # b, eq. (6): the weight of H(Y), which keeps all clusters in use; 1: mutual information
-    hinge: float = 5.0  # bound of the logits
-    hinge_weight: float = 0.01  # of what exceeds it
-    local_views: int = 4  # small crops
-    eval_bn: str = "train_stats"  # or "adapt_on_test": the authors' BatchNorm statistics of the images that are scored
-    global_view: View = IMC_GLOBAL
-    local_view: View = IMC_LOCAL
+    epochs: int = setting(500, "passes over the images", above=0)
+    batch: int = setting(256, "images per optimizer step, all workers together", above=0)
+    lr: float = setting(5e-4, "of Adam", above=0)
+    milestones: tuple[float, ...] = setting(
+        (0.3, 0.6, 0.8),
+        "shares of the epochs at which the learning rate falls",
+        above=0,
+        below=1,
+        remedy="give shares of the epochs between 0 and 1",
+    )
+    decay: float = setting(0.4, "factor by which it falls there", above=0)
+    warmup: int = setting(
+        500, "first optimizer steps, in which the learning rate rises and the prototypes are frozen", least=0
+    )
+    betas: tuple[float, float] = setting(
+        (0.8, 0.999), "of Adam", least=0, below=1, remedy="give two numbers from 0 up, and less than 1"
+    )
+    weight_decay: float = setting(1e-5, "on every parameter, as part of the gradient", least=0)
+    dim: int = setting(128, "width of the projection", above=0)
+    prototypes: int = setting(
+        1000, "K'; about as many as batch and queue hold, or images are spread over several", least=2
+    )
+    temperature: float = setting(0.1, "tau, eq. (2)", above=0)
+    epsilon: float = setting(0.05, "of Sinkhorn, eqs. (3, 4); 0.03 if all images end up alike", above=0)
+    iterations: int = setting(3, "of Sinkhorn", above=0)
+    queue: int = setting(0, "earlier images that Sinkhorn sees beside a small batch, as in SwAV; 0: none", least=0)
+    queue_start: float = setting(15.0, "epochs, from which on Sinkhorn sees the queue", least=0)
+    hidden: int = setting(1024, "width of the classifier's hidden layers", above=0)
+    classifiers: int = setting(1, "for each K; the lowest loss (6) over the last epoch selects one", above=0)
+    extra_clusters: tuple[int, ...] = setting((), "other K, for which classifiers are trained as well", least=2)
+    balance: float = setting(
+        4.0, "b, eq. (6): the weight of H(Y), which keeps all clusters in use; 1: mutual information", above=0
+    )
+    hinge: float = setting(5.0, "bound of the logits", above=0)
+    hinge_weight: float = setting(0.01, "of what exceeds the bound", least=0)
+    local_views: int = setting(4, "small crops of an image", above=0)
+    eval_bn: str = setting(
+        "train_stats",
+        "adapt_on_test: the authors' BatchNorm statistics of the images that are scored",
+        choices=("train_stats", "adapt_on_test"),
+        remedy="it can be train_stats or adapt_on_test",
+    )
+    global_view: View = setting(IMC_GLOBAL, "the two large crops of an image")
+    local_view: View = setting(IMC_LOCAL, "the small crops of an image")
 
     @property
     def views(self) -> list[View]:
@@ -376,19 +395,13 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:
     """UserError if these settings cannot train on so many images, of which the first `clustered` are clustered."""
-    positive = ("epochs", "batch", "lr", "dim", "prototypes", "temperature", "epsilon", "iterations", "hidden")
-    positive = (*positive, "classifiers", "balance", "decay", "hinge", "local_views")
-    require_positive("imc_swav", **{name: getattr(config, name) for name in positive})
-    for name in ("warmup", "weight_decay", "queue", "queue_start", "hinge_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"imc_swav.{name} is {getattr(config, name)}; give 0 or more")
+    check_ranges("imc_swav", config, "epochs", "batch", "lr", "dim")
+    require_positive("imc_swav", prototypes=config.prototypes)
+    check_ranges("imc_swav", config, "temperature", "epsilon", "iterations", "hidden", "classifiers", "balance")
+    check_ranges("imc_swav", config, "decay", "hinge", "local_views", "warmup", "weight_decay", "queue", "queue_start")
+    check_ranges("imc_swav", config, "hinge_weight")
     check_batch(task, "imc_swav", config.batch, num_images)
-    if config.prototypes < 2:
-        raise UserError(f"imc_swav.prototypes is {config.prototypes}; give 2 or more")
-    if not all(0 < milestone < 1 for milestone in config.milestones):
-        raise UserError(f"imc_swav.milestones is {config.milestones}; give shares of the epochs between 0 and 1")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"imc_swav.betas is {config.betas}; give two numbers from 0 up, and less than 1")
+    check_ranges("imc_swav", config, "prototypes", "milestones", "betas")
     if config.queue % task.bn_groups:
         raise UserError(f"imc_swav.queue is {config.queue}; it must be a multiple of bn_groups, {task.bn_groups}")
     if config.queue and not config.batch <= config.queue <= num_images:
@@ -406,5 +419,4 @@ def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) ->
             f"imc_swav.batch is {config.batch}, more than an epoch is sure to hold of the {clustered} images that are "
             f"to be clustered; set a smaller one (--set imc_swav.batch=...)"
         )
-    if config.eval_bn not in EVAL_BN:
-        raise UserError(f'imc_swav.eval_bn is "{config.eval_bn}"; it can be {" or ".join(EVAL_BN)}')
+    check_ranges("imc_swav", config, "eval_bn")

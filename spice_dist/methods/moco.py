@@ -33,25 +33,30 @@ from spice_dist.models.heads import Projection
 from spice_dist.models.momentum import Queue, follow, slow_copy
 from spice_dist.models.split_batch_norm import forget_statistics, set_groups, update_statistics
 from spice_dist.optim import cosine, lars, set_lr, sgd, warm_up
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
 KEY, QUERY = 2, 3  # streams of random numbers that shuffle a view's images; 0 and 1 draw the views
 
 
 @dataclass(frozen=True)
 class MoCoConfig:
-    epochs: int = 1000
-    batch: int = 128  # images per optimizer step, all workers together
-    lr: float = 0.015  # for this global batch; falls to 0 along a cosine, epoch by epoch
-    warmup: float = 0.0  # epochs over which the learning rate rises first; as published there are none
-    optimizer: str = "sgd"  # or "lars", for batches of thousands
-    weight_decay: float = 1e-4  # on every parameter; of lars on kernels only
-    momentum: float = 0.999  # mu, of the key network
-    temperature: float = 0.2  # tau
-    symmetric: bool = False  # add the loss with the views' roles exchanged; their keys enter the queue too
-    queue: int = 12800  # N_q, from the batch (twice, if symmetric) to the number of images
-    dim: int = 128  # width of the projection
-    view: View = MOCO_V2
+    epochs: int = setting(1000, "passes over the images", above=0)
+    batch: int = setting(128, "images per optimizer step, all workers together", above=0)
+    lr: float = setting(0.015, "for this global batch; falls to 0 along a cosine, epoch by epoch", above=0)
+    warmup: float = setting(
+        0.0, "epochs over which the learning rate rises first; as published there are none", least=0
+    )
+    optimizer: str = setting(
+        "sgd", "lars is for batches of thousands", choices=("sgd", "lars"), remedy="it can be sgd or lars"
+    )
+    weight_decay: float = setting(1e-4, "on every parameter; of lars on kernels only", least=0)
+    momentum: float = setting(0.999, "mu, of the key network", least=0, most=1, remedy="give 0 to 1, such as 0.999")
+    temperature: float = setting(0.2, "tau", above=0)
+    symmetric: bool = setting(False, "add the loss with the views' roles exchanged; their keys enter the queue too")
+    queue: int = setting(12800, "N_q, from the batch (twice, if symmetric) to the number of images", above=0)
+    dim: int = setting(128, "width of the projection", above=0)
+    view: View = setting(MOCO_V2, "both views of an image")
 
     @property
     def new_keys(self) -> int:
@@ -177,15 +182,9 @@ class Staleness:
 
 def check(task: Task, config: MoCoConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    sizes = {"epochs": config.epochs, "batch": config.batch, "queue": config.queue, "dim": config.dim}
-    require_positive("moco", lr=config.lr, temperature=config.temperature, **sizes)
-    if not 0 <= config.momentum <= 1:
-        raise UserError(f"moco.momentum is {config.momentum}; give 0 to 1, such as 0.999")
-    if config.weight_decay < 0:
-        raise UserError(f"moco.weight_decay is {config.weight_decay}; give 0 or more")
+    check_ranges("moco", config, "lr", "temperature", "epochs", "batch", "queue", "dim", "momentum", "weight_decay")
     check_batch(task, "moco", config.batch, num_images)
-    if config.optimizer not in ("sgd", "lars"):
-        raise UserError(f'moco.optimizer is "{config.optimizer}"; it can be sgd or lars')
+    check_ranges("moco", config, "optimizer")
     if config.optimizer == "lars" and config.weight_decay == 0:
         raise UserError("lars adapts the step only of what decays: set moco.weight_decay above 0, such as 1e-6")
     if not 0 <= config.warmup < config.epochs:

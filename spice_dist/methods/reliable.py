@@ -43,10 +43,9 @@ from spice_dist.pseudo_labels import (
     raised_to_floor,
     reliable_images,
 )
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
-RULES = ("adaptive", "official")
-SEARCHES = ("exact", "index")
 DRAW = 30  # stream of random numbers
 CHUNK = 65_536  # images that a head is asked about at once
 FEW = 0.05  # share of reliable labels below which advice is given
@@ -54,16 +53,43 @@ FEW = 0.05  # share of reliable labels below which advice is given
 
 @dataclass(frozen=True)
 class ReliableConfig:
-    rule: str = "adaptive"  # or "official"
-    search: str = "exact"  # of neighbours; "index": by faiss, for tens of millions of images, approximate
-    # of the adaptive rule
-    max_neighbors: int = 50  # largest k, itself not counted; at most N / K
-    floor_fraction: float = 0.1  # every cluster keeps its best-agreeing images up to this share, and at least one
-    # of the official rule; as the paper has it: ratio=0.96, min_confidence=0, balance=False
-    neighbors: int = 100  # N_s, the image itself included; at most N / K, or no cluster could fill it
-    ratio: float = 0.95  # lambda, share of neighbours that must agree
-    min_confidence: float = 0.99  # the label's probability must be above it
-    balance: bool = True  # as many of every cluster as the smallest has
+    rule: str = setting(
+        "adaptive",
+        "of the choice; official: as published, with ratio=0.96, min_confidence=0, balance=False as the paper has it",
+        choices=("adaptive", "official"),
+    )
+    search: str = setting(
+        "exact",
+        "of neighbours; index: by faiss, for tens of millions of images, approximate",
+        choices=("exact", "index"),
+    )
+    max_neighbors: int = setting(
+        50,
+        "adaptive: largest k, itself not counted; at most N / K",
+        least=2,
+        remedy="it must be at least 2",
+    )
+    floor_fraction: float = setting(
+        0.1,
+        "adaptive: every cluster keeps its best-agreeing images up to this share, and at least one",
+        least=0,
+        most=1,
+    )
+    neighbors: int = setting(
+        100,
+        "official: N_s, the image itself included; at most N / K, or no cluster could fill it",
+        least=2,
+        remedy="it must be at least 2",
+    )
+    ratio: float = setting(
+        0.95,
+        "official: lambda, share of neighbours that must agree",
+        above=0,
+        most=1,
+        remedy="it must be between 0 and 1",
+    )
+    min_confidence: float = setting(0.99, "official: the label's probability must be above it", least=0, most=1)
+    balance: bool = setting(True, "official: as many of every cluster as the smallest has")
 
 
 @torch.no_grad()
@@ -244,15 +270,7 @@ def advice(summary: dict[str, Any]) -> str:
 
 def check(config: ReliableConfig) -> None:
     """UserError if these settings cannot select."""
-    for name, value, choices in (("rule", config.rule, RULES), ("search", config.search, SEARCHES)):
-        if value not in choices:
-            raise UserError(f'reliable.{name} is "{value}"; it can be {", ".join(choices)}')
-    for name in ("max_neighbors", "neighbors"):
-        if getattr(config, name) < 2:
-            raise UserError(f"reliable.{name} is {getattr(config, name)}; it must be at least 2")
+    check_ranges("reliable", config, "rule", "search", "max_neighbors", "neighbors")
     if config.search == "index" and not find_spec("faiss"):
         raise UserError("reliable.search=index needs faiss: pip install faiss-cpu")
-    require_positive("reliable", ratio=config.ratio)
-    for name in ("floor_fraction", "ratio", "min_confidence"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"reliable.{name} is {getattr(config, name)}; it must be between 0 and 1")
+    check_ranges("reliable", config, "ratio", "floor_fraction", "min_confidence")

@@ -56,7 +56,8 @@ from spice_dist.models.split_batch_norm import update_statistics
 from spice_dist.neighbors import nearest
 from spice_dist.optim import adam
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
 NEIGHBOR, VIEW = 40, 41  # streams of random numbers
 SELECTED_BY = 5  # nearest neighbours by which epochs and heads are compared
@@ -65,24 +66,28 @@ BETAS = (0.9, 0.999)  # of Adam
 
 @dataclass(frozen=True)
 class ScanConfig:
-    epochs: int = 50
-    batch: int = 128  # images per optimizer step, all workers together; as many neighbours beside them
-    lr: float = 1e-4  # of Adam
-    weight_decay: float = 1e-4  # on every parameter, as part of the gradient
-    neighbors: int = 20  # of each image, itself included
-    entropy_weight: float = 5.0  # lambda, which keeps all clusters in use
-    heads: int = 1  # linear heads on one backbone, of which the lowest selection loss takes one
-    view: View = SCAN_STRONG
+    epochs: int = setting(50, "passes over the images", above=0)
+    batch: int = setting(
+        128, "images per optimizer step, all workers together; as many neighbours beside them", above=0
+    )
+    lr: float = setting(1e-4, "of Adam", above=0)
+    weight_decay: float = setting(1e-4, "on every parameter, as part of the gradient", least=0)
+    neighbors: int = setting(
+        20, "of each image, itself included", least=2, remedy="give 2 or more: the nearest one is the image itself"
+    )
+    entropy_weight: float = setting(5.0, "lambda, which keeps all clusters in use", least=0)
+    heads: int = setting(1, "linear heads on one backbone, of which the lowest selection loss takes one", above=0)
+    view: View = setting(SCAN_STRONG, "of an image and of its neighbour")
 
 
 @dataclass(frozen=True)
 class SelfLabelConfig:
-    epochs: int = 200
-    batch: int = 1000  # images per optimizer step, all workers together
-    lr: float = 1e-4  # of Adam
-    weight_decay: float = 1e-4  # on every parameter, as part of the gradient
-    threshold: float = 0.99  # probability above which a prediction is taken as a label
-    view: View = SCAN_STRONG  # that learns it
+    epochs: int = setting(200, "passes over the images", above=0)
+    batch: int = setting(1000, "images per optimizer step, all workers together", above=0)
+    lr: float = setting(1e-4, "of Adam", above=0)
+    weight_decay: float = setting(1e-4, "on every parameter, as part of the gradient", least=0)
+    threshold: float = setting(0.99, "probability above which a prediction is taken as a label", least=0, below=1)
+    view: View = setting(SCAN_STRONG, "that learns this label")
 
 
 class ScanNet(nn.Module):
@@ -293,22 +298,16 @@ def network(task: Task, run: Path) -> ClusterNet:
 
 def check(task: Task, config: ScanConfig, num_images: int) -> None:
     """UserError if the stage `scan` cannot train on so many images."""
-    require_positive("scan", epochs=config.epochs, batch=config.batch, lr=config.lr, heads=config.heads)
+    check_ranges("scan", config, "epochs", "batch", "lr", "heads")
     check_batch(task, "scan", config.batch, num_images)
-    if config.neighbors < 2:
-        raise UserError(f"scan.neighbors is {config.neighbors}; give 2 or more: the nearest one is the image itself")
+    check_ranges("scan", config, "neighbors")
     if config.neighbors > num_images:
         raise UserError(f"scan.neighbors is {config.neighbors}, more than the {num_images} images; give fewer")
-    for name in ("weight_decay", "entropy_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"scan.{name} is {getattr(config, name)}; give 0 or more")
+    check_ranges("scan", config, "weight_decay", "entropy_weight")
 
 
 def check_self_label(task: Task, config: SelfLabelConfig, num_images: int) -> None:
     """UserError if the stage `self_label` cannot train on so many images."""
-    require_positive("self_label", epochs=config.epochs, batch=config.batch, lr=config.lr)
+    check_ranges("self_label", config, "epochs", "batch", "lr")
     check_batch(task, "self_label", config.batch, num_images)
-    if config.weight_decay < 0:
-        raise UserError(f"self_label.weight_decay is {config.weight_decay}; give 0 or more")
-    if not 0 <= config.threshold < 1:
-        raise UserError(f"self_label.threshold is {config.threshold}; give 0 or more, and less than 1")
+    check_ranges("self_label", config, "weight_decay", "threshold")

@@ -34,33 +34,39 @@ from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import finished, load_backbone, load_state, state_of
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.neighbors import distinct, nearest, nearest_by_index, search, without_itself
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import allowed, check_ranges, setting
+from spice_dist.task import Task
 
 SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
 CHUNK = 65_536  # images that a head is asked about at once
 MIN_IMAGES = 10
-SEARCHES = ("exact", "index")
 TEMPERATURES = 1.05 ** np.arange(-60, 61)  # 0.05 to 19
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    neighbors: int = 30  # S, of each image, itself not counted; at most N - 1
-    search: str = "exact"  # of neighbours; "index": by faiss, for tens of millions of images, approximate
+    neighbors: int = setting(30, "S, of each image, itself not counted; at most N - 1", above=0)
+    search: str = setting(
+        "exact",
+        "of neighbours; index: by faiss, for tens of millions of images, approximate",
+        choices=("exact", "index"),
+    )
 
 
 @dataclass(frozen=True)
 class SpiceGraphConfig:
-    counts: tuple[int, ...] = (10, 15, 20)  # k, neighbours of a graph; with `walks` they make H clusterings and heads
-    walks: tuple[int, ...] = (6, 8, 12)  # t, steps of the random walk
-    spread: int = 15  # neighbours that a probability is averaged over
-    rounds: int = 2  # E-steps
-    epochs: int = 4  # passes over the images in an M-step, at least
-    steps: int = 300  # of the optimizer in an M-step, at least: few images are passed over more often
-    minibatch: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 1e-3
-    anchor: float = 0.25  # share of the start in what a head learns
+    counts: tuple[int, ...] = setting(
+        (10, 15, 20), "k, neighbours of a graph; with walks they make H clusterings and heads", least=1
+    )
+    walks: tuple[int, ...] = setting((6, 8, 12), "t, steps of the random walk", least=1)
+    spread: int = setting(15, "neighbours that a probability is averaged over", above=0)
+    rounds: int = setting(2, "E-steps", above=0)
+    epochs: int = setting(4, "passes over the images in an M-step, at least", above=0)
+    steps: int = setting(300, "of the optimizer in an M-step, at least: few images are passed over more often", above=0)
+    minibatch: int = setting(256, "images per optimizer step", above=0)
+    lr: float = setting(1e-3, "of AdamW", above=0)
+    weight_decay: float = setting(1e-3, "of AdamW", least=0)
+    anchor: float = setting(0.25, "share of the start in what a head learns", least=0, most=1)
 
     @property
     def heads(self) -> int:  # H
@@ -294,20 +300,17 @@ def predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> 
 
 def check(task: Task, config: SpiceGraphConfig, neighbors: GraphConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    numbers = {name: getattr(config, name) for name in ("spread", "rounds", "epochs", "steps", "minibatch", "lr")}
-    require_positive("spice_graph", **numbers)
-    require_positive("graph", neighbors=neighbors.neighbors)
-    if neighbors.search not in SEARCHES:
-        raise UserError(f'graph.search is "{neighbors.search}"; it can be {", ".join(SEARCHES)}')
+    check_ranges("spice_graph", config, "spread", "rounds", "epochs", "steps", "minibatch", "lr")
+    check_ranges("graph", neighbors, "neighbors", "search")
     for name in ("counts", "walks"):
-        if not (values := getattr(config, name)) or min(values) < 1:
+        if not ((values := getattr(config, name)) and allowed(config, name)):
             raise UserError(f"spice_graph.{name} is {values}; give whole numbers from 1 up")
     if max(*config.counts, config.spread) > neighbors.neighbors:
         raise UserError(
             f"spice_graph.counts and spread ask for {max(*config.counts, config.spread)} neighbours, more than "
             f"graph.neighbors, {neighbors.neighbors}; raise that"
         )
-    if not 0 <= config.anchor <= 1 or config.weight_decay < 0:
+    if not (allowed(config, "anchor") and allowed(config, "weight_decay")):
         raise UserError("spice_graph.anchor must be between 0 and 1, and spice_graph.weight_decay at least 0")
     if num_images < max(MIN_IMAGES, 2 * task.clusters):
         raise UserError(

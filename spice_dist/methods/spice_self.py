@@ -44,45 +44,56 @@ from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.pseudo_labels import Loss, Outputs, prototype_labels, quotas, selection_loss
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
 ROUND = 512  # minibatches between two meetings of the workers
 MANY = 100  # clusters from which the entropy term is on by default: SPICE found it needed for 200, useless for 10
 FOLLOWED = 4096  # images whose labels by every head are kept for every epoch, for the curve of the report
-CHOICES = {
-    "assignment": ("overlap", "disjoint"),
-    "loss": ("double_softmax", "cross_entropy", "tempered"),
-    "score_view": ("weak", "strong"),
-    "learn_view": ("weak", "strong"),
-    "backbone_bn": ("eval", "train"),
-}
 
 
 @dataclass(frozen=True)
 class SpiceSelfConfig:
-    heads: int = 10  # H
-    layers: int = 2  # linear layers of a head
-    epochs: int = 100
-    samples_per_cluster: int = 500  # M / K, images of one E-step per cluster; fewer if the data set is smaller
-    center_fraction: float = 0.5  # share of them that make up a center
-    assignment: str = "overlap"  # "disjoint": an image has one label at most, clusters choose in turn
-    prior: tuple[float, ...] = ()  # expected sizes of the clusters, in any unit; none: all the same
-    loss: str = "double_softmax"  # "cross_entropy" (CE), "tempered" (TCE): of the ablation
-    temperature: float = 0.2  # of "tempered"
-    entropy_weight: float = (
-        -1.0
-    )  # of the entropy of a minibatch; below 0: 1 / K of double softmax from K = 100 on, else 0
-    repeats: int = 8  # R, passes over the labels of one E-step
-    minibatch: int = 128  # labelled images per head and Adam step
-    lr: float = 0.005
-    score_view: str = "weak"  # the view that confidence comes from
-    learn_view: str = "strong"  # the view that the heads learn from
-    view_epochs: int = 0  # epochs after which earlier views come again, from memory; 0: never
-    backbone_bn: str = "eval"  # "train" as in the published code
-    joint: bool = False  # train the backbone with the heads
-    weak: View = SCAN_WEAK
-    strong: View = SCAN_STRONG
+    heads: int = setting(10, "H, of which the lowest loss takes one", above=0)
+    layers: int = setting(2, "linear layers of a head", above=0)
+    epochs: int = setting(100, "passes over the images", above=0)
+    samples_per_cluster: int = setting(
+        500,
+        "M / K, images of one E-step per cluster; fewer if the data set is smaller",
+        least=2,
+        remedy="a center needs at least 2 images",
+    )
+    center_fraction: float = setting(
+        0.5, "share of these images that make up a center", above=0, most=1, remedy="it is a share, at most 1"
+    )
+    assignment: str = setting(
+        "overlap",
+        "disjoint: an image has one label at most, clusters choose in turn",
+        choices=("overlap", "disjoint"),
+    )
+    prior: tuple[float, ...] = setting((), "expected sizes of the clusters, in any unit; none: all the same", above=0)
+    loss: str = setting(
+        "double_softmax",
+        "cross_entropy (CE) and tempered (TCE) are of the ablation",
+        choices=("double_softmax", "cross_entropy", "tempered"),
+    )
+    temperature: float = setting(0.2, "of the tempered loss", above=0)
+    entropy_weight: float = setting(
+        -1.0, "of the entropy of a minibatch; below 0: 1 / K of double softmax from K = 100 on, else 0"
+    )
+    repeats: int = setting(8, "R, passes over the labels of one E-step", above=0)
+    minibatch: int = setting(128, "labelled images per head and Adam step", above=0)
+    lr: float = setting(0.005, "of Adam", above=0)
+    score_view: str = setting("weak", "the view that confidence comes from", choices=("weak", "strong"))
+    learn_view: str = setting("strong", "the view that the heads learn from", choices=("weak", "strong"))
+    view_epochs: int = setting(0, "epochs after which earlier views come again, from memory; 0: never", least=0)
+    backbone_bn: str = setting(
+        "eval", "BatchNorm of the backbone; train as in the published code", choices=("eval", "train")
+    )
+    joint: bool = setting(False, "train the backbone with the heads")
+    weak: View = setting(SCAN_WEAK, "the weak view")
+    strong: View = setting(SCAN_STRONG, "the strong view")
 
     @property
     def encodes_anew(self) -> bool:
@@ -301,25 +312,12 @@ def stage2_network(task: Task, run: Path) -> ClusterNet:
 
 def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
     """UserError if these settings cannot train on so many images."""
-    sizes = {"heads": config.heads, "layers": config.layers, "repeats": config.repeats, "minibatch": config.minibatch}
-    positive = {
-        "epochs": config.epochs,
-        "lr": config.lr,
-        "temperature": config.temperature,
-        "center_fraction": config.center_fraction,
-    }
-    require_positive("spice_self", **sizes, **positive)
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f'spice_self.{name} is "{getattr(config, name)}"; it can be {", ".join(choices)}')
+    check_ranges("spice_self", config, "heads", "layers", "repeats", "minibatch", "epochs", "lr", "temperature")
+    check_ranges("spice_self", config, "center_fraction", "assignment", "loss", "score_view", "learn_view")
+    check_ranges("spice_self", config, "backbone_bn")
     if not math.isfinite(config.entropy_weight):
         raise UserError(f"spice_self.entropy_weight is {config.entropy_weight}; it must be finite")
-    if config.center_fraction > 1:
-        raise UserError(f"spice_self.center_fraction is {config.center_fraction}; it is a share, at most 1")
-    if config.samples_per_cluster < 2:
-        raise UserError(
-            f"spice_self.samples_per_cluster is {config.samples_per_cluster}; a center needs at least 2 images"
-        )
+    check_ranges("spice_self", config, "samples_per_cluster")
     if num_images < 2 * task.clusters:
         raise UserError(
             f"{num_images} images are too few for {task.clusters} clusters: prototypes need at least two images each; "

@@ -51,36 +51,66 @@ from spice_dist.models.split_batch_norm import set_momentum, update_statistics
 from spice_dist.models.wide_resnet import SHAPES
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import USING_LABELS, Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import USING_LABELS, Task
 
 DRAW, WEAK, STRONG, SAMPLE = 20, 21, 22, 23  # streams of random numbers
 CALIBRATED = 2048  # images by which the temperature of stage 2's head is found
-THRESHOLDS = ("fixed", "adaptive")
 SETTLED = 0.1  # share of the steps after which every cluster should be predicted now and then
 ENOUGH = 100  # predictions for each cluster from which it can be told that one gets none
 
 
 @dataclass(frozen=True)
 class SpiceSemiConfig:
-    steps: int = 2**20
-    labelled: int = 64  # L, images per step with a reliable label, all workers together
-    ratio: int = 7  # mu = U / L, other images per labelled one; 0: labelled ones alone
-    threshold_rule: str = "fixed"  # "adaptive": FreeMatch's, which rises with the network's confidence, class by class
-    threshold: float = 0.95  # eta of the fixed rule, confidence from which a prediction is taken as a label
-    threshold_momentum: float = 0.999  # lambda of the adaptive rule
-    lr: float = 0.03
-    weight_decay: float = 5e-4  # on kernels only
-    ema: float = 0.999  # momentum of the evaluated network
-    balanced_draw: bool = True  # every cluster gives as many labelled images, however few it has; False: every image
-    init: str = "scratch"  # "scratch", as published, or "stage2": the network that stages 1 and 2 trained
-    network: str = ""  # another than stage 1's, with a linear head: "wrn_28_2", "wrn_28_8", "wrn_37_2", or any of timm
-    mean: tuple[float, ...] = ()  # of the images, on values in [0, 1]; empty: what the backbone is made for
-    std: tuple[float, ...] = ()
-    weak_apart: bool = False  # weak views of the other images in a pass of their own, see `train`; False: as published
-    refresh_steps: int = 0  # steps after which the reliable labels are made again, see `labels_again`; 0: never
-    refresh_agreement: float = 0.95  # share of the labels that the averaged network must have learnt to replace them
-    weak: View = FIXMATCH_WEAK
-    strong: View = FIXMATCH_STRONG
+    steps: int = setting(2**20, "of the optimizer", above=0)
+    labelled: int = setting(64, "L, images per step with a reliable label, all workers together", above=0)
+    ratio: int = setting(
+        7,
+        "mu = U / L, other images per labelled one; 0: labelled ones alone",
+        least=0,
+        remedy="give 1 or more, or 0 for labelled images alone",
+    )
+    threshold_rule: str = setting(
+        "fixed",
+        "adaptive: FreeMatch's, which rises with the network's confidence, class by class",
+        choices=("fixed", "adaptive"),
+        remedy='it can be "fixed" or "adaptive"',
+    )
+    threshold: float = setting(
+        0.95, "eta of the fixed rule, confidence from which a prediction is taken as a label", least=0, most=1
+    )
+    threshold_momentum: float = setting(0.999, "lambda of the adaptive rule", least=0, most=1)
+    lr: float = setting(0.03, "of SGD; falls along a cosine")
+    weight_decay: float = setting(5e-4, "on kernels only")
+    ema: float = setting(0.999, "momentum of the evaluated network")
+    balanced_draw: bool = setting(
+        True, "every cluster gives as many labelled images, however few it has; False: every image"
+    )
+    init: str = setting(
+        "scratch",
+        "scratch, as published, or stage2: the network that stages 1 and 2 trained",
+        choices=("scratch", "stage2"),
+        remedy='it can be "scratch" or "stage2"',
+    )
+    network: str = setting(
+        "", "another than stage 1's, with a linear head: wrn_28_2, wrn_28_8, wrn_37_2, or any of timm"
+    )
+    mean: tuple[float, ...] = setting((), "of the images, on values in [0, 1]; empty: what the backbone is made for")
+    std: tuple[float, ...] = setting((), "standard deviation of the images, as the mean", above=0)
+    weak_apart: bool = setting(
+        False, "weak views of the other images in a pass of their own, without gradients; False: as published"
+    )
+    refresh_steps: int = setting(
+        0,
+        "steps after which the reliable labels are made again; 0: never",
+        least=0,
+        remedy="give 0, for never, or more",
+    )
+    refresh_agreement: float = setting(
+        0.95, "share of the labels that the averaged network must have learnt to replace them", least=0, most=1
+    )
+    weak: View = setting(FIXMATCH_WEAK, "the weak view, of labelled and other images")
+    strong: View = setting(FIXMATCH_STRONG, "the strong view, of other images")
 
 
 def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
@@ -434,18 +464,8 @@ def images_of_steps(
 
 def check(task: Task, config: SpiceSemiConfig) -> None:
     """UserError if these settings cannot train."""
-    require_positive("spice_semi", steps=config.steps, labelled=config.labelled)
-    if config.ratio < 0:
-        raise UserError(f"spice_semi.ratio is {config.ratio}; give 1 or more, or 0 for labelled images alone")
-    choices = {"init": ("scratch", "stage2"), "threshold_rule": THRESHOLDS}
-    for name, allowed in choices.items():
-        if (value := getattr(config, name)) not in allowed:
-            raise UserError(f'spice_semi.{name} is "{value}"; it can be {" or ".join(map(_quoted, allowed))}')
-    for name in ("threshold", "threshold_momentum", "refresh_agreement"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"spice_semi.{name} is {getattr(config, name)}; it must be between 0 and 1")
-    if config.refresh_steps < 0:
-        raise UserError(f"spice_semi.refresh_steps is {config.refresh_steps}; give 0, for never, or more")
+    check_ranges("spice_semi", config, "steps", "labelled", "ratio", "init", "threshold_rule", "threshold")
+    check_ranges("spice_semi", config, "threshold_momentum", "refresh_agreement", "refresh_steps")
     if config.init == "stage2" and (config.network or config.mean or config.std):
         raise UserError(
             'spice_semi.init "stage2" goes on with the network of stages 1 and 2 and its normalisation; leave '
@@ -463,7 +483,3 @@ def check(task: Task, config: SpiceSemiConfig) -> None:
             f"spice_semi.labelled is {config.labelled}, which {task.bn_groups} BatchNorm groups cannot share evenly; "
             f"make it a multiple of bn_groups"
         )
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"'

@@ -46,7 +46,8 @@ from spice_dist.models.tail import Tail, Trunk, split
 from spice_dist.neighbors import nearest, without_itself
 from spice_dist.optim import cosine, warm_up
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import Task, require_positive
+from spice_dist.settings import check_ranges, setting
+from spice_dist.task import Task
 
 DRAW, WEAK, STRONG, SAMPLE, HEAD = 50, 51, 52, 53, 54  # streams of random numbers
 ENCODED = 32  # images between two signs of progress, about a second's on a core
@@ -59,30 +60,42 @@ FITTED = 512  # features in one step of the head's fit
 
 @dataclass(frozen=True)
 class SpiceTuneConfig:
-    epochs: float = 2.0  # passes of strong views over the images, labelled ones counted
-    labelled: int = 64  # images per step with a reliable label
-    ratio: float = 1.0  # other images per labelled one
-    strong_views: int = 1  # strong views of each image that are encoded, once
-    images: int = 10_000  # at most that are used, every cluster among them
-    memory: float = 1.5e9  # bytes of activations, at most; fewer images are used if theirs are larger
-    blocks: int = 0  # last blocks that are tuned; 0: as many as are 15 % of the forward pass, or one
-    lr: float = 1e-3  # of the last layer of the network, AdamW's
-    head_lr: float = 1e-3  # of the clustering head
-    layer_decay: float = 0.7  # factor on the rate from one layer to the one before it
-    warmup: float = 0.1  # share of the steps in which the rate rises
-    weight_decay: float = 0.05  # on kernels only
-    ema: float = 0.98  # momentum of the evaluated network
-    head_steps: int = 300  # in which the head alone is fitted before; 0: its temperature only
-    neighbors: int = 15  # that soft labels are averaged with; 0: none
-    threshold: float = 0.8  # confidence from which a prediction is taken as a label
-    regroup: bool = True  # find the clusters again among the tuned features; False: the tuned head's own
-    guard_steps: int = 20  # between two looks of the guard; 0: no guard
-    retries: int = 2  # at a third of the rate before; then stage 2's network is kept
-    max_rise: float = 1.5  # of the smoothed loss over that of the first steps
-    min_size: float = 0.2  # share of a cluster's images that it must keep
-    min_agreement: float = 0.8  # share of the agreement with reliable labels, at the start, that must be kept
-    weak: View = PLAIN  # what the network is evaluated on
-    strong: View = View((0.4, 1.0), operations=2)  # noqa: RUF009  frozen
+    epochs: float = setting(2.0, "passes of strong views over the images, labelled ones counted", above=0)
+    labelled: int = setting(64, "images per step with a reliable label", above=0)
+    ratio: float = setting(1.0, "other images per labelled one", least=0, below=math.inf)
+    strong_views: int = setting(1, "strong views of each image that are encoded, once", above=0)
+    images: int = setting(10_000, "at most that are used, every cluster among them", above=0)
+    memory: float = setting(1.5e9, "bytes of activations, at most; fewer images are used if theirs are larger", above=0)
+    blocks: int = setting(
+        0, "last blocks that are tuned; 0: as many as are 15 % of the forward pass, or one", least=0, below=math.inf
+    )
+    lr: float = setting(1e-3, "of the last layer of the network, AdamW's", above=0)
+    head_lr: float = setting(1e-3, "of the clustering head", least=0, below=math.inf)
+    layer_decay: float = setting(
+        0.7,
+        "factor on the rate from one layer to the one before it",
+        above=0,
+        most=1,
+        remedy="it must be between 0 and 1",
+    )
+    warmup: float = setting(0.1, "share of the steps in which the rate rises", least=0, most=1)
+    weight_decay: float = setting(0.05, "on kernels only", least=0, below=math.inf)
+    ema: float = setting(0.98, "momentum of the evaluated network", least=0, most=1)
+    head_steps: int = setting(
+        300, "in which the head alone is fitted before; 0: its temperature only", least=0, below=math.inf
+    )
+    neighbors: int = setting(15, "that soft labels are averaged with; 0: none", least=0, below=math.inf)
+    threshold: float = setting(0.8, "confidence from which a prediction is taken as a label", least=0, most=1)
+    regroup: bool = setting(True, "find the clusters again among the tuned features; False: the tuned head's own")
+    guard_steps: int = setting(20, "between two looks of the guard; 0: no guard", least=0, below=math.inf)
+    retries: int = setting(2, "at a third of the rate before; then stage 2's network is kept", least=0, below=math.inf)
+    max_rise: float = setting(1.5, "of the smoothed loss over that of the first steps", above=0)
+    min_size: float = setting(0.2, "share of a cluster's images that it must keep", least=0, most=1)
+    min_agreement: float = setting(
+        0.8, "share of the agreement with reliable labels, at the start, that must be kept", least=0, most=1
+    )
+    weak: View = setting(PLAIN, "what the network is evaluated on")
+    strong: View = setting(View((0.4, 1.0), operations=2), "what it learns from beside the weak view")
 
 
 def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
@@ -183,15 +196,10 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
 
 def check(task: Task, config: SpiceTuneConfig) -> None:
     """UserError if these settings cannot train."""
-    positive = {"epochs": config.epochs, "labelled": config.labelled, "strong_views": config.strong_views}
-    positive |= {"images": config.images, "memory": config.memory, "lr": config.lr}
-    require_positive("spice_tune", **positive, layer_decay=config.layer_decay, max_rise=config.max_rise)
-    for name in ("ratio", "head_lr", "weight_decay", "blocks", "head_steps", "neighbors", "guard_steps", "retries"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"spice_tune.{name} is {getattr(config, name)}; it must be 0 or more")
-    for name in ("layer_decay", "warmup", "ema", "threshold", "min_size", "min_agreement"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"spice_tune.{name} is {getattr(config, name)}; it must be between 0 and 1")
+    check_ranges("spice_tune", config, "epochs", "labelled", "strong_views", "images", "memory", "lr", "layer_decay")
+    check_ranges("spice_tune", config, "max_rise", "ratio", "head_lr", "weight_decay", "blocks", "head_steps")
+    check_ranges("spice_tune", config, "neighbors", "guard_steps", "retries", "warmup", "ema", "threshold")
+    check_ranges("spice_tune", config, "min_size", "min_agreement")
     if config.images < 2 * task.clusters:
         raise UserError(f"spice_tune.images is {config.images}; {task.clusters} clusters need {2 * task.clusters}")
 
