@@ -24,6 +24,8 @@ from spice_dist.task import Task
 NOTHING, SAVE, STOP = 0, 1, 2
 Probes = Mapping[str, Callable[[], Tensor]]
 NO_PROBES: Probes = {}
+OnReport = Callable[[int, int, Tensor, Callable[[], Tensors]], None]
+"""Called with (step, total, loss, save) at the end of every report; `save` gives the state at this step."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,11 @@ class LocalWorker:
         stop_requested: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int, float | None], None] = lambda step, total, loss: None,
         storage: Storage = Storage(),  # noqa: B008  immutable
+        on_report: OnReport = lambda step, total, loss, save: None,
     ):
         """`progress` gets (step, total, loss) at most twice a second, on the first worker only."""
         self.run, self.stage, self.device = run, stage, device
-        self.stop_requested, self.progress = stop_requested, progress
+        self.stop_requested, self.progress, self.on_report = stop_requested, progress, on_report
         self.checkpoint_seconds, self.scratch = storage.checkpoint_seconds, storage.scratch
         self.folder, self.store = run / stage, run / stage / "checkpoints"
         self.log: MetricLog | None = None
@@ -164,6 +167,7 @@ class LocalWorker:
             self._write_means(step, probes)
         if self.device.type == "cpu" or step % every == 0 or step == total:
             self._save_or_stop(step, total, metrics["loss"], save)
+        self.on_report(step, total, metrics["loss"], save)
 
     def _show(self, step: int, total: int, metrics: dict[str, Tensor]) -> None:
         if self.rank == 0 and (time.monotonic() - self.shown_at > 0.5 or step == total):

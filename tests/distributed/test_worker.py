@@ -307,3 +307,15 @@ def test_progress_is_shown_at_most_twice_a_second_and_at_the_end(tmp_path, monke
         worker.report(step, 30, loss(step), weights(0))
     assert [step for step, _, _ in shown] == [5, 10, 15, 20, 25, 30]
     assert shown[-1] == (30, 30, 30.0)
+
+
+def test_every_report_is_passed_on_with_the_state_at_its_step(tmp_path):
+    seen: list[tuple[int, int, float, float]] = []
+
+    def on_report(step: int, total: int, value: Tensor, save: Callable[[], Tensors]) -> None:
+        seen.append((step, total, float(value), float(save()["net"]["w"][0])))
+
+    worker = started(tmp_path, on_report=on_report)
+    for step in (1, 2):
+        worker.report(step, 2, loss(2.0 * step), weights(step))
+    assert seen == [(1, 2, 2.0, 1.0), (2, 2, 4.0, 2.0)]
