@@ -358,31 +358,22 @@ def _tune(options: argparse.Namespace, given: list[str]) -> None:
     source = _open(options)
     config, _ = _config(options, source)
 
-    from spice_dist.distributed.ray_tune import Search
     from spice_dist.launching import Launch
-    from spice_dist.report.sweep import format_sweep
-    from spice_dist.sweep import tune
+    from spice_dist.sweep.ray_tune import Search
+    from spice_dist.sweep.report import format_sweep
+    from spice_dist.sweep.run import Place, tune
 
     search = Search(
         options.trials,
-        search=options.search,
-        scheduler=options.scheduler,
-        max_concurrent=options.max_concurrent,
-        seconds=options.time_budget,
+        options.objective or "",
+        options.search,
+        options.scheduler,
+        options.max_concurrent,
+        options.time_budget,
     )
+    place = Place(options.out, options.resume, options.base)
     launch = Launch(options.workers, options.threads, options.address, options.insecure, labels=options.labels)
-    rows = tune(
-        config,
-        source,
-        options.space,
-        options.out,
-        search,
-        launch,
-        objective=options.objective,
-        resume=options.resume,
-        base=options.base,
-        command=["spice-dist", *given],
-    )
+    rows = tune(config, source, options.space, place, search, launch, ["spice-dist", *given])
     print(format_sweep(options.out, rows))
 
 

@@ -18,6 +18,7 @@ OBJECTIVES = {  # name: +1 if higher is better, -1 if lower
     "select_loss": -1,
 }
 SHOWN = ("silhouette", "select_loss")  # beside the others, for comparison: they chose worse, so they may not
+COMBINED = "combined"  # the mean place by the scores of RANKED_BY
 RANKED_BY = ("generalization", "consensus")  # whose places together choose best, see the README's table
 FOLDS = 5
 COMPARED = 5_000  # images by which clusterings are compared

@@ -25,6 +25,7 @@ from spice_dist.report.run_folder import LEARN_FROM_LABELS, SCORES, Run, load, m
 if TYPE_CHECKING:
     from jinja2 import Template
 
+FOLDER = Path(__file__).parent  # of templates and their parts
 MAX_SMALL_CHARTS = 12  # per stage
 STAGE_TITLES = {
     "moco": ("MoCo", "Learns features: two views of an image should be close, other images far."),
@@ -125,12 +126,12 @@ def render(run: Run, images: ReadImages) -> str:
     )
 
 
-def template(name: str) -> "Template":
-    """One of the pages of this folder, which escapes whatever is put into it."""
+def template(name: str, folder: Path = FOLDER) -> "Template":
+    """Return a page of this folder, or of another one that includes files of this; it escapes what is put into it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([folder, FOLDER]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=printable,

@@ -1,28 +1,32 @@
-"""What a sweep makes of trials, one at a time in this process; tests/test_tune.py has the same on real Ray."""
+"""What a sweep makes of trials, one at a time in this process; test_tune.py has the same on real Ray."""
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
-from spice_dist import cli, sweep
+from spice_dist import cli
 from spice_dist.config import Config, flatten, override, read_config
 from spice_dist.data.sources import Source, open_source
-from spice_dist.distributed import ray_train, ray_tune
-from spice_dist.distributed.ray_tune import Search
+from spice_dist.distributed import ray_train
 from spice_dist.errors import UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
 from spice_dist.pipeline import fit_until
 from spice_dist.recipes import photos, trained
-from spice_dist.report.sweep import correlations
-from spice_dist.sweep import best_first, objectives_of, rows, space_file, write_results
-from spice_dist.trials import FAILED, FINISHED, RUNGS, Plan, run_trial, start_of, trial_folder
+from spice_dist.sweep import ray_tune, run
+from spice_dist.sweep.ray_tune import Round, Search
+from spice_dist.sweep.records import FAILED, FINISHED, Plan, trial_folder
+from spice_dist.sweep.report import correlations
+from spice_dist.sweep.results import best_first, rows, write_results
+from spice_dist.sweep.run import Place, Sweep, objectives_of
+from spice_dist.sweep.spaces import Space, Start, read_space, sample, space_file, start_of
+from spice_dist.sweep.trials import RUNGS, run_trial
 from tests.methods.conftest import SMALL
 
 SPACES = ("heads", "thresholds", "augmentations", "pretrain")
@@ -55,7 +59,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def plan_of(folder: Path, start: str = "heads", reliable: bool = False) -> Plan:
+def plan_of(folder: Path, start: Start = Start.HEADS, reliable: bool = False) -> Plan:
     return Plan(folder, CONFIG, start, reliable)
 
 
@@ -67,30 +71,32 @@ def heads(base, tmp_path) -> Plan:
 
 
 def thresholds_of(heads: Plan) -> Plan:
-    return replace(heads, start="thresholds", reliable=True)
+    return replace(heads, start=Start.THRESHOLDS, reliable=True)
 
 
-def ignore(part: int, scores: dict) -> None:
+def ignore(rung: int, scores: dict) -> None:
     pass
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_every_range_of_our_spaces_names_a_setting_and_draws_values_of_its_type(name):
-    space, metric = ray_tune.read_space(space_file(name))
+    space = read_space(space_file(name))
     for seed in range(20):
-        override(Config(), ray_tune.values_of(space, seed))
-    plan = Plan(Path(), CONFIG, start_of(space), any(setting.startswith("reliable.") for setting in space))
-    assert metric in (*objectives_of(plan), "combined")
+        override(Config(), sample(space.ranges, seed))
+    searches_labels = any(setting.startswith("reliable.") for setting in space.ranges)
+    plan = Plan(Path(), CONFIG, start_of(space.ranges), searches_labels)
+    assert space.name == name
+    assert space.metric in (*objectives_of(plan), "combined")
     assert {"pretrain": "pretrain", "thresholds": "thresholds"}.get(name, "heads") == plan.start
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_the_published_value_lies_within_every_range_that_has_numbers(name):
-    space, _ = ray_tune.read_space(space_file(name))
+    space = read_space(space_file(name))
     published = flatten(Config())
     outside = {"spice_self.strong.brightness", "spice_self.strong.contrast"}  # published off: no jitter
     automatic = {"spice_self.entropy_weight"}  # published by the number of clusters: below 0 in the settings
-    for setting, domain in space.items():
+    for setting, domain in space.ranges.items():
         value = published[setting]
         if hasattr(domain, "lower"):
             assert setting in outside or domain.lower <= value <= domain.upper, setting
@@ -103,8 +109,8 @@ def test_stored_views_give_the_clusters_that_encoding_gives(heads, tmp_path):
     first = np.load(trial_folder(heads, SETTINGS) / "clusters.npy")
     other = tmp_path / "other"
     (other / "base").mkdir(parents=True)
-    for part in ("data", "moco", "features"):
-        (other / "base" / part).symlink_to(heads.base / part)
+    for stage in ("data", "moco", "features"):
+        (other / "base" / stage).symlink_to(heads.base / stage)
     without = replace(heads, folder=other)
     assert run_trial(without, SETTINGS, ignore) == with_views
     assert np.array_equal(np.load(trial_folder(without, SETTINGS) / "clusters.npy"), first)
@@ -130,11 +136,11 @@ def test_no_true_label_changes_a_trial(start, heads, base, tmp_path):
     assert run_trial(replace(plan, folder=blind), settings, ignore) == scores
 
 
-def test_the_rungs_are_told_in_order_and_the_last_is_the_result(heads):
-    told = []
-    scores = run_trial(heads, SETTINGS, lambda part, found: told.append((part, found)))
-    assert [part for part, _ in told] == [part for part in RUNGS if CONFIG.spice_self.epochs * part // 27 or part == 3]
-    assert told[-1][1] == scores
+def test_the_rungs_come_in_order_and_the_last_has_the_result(heads):
+    rungs = []
+    scores = run_trial(heads, SETTINGS, lambda rung, so_far: rungs.append((rung, so_far)))
+    assert [rung for rung, _ in rungs] == [rung for rung in RUNGS if CONFIG.spice_self.epochs * rung // 27 or rung == 3]
+    assert rungs[-1][1] == scores
     assert set(scores) == {"generalization", "agreement", "silhouette", "select_loss", "nonempty", "size_entropy"}
 
 
@@ -177,13 +183,13 @@ def test_thresholds_start_from_the_heads_of_the_base_and_choose_by_labels_that_t
 
 
 def test_pretraining_trials_train_stage_one_and_are_judged_in_the_base_s_space(heads):
-    plan = replace(heads, start="pretrain")
-    told = []
-    run_trial(plan, {"moco.temperature": 0.3}, lambda part, scores: told.append((part, scores)))
+    plan = replace(heads, start=Start.PRETRAIN)
+    rungs = []
+    run_trial(plan, {"moco.temperature": 0.3}, lambda rung, scores: rungs.append((rung, scores)))
     folder = trial_folder(plan, {"moco.temperature": 0.3})
     assert not (folder / "features").is_symlink()
-    assert {part for part, _ in told} >= {RUNGS[-1]}
-    assert "select_loss" not in told[-1][1]
+    assert {rung for rung, _ in rungs} >= {RUNGS[-1]}
+    assert "select_loss" not in rungs[-1][1]
     ours, theirs = (np.load(where / "features/features.npy") for where in (folder, heads.base))
     assert not np.array_equal(ours, theirs)
 
@@ -204,7 +210,7 @@ def test_the_table_the_best_configuration_and_the_page_say_the_same(heads):
         run_trial(heads, {"spice_self.lr": 0.0}, ignore)
     about = {"space": "<b>heads", "ranges": {"spice_self.lr": ""}, "images": "200 images, 0"}
     about |= {"config": {"spice_self": {}}, "start": "heads", "reliable": False, "command": None}
-    about["config"] = json.loads(json.dumps(sweep.asdict(CONFIG)))
+    about["config"] = json.loads(json.dumps(asdict(CONFIG)))
     (heads.folder / "sweep.json").write_text(json.dumps(about))
     ordered = write_results(heads.folder, "generalization")
     best = max(ordered[:3], key=lambda row: row["generalization"])
@@ -255,16 +261,17 @@ def test_a_search_that_goes_on_knows_what_was_found_and_takes_unfinished_setting
     failed = {"spice_self.lr": 5e-3, "spice_self.loss": "b"}
     known = [({"spice_self.lr": 1e-3, "spice_self.loss": "a"}, 0.7), (failed, None)]
     unfinished = {"spice_self.lr": 2e-3, "spice_self.loss": "b"}
-    search = ray_tune._search(plan_of(Path()), space, Search(5), known, [unfinished])
-    told = [(trial.params, trial.value) for trial in search._ot_study.trials if trial.state.is_finished()]
-    assert told == known
+    this_round = Round(space, 5, known, [unfinished])
+    search = ray_tune._search_algorithm(Search(5), this_round, CONFIG.seed)
+    added = [(trial.params, trial.value) for trial in search._ot_study.trials if trial.state.is_finished()]
+    assert added == known
     assert search.suggest("first") == unfinished
     assert search.suggest("second") not in (unfinished, known[0][0], failed)
 
 
 def test_the_best_of_a_sweep_is_a_configuration_for_fit(tmp_path, capsys):
     config = override(photos(100), {"clusters": 10, "spice_self.lr": 0.003, "data.size": 8, "data.channels": 1})
-    (tmp_path / "best.json").write_text(json.dumps({"version": 1, "config": sweep.asdict(config)}))
+    (tmp_path / "best.json").write_text(json.dumps({"version": 1, "config": asdict(config)}))
     assert read_config(tmp_path / "best.json") == config
     (tmp_path / "wrong.json").write_text('{"config": {"spice_self": {"lrr": 1}}}')
     for arguments, line in (
@@ -363,7 +370,7 @@ def test_a_base_of_other_settings_is_refused_before_anything_is_made(base, tmp_p
         (CONFIG, open_source("digits"), "stage data: images was"),
     ):
         with pytest.raises(UserError, match=line):
-            sweep.tune(config, source, str(space), tmp_path / "sweep", Search(1), HERE, base=base / "base")
+            run.tune(config, source, str(space), Place(tmp_path / "sweep", base=base / "base"), Search(1), HERE)
         assert not (tmp_path / "sweep").exists()
 
 
@@ -380,24 +387,28 @@ def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path, capsys):
 
 
 def test_a_sweep_without_a_trial_takes_the_settings_of_a_corrected_command_and_one_with_a_trial_does_not(tmp_path):
-    wrong, right = plan_of(tmp_path), replace(plan_of(tmp_path), config=override(CONFIG, {"moco.lr": 0.01}))
-    sweep._begin(wrong, few_digits(), "heads", {}, False, None)
+    def sweep_of(plan: Plan) -> Sweep:
+        return Sweep(plan, few_digits(), Space("heads", {}, "combined"), Search(1), HERE, None)
+
+    right_plan = replace(plan_of(tmp_path), config=override(CONFIG, {"moco.lr": 0.01}))
+    wrong, right = sweep_of(plan_of(tmp_path)), sweep_of(right_plan)
+    run._begin(wrong, resume=False)
     for resume in (False, True):
-        sweep._begin(right, few_digits(), "heads", {}, resume, None)
-        assert sweep.config_of(tmp_path) == right.config
+        run._begin(right, resume)
+        assert read_config(tmp_path / "sweep.json") == right_plan.config
     (tmp_path / "trials").mkdir()
     with pytest.raises(UserError, match="holds a sweep; go on with it by --resume"):
-        sweep._begin(right, few_digits(), "heads", {}, False, None)
+        run._begin(right, resume=False)
     with pytest.raises(UserError, match="other settings: moco.lr was 0.01"):
-        sweep._begin(wrong, few_digits(), "heads", {}, True, None)
-    assert sweep.config_of(tmp_path) == right.config
+        run._begin(wrong, resume=True)
+    assert read_config(tmp_path / "sweep.json") == right_plan.config
 
 
 def test_photos_on_the_neighbour_graph_are_searched_with_the_published_stages():
-    config = sweep.with_published_stages(replace(trained(photos(100), 100, None), clusters=3))
+    config = run.with_published_stages(replace(trained(photos(100), 100, None), clusters=3))
     assert (config.stage2, config.stage3) == ("spice_self", "spice_semi")
     without = replace(CONFIG, stage3="none")
-    assert sweep.with_published_stages(without) == without
+    assert run.with_published_stages(without) == without
 
 
 def test_a_score_that_no_trial_has_chooses_none(heads):
@@ -406,9 +417,7 @@ def test_a_score_that_no_trial_has_chooses_none(heads):
     run_trial(heads, {"spice_self.heads": 1}, ignore)
 
     def go_on(objective: str) -> list[dict]:
-        return sweep.tune(
-            CONFIG, few_digits(), str(space), heads.folder, Search(1), HERE, objective=objective, resume=True
-        )
+        return run.tune(CONFIG, few_digits(), str(space), Place(heads.folder, resume=True), Search(1, objective), HERE)
 
     (row,) = go_on("generalization")
     assert json.loads((heads.folder / "best.json").read_text())["trial"] == row["trial"]

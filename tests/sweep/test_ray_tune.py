@@ -1,4 +1,4 @@
-"""How much of a cluster a sweep takes, and spaces that cannot be used; sweeps themselves are in tests/test_tune.py."""
+"""How much of a cluster a sweep takes, and spaces that cannot be used; sweeps themselves are in test_tune.py."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from spice_dist.config import Config
-from spice_dist.distributed import ray_train, ray_tune
-from spice_dist.distributed.ray_tune import Search, require_room, trials_at_once
+from spice_dist.distributed import ray_train
 from spice_dist.errors import UserError
-from spice_dist.trials import Plan
+from spice_dist.sweep.ray_tune import Search, require_room, trials_at_once
+from spice_dist.sweep.records import Plan
+from spice_dist.sweep.spaces import Start, read_space, sample
 
 
 def plan_of(threads: int, workers: int) -> Plan:
-    return Plan(Path(), Config(), "pretrain", False, threads, workers)
+    return Plan(Path(), Config(), Start.PRETRAIN, False, threads, workers)
 
 
 @pytest.mark.timeout(180)
@@ -36,12 +37,12 @@ def test_trials_and_all_their_workers_have_room_at_once():
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [("0.004", "0.004"), ("[1, 2]", "[1, 2]"), ("tune.grid_search([1])", "{'grid_search': [1]}")]
+    ("value", "shown"), [("0.004", "0.004"), ("[1, 2]", "[1, 2]"), ("tune.grid_search([1])", "{'grid_search': [1]}")]
 )
-def test_a_value_that_is_no_domain_is_told_by_its_name(tmp_path, value, told):
+def test_a_value_that_is_no_domain_is_named_by_its_value(tmp_path, value, shown):
     path = tmp_path / "own.py"
     path.write_text(f"from ray import tune\nSPACE = {{'moco.lr': tune.uniform(1, 2), 'spice_self.lr': {value}}}\n")
-    with pytest.raises(UserError, match=re.escape(f"{path}: spice_self.lr is {told}, which is no domain")):
-        ray_tune.read_space(path)
+    with pytest.raises(UserError, match=re.escape(f"{path}: spice_self.lr is {shown}, which is no domain")):
+        read_space(path)
     path.write_text("from ray import tune\nSPACE = {'moco.lr': tune.uniform(1, 2)}\n")
-    assert 1 <= ray_tune.values_of(ray_tune.read_space(path)[0], seed=0)["moco.lr"] <= 2
+    assert 1 <= sample(read_space(path).ranges, seed=0)["moco.lr"] <= 2

@@ -9,11 +9,13 @@ import numpy as np
 from markupsafe import Markup
 
 from spice_dist.data.files import publish
-from spice_dist.objectives import OBJECTIVES, combined, importance, ranks, spearman
+from spice_dist.objectives import COMBINED, OBJECTIVES, combined, importance, ranks, spearman
 from spice_dist.report import charts
 from spice_dist.report.page import duration, template
+from spice_dist.sweep.records import FAILED, FINISHED, RUNNING, STOPPED
 
 Row = dict[str, Any]
+"""A trial: its number, the name of its folder, the fields of its record, and its scores by their names."""
 MEANINGS = {
     "generalization": "how well a linear classifier of the base run's features predicts the clusters of other images",
     "agreement": "mean agreement (ARI) between the heads, or the students, of a trial",
@@ -25,28 +27,27 @@ MEANINGS = {
 TOP = 10  # trials in the tables
 
 
-def write_sweep_report(folder: Path, found: Sequence[Row], ordered: Sequence[Row], objective: str) -> Path:
-    """Write SWEEP/report.html about these rows, `found` as they began and `ordered` the best first."""
-    about = json.loads((folder / "sweep.json").read_text())
-    finished = with_objective(ordered, objective)
-    names = sorted(about["ranges"])
+def write_sweep_report(folder: Path, trials: Sequence[Row], objective: str) -> Path:
+    """Write SWEEP/report.html about these trials, which come the best first."""
+    sweep = json.loads((folder / "sweep.json").read_text())
+    finished = with_objective(trials, objective)
+    several = len(finished) > 1
+    names = sorted(sweep["ranges"])
     shares = importances(finished, names, objective)
     names.sort(key=lambda name: -shares[name])
-    page = template("sweep.html").render(
-        title=f"{about['space']} on {about['images'].split(',')[0]}",
+    page = template("sweep.html", Path(__file__).parent).render(
+        title=f"{sweep['space']} on {sweep['images'].split(',')[0]}",
         objective=objective,
         meanings=MEANINGS,
-        facts=facts(found, finished),
-        best=best_settings(finished, names, about["config"]),
+        facts=facts(trials, finished),
+        best=best_settings(finished, names, sweep["config"]),
         correlations=correlations(finished),
-        parallel=parallel_coordinates(finished, names, objective) if len(finished) > 1 else None,
-        effects=[(name, shares[name], effect(finished, name, objective)) for name in names]
-        if len(finished) > 1
-        else [],
+        parallel=parallel_coordinates(finished, names, objective) if several else None,
+        effects=[(name, shares[name], effect(finished, name, objective)) for name in names if several],
         columns=[*names, *scores_of(finished)],
         top=finished[:TOP],
-        failed=[row for row in found if row["state"] not in ("finished", "running")],
-        command=" ".join(about["command"] or []),
+        failed=[row for row in trials if row["state"] not in (FINISHED, RUNNING)],
+        command=" ".join(sweep["command"] or []),
         short=short,
     )
     path = folder / "report.html"
@@ -55,11 +56,11 @@ def write_sweep_report(folder: Path, found: Sequence[Row], ordered: Sequence[Row
     return path
 
 
-def format_sweep(folder: Path, ordered: Sequence[Row]) -> str:
-    """The best trials and what each objective would have chosen, for a terminal."""
-    finished = [row for row in ordered if row["state"] == "finished"]
+def format_sweep(folder: Path, trials: Sequence[Row]) -> str:
+    """Show the best trials, and what each objective would have chosen, in a terminal; the best trial comes first."""
+    finished = [row for row in trials if row["state"] == FINISHED]
     if not finished:
-        reasons = {row["reason"] for row in ordered if row["reason"]}
+        reasons = {row["reason"] for row in trials if row["reason"]}
         return f"no trial has finished{': ' * bool(reasons)}{'; '.join(sorted(reasons)[:3])}"
     scores = scores_of(finished)
     lines = [f"{'trial':>5} {'seconds':>8} " + " ".join(f"{name:>14}" for name in scores) + "  settings"]
@@ -69,14 +70,14 @@ def format_sweep(folder: Path, ordered: Sequence[Row]) -> str:
     for name, rho, place in correlations(finished):
         shown = "undefined" if rho is None else f"{rho:+.2f}"
         lines.append(f"{name:<15} Spearman with ACC {shown}, its choice is number {place} of {len(finished)} by ACC")
-    others = len(ordered) - len(finished)
+    others = len(trials) - len(finished)
     lines += [f"{others} trials failed or were stopped: the reasons are in trials.csv"] * (others > 0)
     lines += ["", f"best         {folder / 'best.json'}   (spice-dist fit DATA --config ...)"]
     return "\n".join([*lines, f"all trials   {folder / 'trials.csv'}", f"report       {folder / 'report.html'}"])
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
-    """The settings by the last part of their names, which tells them apart well enough in a line."""
+    """Show the settings by the last part of their names, which tells them apart well enough in a line."""
     return " ".join(f"{name.rpartition('.')[2]}={_plain(value)}" for name, value in sorted(settings.items()))
 
 
@@ -84,33 +85,37 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def with_objective(ordered: Sequence[Row], objective: str) -> list[Row]:
-    """The finished trials that have the score: a trial of one head knows no agreement."""
-    finished = [row for row in ordered if row["state"] == "finished"]
-    return [row for row in finished if objective == "combined" or objective in row]
+def with_objective(trials: Sequence[Row], objective: str) -> list[Row]:
+    """Return the finished trials that have the score: a trial of one head has no agreement."""
+    finished = [row for row in trials if row["state"] == FINISHED]
+    return [row for row in finished if objective == COMBINED or objective in row]
 
 
 def scores_of(finished: Sequence[Row]) -> list[str]:
-    """The scores that these trials have, the objectives first, ACC last."""
+    """Return the names of the scores that these trials have, the objectives first, ACC last."""
     order = [*OBJECTIVES, "reliable", "nonempty", "size_entropy", "acc"]
     return [name for name in order if any(name in row for row in finished)]
 
 
 def goodness(finished: Sequence[Row], objective: str) -> list[float]:
-    """The objective of every trial, higher is better."""
-    if objective == "combined":
+    """Return the objective of every trial, higher is better."""
+    if objective == COMBINED:
         return combined(finished).tolist()
     return [OBJECTIVES[objective] * row[objective] for row in finished]
 
 
 def correlations(finished: Sequence[Row]) -> list[tuple[str, float | None, int]]:
-    """(objective, Spearman's correlation with ACC, place by ACC of the trial that it chooses); empty without ACC."""
+    """Compare the objectives with ACC; empty without ACC.
+
+    Returns:
+        (objective, Spearman's correlation with ACC, place by ACC of the trial that it chooses)
+    """
     if not finished or not all("acc" in row for row in finished):
         return []
     accuracy = [row["acc"] for row in finished]
     names = [name for name in OBJECTIVES if all(name in row for row in finished)]
     table = []
-    for name in [*names, "combined"]:
+    for name in [*names, COMBINED]:
         values = goodness(finished, name)
         chosen = accuracy[int(np.argmax(values))]
         table.append((name, spearman(values, accuracy), 1 + sum(other > chosen for other in accuracy)))
@@ -118,22 +123,22 @@ def correlations(finished: Sequence[Row]) -> list[tuple[str, float | None, int]]
 
 
 def importances(finished: Sequence[Row], names: Sequence[str], objective: str) -> dict[str, float]:
-    """Of the trials' places rather than of their scores, which one failure would rule."""
+    """Return the weight of each setting for the trials' places; scores would be ruled by one failure."""
     places = (-ranks(goodness(finished, objective), +1)).tolist()
     return {name: importance([row["settings"].get(name) for row in finished], places) for name in names}
 
 
-def facts(found: Sequence[Row], finished: Sequence[Row]) -> list[tuple[str, str]]:
-    """(name, value) for the head of the page."""
-    states = [row["state"] for row in found]
+def facts(trials: Sequence[Row], finished: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (name, value) for the head of the page."""
+    states = [row["state"] for row in trials]
     seconds = [row["seconds"] for row in finished]
-    counted = [(state, states.count(state)) for state in ("finished", "stopped", "failed", "running")]
-    known = [(f"Trials {state}", str(count)) for state, count in counted if count or state == "finished"]
-    return [*known, ("Median trial", duration(float(np.median(seconds))))] if seconds else known
+    counts = [(state, states.count(state)) for state in (FINISHED, STOPPED, FAILED, RUNNING)]
+    lines = [(f"Trials {state}", str(count)) for state, count in counts if count or state == FINISHED]
+    return [*lines, ("Median trial", duration(float(np.median(seconds))))] if seconds else lines
 
 
 def best_settings(finished: Sequence[Row], names: Sequence[str], config: dict) -> list[tuple[str, str, str]]:
-    """(setting, the best trial's value, the value that the sweep started from)."""
+    """Return (setting, the best trial's value, the value that the sweep started from)."""
     if not finished:
         return []
     before = {name: _looked_up(config, name) for name in names}
@@ -141,8 +146,8 @@ def best_settings(finished: Sequence[Row], names: Sequence[str], config: dict) -
 
 
 def _looked_up(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
@@ -163,8 +168,8 @@ class Axis:
         self.logarithmic = numbers and min(values) > 0 and max(values) > 20 * min(values)
         self.names = [] if numbers else sorted({str(value) for value in values})
         if numbers:
-            known = [self._scaled(value) for value in values]
-            self.low, self.high = min(known), max(known)
+            scaled = [self._scaled(value) for value in values]
+            self.low, self.high = min(scaled), max(scaled)
             self.ends = [(0.0, short(float(min(values)))), (1.0, short(float(max(values))))]
         else:
             self.ends = [(self.place(value), value) for value in self.names]
@@ -179,7 +184,7 @@ class Axis:
 
 
 def parallel_coordinates(finished: Sequence[Row], names: Sequence[str], objective: str) -> Markup:
-    """A line per trial through its settings to its score, the better the darker, the best one marked."""
+    """Draw a line per trial through its settings to its score, the better the darker, the best one marked."""
     values = goodness(finished, objective)
     columns = [(name.partition(".")[2] or name, [row["settings"].get(name) for row in finished]) for name in names]
     columns.append((objective, values))
@@ -196,7 +201,7 @@ def parallel_coordinates(finished: Sequence[Row], names: Sequence[str], objectiv
     worst_first = sorted(range(len(finished)), key=lambda trial: values[trial])
     for place, trial in enumerate(worst_first):
         places = [axis.place(column[trial]) for axis, (_, column) in zip(axes, columns, strict=True)]
-        points = [f"{x:.1f} {y(there):.1f}" for x, there in zip(xs, places, strict=True)]
+        points = [f"{x:.1f} {y(value):.1f}" for x, value in zip(xs, places, strict=True)]
         share = (place + 1) / len(finished)
         look = "trial best" if place == len(finished) - 1 else "trial"
         title = f"Trial {finished[trial]['number']}: {objective} {short(values[trial])}"
@@ -207,15 +212,16 @@ def parallel_coordinates(finished: Sequence[Row], names: Sequence[str], objectiv
         )
     for number, (x, axis) in enumerate(zip(xs, axes, strict=True)):
         parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, y(1), y(0)))
-        high = 14 if number % 2 else 30  # two rows of names: they are long
-        parts.append(Markup('<text class="count mid" x="{:.1f}" y="{}">{}</text>').format(x, high, axis.name))
+        # two rows of names: they are long
+        name_y = 14 if number % 2 else 30
+        parts.append(Markup('<text class="count mid" x="{:.1f}" y="{}">{}</text>').format(x, name_y, axis.name))
         for place, text in axis.ends:
             parts.append(Markup('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 5, y(place) + 4, text))
     return charts.svg(f"Settings and score of {len(finished)} trials", width, height, parts)
 
 
 def effect(finished: Sequence[Row], name: str, objective: str) -> Markup:
-    """The score of every trial over one setting."""
+    """Draw the score of every trial over one setting."""
     values = goodness(finished, objective)
     settings = [row["settings"].get(name) for row in finished]
     across, up = Axis(name, settings), Axis(objective, values)

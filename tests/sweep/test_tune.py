@@ -266,7 +266,7 @@ def test_spaces_are_found_from_an_installed_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
-    code = "from spice_dist import sweep; print(sweep.space_file('heads'))"
+    code = "from spice_dist.sweep import spaces; print(spaces.space_file('heads'))"
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path,
         capture_output=True, text=True, check=True, timeout=120,

@@ -1,0 +1,81 @@
+"""What the trials of a sweep share, and what each of them leaves on disk: its folder and the record in it."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from spice_dist.config import Config
+from spice_dist.data.files import publish_json
+from spice_dist.sweep.spaces import Start
+
+# RUNNING is also the state of a trial that was cut off and goes on in a later call
+RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+Settings = Mapping[str, Any]
+"""Values of the searched settings by their dotted names."""
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the trials of a sweep share."""
+
+    folder: Path  # the sweep's: `base` is the run that they share, `trials` holds theirs
+    config: Config  # whose searched settings a trial changes
+    start: Start
+    reliable: bool  # whether a trial goes on to the reliable labels
+    threads: int = 1
+    workers: int = 0  # training processes of stage 1; 0: the trial's own process
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The contents of trial.json, in this order."""
+
+    state: str  # RUNNING, FINISHED, STOPPED or FAILED
+    reason: str  # why the trial has no result; empty if it has one
+    started: float  # when its first attempt began, in seconds since 1970
+    seconds: float  # of work, in all attempts
+    settings: dict[str, Any]
+    scores: Scores
+
+
+def trial_folder(plan: Plan, settings: Settings) -> Path:
+    """Return the folder of these settings, where an unfinished trial of the same goes on."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return plan.folder / "trials" / sha256(text.encode()).hexdigest()[:12]
+
+
+def write_record(folder: Path, record: Record) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    publish_json(folder / "trial.json", asdict(record) | {"seconds": round(record.seconds, 3)})
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record of the trial in this folder; None if it has not begun, or its record is lost: it runs again."""
+    try:
+        values = json.loads((folder / "trial.json").read_bytes())
+        return Record(**{field.name: values[field.name] for field in fields(Record)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def complete_record(folder: Path, settings: Settings, state: str, reason: str, scores: Scores) -> Record | None:
+    """Write the end of a trial whose own process wrote none; one that ended as RUNNING stays as it is.
+
+    Returns the trial's record, as `read_record` does.
+    """
+    record = read_record(folder)
+    if state != RUNNING and (record is None or record.state == RUNNING):
+        now = time.time()
+        started = record.started if record else now
+        record = Record(state, reason, started, now - started, dict(settings), scores)
+        write_record(folder, record)
+    return record
