@@ -13,8 +13,8 @@ from spice_dist.distributed import checkpoint
 from tests.slurm.cluster import SlurmCluster, slurm_cluster
 from tests.slurm.conftest import ENDLESS, LONG, SHORT
 from tests.slurm.nodes import REPOSITORY, wait_until
+from tests.sweep.test_tune import RATES, SETTINGS, SLOW
 from tests.test_cli import TINY
-from tests.test_tune import RATES, SETTINGS, SLOW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
