@@ -21,7 +21,17 @@ from spice_dist.pipeline import fit_until
 from spice_dist.recipes import photos, trained
 from spice_dist.sweep import ray_tune, run
 from spice_dist.sweep.ray_tune import Round, Search
-from spice_dist.sweep.records import FAILED, FINISHED, Plan, trial_folder
+from spice_dist.sweep.records import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    Plan,
+    complete_record,
+    read_record,
+    trial_folder,
+    write_record,
+)
 from spice_dist.sweep.report import correlations
 from spice_dist.sweep.results import best_first, rows, write_results
 from spice_dist.sweep.run import Place, Sweep, objectives_of
@@ -335,6 +345,24 @@ def test_a_damaged_record_is_a_trial_to_run_again(heads):
         assert rows(heads.folder) == []
     assert run_trial(heads, SETTINGS, ignore) == scores
     assert [row["state"] for row in rows(heads.folder)] == [FINISHED]
+
+
+def test_a_trial_whose_process_wrote_no_end_gets_one_unless_it_was_cut_off(tmp_path):
+    folder = tmp_path / "trial"
+    assert complete_record(folder, SETTINGS, RUNNING, "", {}) is None
+    assert not folder.exists()
+    died = complete_record(folder, SETTINGS, FAILED, "its process was killed", {})
+    assert died == read_record(folder)
+    assert died is not None
+    assert (died.state, died.reason, died.settings) == (FAILED, "its process was killed", SETTINGS)
+    assert complete_record(folder, SETTINGS, STOPPED, "stopped early by the scheduler", {"silhouette": 1.0}) == died
+    write_record(folder, replace(died, state=RUNNING, started=5.0))
+    cut_off = complete_record(folder, SETTINGS, RUNNING, "", {"silhouette": 0.5})
+    assert cut_off is not None
+    assert (cut_off.state, cut_off.scores) == (RUNNING, {})
+    stopped = complete_record(folder, SETTINGS, STOPPED, "stopped early by the scheduler", {"silhouette": 0.5})
+    assert stopped is not None
+    assert (stopped.state, stopped.started, stopped.scores) == (STOPPED, 5.0, {"silhouette": 0.5})
 
 
 def one_line(out: Path, *arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
