@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from threading import Barrier
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,10 +28,8 @@ from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 
 from spice_dist.data.counter_rng import uniform
-from spice_dist.data.crops import Crop, Key, boxes
-
-if TYPE_CHECKING:
-    from spice_dist.data.images import Images
+from spice_dist.data.crops import Crop, Key, boxes, cut, cut_bytes
+from spice_dist.data.images import Images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -93,7 +90,7 @@ CHUNK = 1 << 21  # numbers that a CPU thread works on at once: with fewer, calls
 
 
 def view_batches(
-    images: "Images",
+    images: Images,
     order: np.ndarray,
     batch_size: int,
     views: Sequence[tuple[View, Key]],
@@ -173,7 +170,7 @@ def _draw(
         sides = (np.full(len(images), side) for side in images.shape[2:])
         box = boxes(Crop(view.crop_scale, 0), _crop_key(key), draws.index.numpy(), *sides)
         if _by_image(out):
-            x = torch.mul(_cut_bytes(images, box, *out.shape[2:]), 1 / 255, out=out)
+            x = torch.mul(cut_bytes(images, box, *out.shape[2:]), 1 / 255, out=out)
         else:
             x = cut(images * (1 / 255), box, *out.shape[2:])
     else:
@@ -217,38 +214,6 @@ def _change(
 
 def _crop_key(key: Key) -> Key:
     return (*key, 0)  # the streams of `_Draws` start at 1
-
-
-def cut(x: Float[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
-    """The boxes (left, top, width, height), resized with a triangle filter as Pillow's antialiased bilinear one.
-
-    Resizing is linear and separable: rows @ x @ columns, with a matrix of weights for each image. Nothing is read from
-    beyond a box, as if it had been cut out before.
-    """
-    left, top, box_width, box_height = torch.from_numpy(box).float().T
-    rows = _weights(top, box_height, x.shape[2], height).to(x.device, non_blocking=True)
-    columns = _weights(left, box_width, x.shape[3], width).to(x.device, non_blocking=True)
-    return torch.matmul(rows[:, None], torch.matmul(x, columns.mT[:, None]))
-
-
-def _cut_bytes(images: UInt8[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
-    """As `cut`, rounded to bytes as Pillow does; what a CPU is fastest at where images are large."""
-    out = torch.empty((*images.shape[:2], height, width), dtype=torch.uint8)
-    for number, (left, top, box_width, box_height) in enumerate(box.tolist()):
-        part = images[number : number + 1, :, top : top + box_height, left : left + box_width]
-        out[number] = F.interpolate(part, size=(height, width), mode="bilinear", antialias=True)[0]
-    return out
-
-
-def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: int, after: int) -> Tensor:
-    """(B, after, before): how much of each pixel goes into each pixel of the resized part start .. start + length."""
-    scale = (length / after)[:, None, None]
-    middle = start[:, None, None] + (torch.arange(after)[:, None] + 0.5) * scale
-    position = torch.arange(before) + 0.5
-    weights = (1 - (position - middle).abs() / scale.clamp(min=1)).clamp(min=0)
-    inside = (position > start[:, None, None]) & (position < (start + length)[:, None, None])
-    weights = weights * inside
-    return weights / weights.sum(2, keepdim=True)
 
 
 def normalize(

@@ -1,11 +1,13 @@
-"""Where to cut: boxes in pixels as a function of (key, image), the same whoever cuts, a loader or the device."""
+"""Crops: boxes in pixels as a function of (key, image), the same whoever cuts, and the cutting on tensors."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
 
 from spice_dist.data.counter_rng import uniform
 
@@ -58,3 +60,35 @@ def central_squares(heights: Int64[np.ndarray, " B"], widths: Int64[np.ndarray, 
     """(left, top, side, side) of the largest central square."""
     side = np.minimum(heights, widths)
     return np.stack([(widths - side) // 2, (heights - side) // 2, side, side], 1).astype(np.int64)
+
+
+def cut(x: Float[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
+    """The boxes (left, top, width, height), resized with a triangle filter as Pillow's antialiased bilinear one.
+
+    Resizing is linear and separable: rows @ x @ columns, with a matrix of weights for each image. Nothing is read from
+    beyond a box, as if it had been cut out before.
+    """
+    left, top, box_width, box_height = torch.from_numpy(box).float().T
+    rows = _weights(top, box_height, x.shape[2], height).to(x.device, non_blocking=True)
+    columns = _weights(left, box_width, x.shape[3], width).to(x.device, non_blocking=True)
+    return torch.matmul(rows[:, None], torch.matmul(x, columns.mT[:, None]))
+
+
+def cut_bytes(images: UInt8[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
+    """As `cut`, rounded to bytes as Pillow does; what a CPU is fastest at where images are large."""
+    out = torch.empty((*images.shape[:2], height, width), dtype=torch.uint8)
+    for number, (left, top, box_width, box_height) in enumerate(box.tolist()):
+        part = images[number : number + 1, :, top : top + box_height, left : left + box_width]
+        out[number] = F.interpolate(part, size=(height, width), mode="bilinear", antialias=True)[0]
+    return out
+
+
+def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: int, after: int) -> Tensor:
+    """(B, after, before): how much of each pixel goes into each pixel of the resized part start .. start + length."""
+    scale = (length / after)[:, None, None]
+    middle = start[:, None, None] + (torch.arange(after)[:, None] + 0.5) * scale
+    position = torch.arange(before) + 0.5
+    weights = (1 - (position - middle).abs() / scale.clamp(min=1)).clamp(min=0)
+    inside = (position > start[:, None, None]) & (position < (start + length)[:, None, None])
+    weights = weights * inside
+    return weights / weights.sum(2, keepdim=True)

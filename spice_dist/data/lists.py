@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spice_dist.data.sources import MAX_FILE_BYTES, BadImage, Source, encode_labels, files_source
+from spice_dist.data.sources import MAX_FILE_BYTES, BadImage, Source, encode_labels, files_source, read_file
 from spice_dist.errors import UserError
 
 SUFFIXES = (".txt", ".csv", ".parquet")
@@ -129,8 +129,6 @@ def _parquet_reader(path: Path, ends: np.ndarray) -> Callable[[int], bytes]:
 def _bytes_of(cell: Any, folder: Path) -> bytes:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None and isinstance(cell, dict) and cell.get("path"):
-        from spice_dist.data.sources import read_file
-
         return read_file(folder / cell["path"])
     if not isinstance(data, bytes) or not data:
         raise BadImage("no image in this row")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from spice_dist.data.beton import BetonInfo, Samples, jpeg_size
 from spice_dist.data.crops import Crop, Key, boxes, central_squares
-from spice_dist.data.images import Handover, to_device
+from spice_dist.data.handover import Handover
+from spice_dist.data.images import to_device
 from spice_dist.data.order import check_order, global_batches
 from spice_dist.errors import DamagedFile
 

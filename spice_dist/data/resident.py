@@ -7,8 +7,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from spice_dist.data.augment import cut
-from spice_dist.data.crops import Crop, Key, boxes
+from spice_dist.data.crops import Crop, Key, boxes, cut
 from spice_dist.data.images import Images
 from spice_dist.data.order import check_order, global_batches
 

@@ -28,8 +28,8 @@ from spice_dist.data import beton
 from spice_dist.data.augment import MOCO_V2, view_batches
 from spice_dist.data.beton_writer import BetonWriter
 from spice_dist.data.crops import Crop
-from spice_dist.data.images import open_images
 from spice_dist.data.ingest import ingest
+from spice_dist.data.loaders import open_images
 from spice_dist.data.sources import from_array, open_source
 from spice_dist.distributed.worker import usable_cores
 

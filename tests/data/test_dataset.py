@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from spice_dist.data.dataset import DataConfig, open_data, prepare
-from spice_dist.data.images import open_images
 from spice_dist.data.ingest import ingest, pack, read_manifest, read_paths
+from spice_dist.data.loaders import open_images
 from spice_dist.data.sources import Source, listing
 from spice_dist.errors import UserError
 
@@ -317,7 +317,7 @@ import itertools
 import shutil
 import torch
 from contextlib import closing
-from spice_dist.data.images import open_images
+from spice_dist.data.loaders import open_images
 
 folder = Path(tempfile.mkdtemp()) / "data"
 shutil.copytree(Path(sys.argv[1]).parent, folder)

@@ -18,14 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from spice_dist.data import ffcv_decoder, images
+from spice_dist.data import ffcv_decoder, loaders
 from spice_dist.data import packed as packed_module
 from spice_dist.data.augment import MOCO_V2, View, view_batches
 from spice_dist.data.beton import verify
 from spice_dist.data.crops import Crop, boxes, central_squares
 from spice_dist.data.ffcv_decoder import FFCVDecoder
-from spice_dist.data.images import Handover, Images, open_images, to_grey
+from spice_dist.data.handover import Handover
+from spice_dist.data.images import Images, to_grey
 from spice_dist.data.ingest import ingest
+from spice_dist.data.loaders import open_images
 from spice_dist.data.packed import PackedImages
 from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import ResidentImages
@@ -117,7 +119,7 @@ def test_the_number_of_torch_threads_is_left_alone(jpg_folder: Path):
     torch.set_num_threads(2)
     try:
         ffcv_decoder._native.cache_clear()
-        images._decoder.cache_clear()
+        loaders._decoder.cache_clear()
         with closing(open_images(jpg_folder, device=CPU, size=24, loader="ffcv")) as opened:
             list(opened.batches(np.arange(10), 5))
         assert torch.get_num_threads() == 2
@@ -347,9 +349,9 @@ STALL = """
 import sys, time
 from pathlib import Path
 import numpy as np, torch
-from spice_dist.data import images, packed
+from spice_dist.data import packed
 from spice_dist.data.beton import verify
-from spice_dist.data.images import Handover
+from spice_dist.data.handover import Handover
 from spice_dist.data.pillow_decoder import PillowDecoder
 
 class Stuck(PillowDecoder):
@@ -454,7 +456,7 @@ def test_without_ffcv_pillow_takes_over_and_says_so_once(
     jpg_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     ffcv_decoder._native.cache_clear()
-    images._decoder.cache_clear()
+    loaders._decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     try:
@@ -467,7 +469,7 @@ def test_without_ffcv_pillow_takes_over_and_says_so_once(
             open_images(jpg_folder, device=CPU, size=48, loader="ffcv")
     finally:
         ffcv_decoder._native.cache_clear()
-        images._decoder.cache_clear()
+        loaders._decoder.cache_clear()
 
 
 def test_grey_is_itu_601_and_exact_where_the_channels_agree(packed: Path, pixels: np.ndarray):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spice_dist.data import scratch
-from spice_dist.data.images import open_images
+from spice_dist.data.loaders import open_images
 from spice_dist.data.scratch import staged
 from spice_dist.errors import DamagedFile
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from spice_dist import inference
 from spice_dist.config import Config, override
-from spice_dist.data.images import open_images
 from spice_dist.data.ingest import ingest
+from spice_dist.data.loaders import open_images
 from spice_dist.data.order import epoch_order
 from spice_dist.data.sources import open_source
 from spice_dist.distributed.worker import LocalWorker

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spice_dist import inference
 from spice_dist.config import override
-from spice_dist.data.images import open_images
+from spice_dist.data.loaders import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.methods import byol, moco, plumbing

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spice_dist.config import Config, override
-from spice_dist.data.images import open_images
+from spice_dist.data.loaders import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.losses import double_softmax_cross_entropy

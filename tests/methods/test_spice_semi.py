@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.data import augment
-from spice_dist.data.images import open_images
+from spice_dist.data.loaders import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate

@@ -1,0 +1,89 @@
+"""Opening a packed data set: verify it, choose what decodes it, and keep a small one on the device."""
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from spice_dist.data import beton
+from spice_dist.data.ffcv_decoder import FFCVDecoder, why_no_ffcv
+from spice_dist.data.images import Images
+from spice_dist.data.ingest import read_manifest
+from spice_dist.data.packed import Decoder, PackedImages
+from spice_dist.data.pillow_decoder import PillowDecoder
+from spice_dist.data.resident import load_resident
+from spice_dist.errors import DamagedFile, UserError
+
+LOADERS = ("auto", "ffcv", "torch")
+RESIDENT_BYTES = 2 << 30
+FULL_CHECK_BYTES = 8 << 30  # larger files: the structure is checked whole, the samples of SPREAD_CHECK images
+SPREAD_CHECK = 4_096
+
+log = logging.getLogger("spice_dist.data")
+
+
+def open_images(
+    data_dir: Path,
+    *,
+    device: torch.device,
+    size: int,
+    channels: int = 3,
+    loader: str = "auto",
+    resident_bytes: int = RESIDENT_BYTES,
+    threads: int | None = None,
+) -> Images:
+    """Open data_dir/dataset.beton after verifying it.
+
+    Args:
+        size: side in pixels of what `batches` gives.
+        channels: 3, or 1 for luma (ITU-R 601).
+        loader: what decodes: "auto" takes FFCV where it is installed; "ffcv" forces it, "torch" does without. Raw
+            squares of `size` need no decoder.
+        resident_bytes: a set of raw squares of at most this size is read once and kept on the device.
+        threads: that decode; default: torch's, which are the share of this worker.
+
+    Raises:
+        UserError: unknown loader or channels, no data set, or FFCV asked for and not there.
+        DamagedFile: the data set is truncated, altered or not the one of the manifest.
+    """
+    if loader not in LOADERS:
+        raise UserError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
+    if channels not in (1, 3):
+        raise UserError(f"channels is {channels}: choose 3 (colour) or 1 (grey)")
+    info = _verified(data_dir)
+    as_they_are = info.format == "raw" and (info.heights[0], info.widths[0]) == (size, size)
+    decoder = _decoder("torch" if as_they_are and loader == "auto" else loader)  # importing FFCV takes seconds
+    images = PackedImages(info, decoder, device, size, channels, threads or torch.get_num_threads())
+    if images.decodes or images.n * size * size * channels > resident_bytes:
+        return images
+    try:
+        return load_resident(images, device)
+    finally:
+        images.close()
+
+
+def _verified(data_dir: Path) -> beton.BetonInfo:
+    path = data_dir / "dataset.beton"
+    if not path.exists():
+        raise UserError(f"no data set in {data_dir}: {path.name} is missing; pack the images first")
+    info = beton.verify(path)
+    if (data_dir / "manifest.json").exists():
+        manifest = read_manifest(data_dir)
+        if info.n != manifest.n or info.fingerprint != manifest.fingerprint:
+            raise DamagedFile(f"{path} was written from other images than {data_dir} holds: delete it and pack again")
+    beton.check_pixels(info, spread=None if info.file_size <= FULL_CHECK_BYTES else SPREAD_CHECK)
+    return info
+
+
+@cache
+def _decoder(loader: str) -> Decoder:
+    if loader == "torch":
+        return PillowDecoder()
+    missing = why_no_ffcv()
+    if missing is None:
+        return FFCVDecoder()
+    if loader == "ffcv":
+        raise UserError(missing)
+    log.warning("%s; Pillow, which is slower, takes its place", missing)
+    return PillowDecoder()
