@@ -13,11 +13,11 @@ from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from spice_dist import inference
-from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
+from spice_dist.data.views import Statistics
 from spice_dist.launching import Launch
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet

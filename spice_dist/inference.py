@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from spice_dist.allocator import keep_freed_memory
 from spice_dist.data import augment
-from spice_dist.data.augment import Statistics
 from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.files import Progress, publish, publish_json, temporary_path
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import read_paths
 from spice_dist.data.loaders import open_images
 from spice_dist.data.sources import Source
+from spice_dist.data.views import PLAIN, Statistics
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -55,7 +55,7 @@ def outputs(
     done = 0
     for image, number in images.batches(index, chunk_of(images.size)):
         with torch.no_grad(), autocast(image.device, precision):
-            out = model(augment.apply(augment.PLAIN, image, number, (), statistics))
+            out = model(augment.apply(PLAIN, image, number, (), statistics))
         done += len(image)
         progress(done, len(index))
         yield out.float()

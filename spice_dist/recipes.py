@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from spice_dist.config import Config
-from spice_dist.data.augment import IMC_GLOBAL, IMC_LOCAL, MOCO_V2, SCAN_STRONG, View
 from spice_dist.data.dataset import DataConfig
+from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, MOCO_V2, SCAN_STRONG, View
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig

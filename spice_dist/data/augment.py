@@ -1,12 +1,9 @@
 """Random views of image batches, on the device the batch is on.
 
-A `View` says which operations are drawn and how strongly; a zero turns one off. `apply` draws every parameter from
-(seed, time, stream, image index), so a view does not depend on the batch, the worker or the number of workers.
-A resized crop is antialiased, an affine map bilinear and black outside, the 14 operations take the nearest pixel as
-Pillow does. The rest works on values in [0, 1].
-
-The views that the papers draw have names here: MOCO_V2, SCAN_WEAK, SCAN_STRONG, FIXMATCH_WEAK, FIXMATCH_STRONG,
-IMC_GLOBAL and IMC_LOCAL.
+A `View` (views.py) says which operations are drawn and how strongly. `apply` draws every parameter from (seed, time,
+stream, image index), so a view does not depend on the batch, the worker or the number of workers.
+A resized crop is antialiased, an affine map bilinear and black outside, the 14 operations (operations.py) take the
+nearest pixel as Pillow does. The rest works on values in [0, 1].
 
 Why not kornia: CPU time of a MoCo view in ms, ours / kornia 0.9.0 / torchvision v2 on Pillow images, one thread:
 0.10 / 0.17 / 0.60 at 32 pixels, 2.0 / 13.2 / 9.0 at 224; and it draws from torch's generator, batch by batch.
@@ -17,7 +14,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import cache
 from threading import Barrier
 
@@ -30,59 +26,20 @@ from torch import Tensor
 from spice_dist.data.counter_rng import uniform
 from spice_dist.data.crops import Crop, Key, boxes, cut, cut_bytes
 from spice_dist.data.images import Images
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel of what a network was made for, on values in [0, 1]."""
-IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)  # MoCo and SPICE take them for every data set
-OPERATIONS = (
-    *("identity", "autocontrast", "equalize", "rotate", "solarize", "color", "contrast", "brightness", "sharpness"),
-    *("shear_x", "shear_y", "translate_x", "translate_y", "posterize"),
+from spice_dist.data.operations import (
+    OPERATIONS,
+    brighten,
+    change_contrast,
+    column,
+    luma,
+    matrix,
+    resample,
+    rotation,
+    saturate,
+    turn_hue,
 )
+from spice_dist.data.views import IMAGENET, Statistics, View
 
-
-@dataclass(frozen=True)
-class View:
-    """One kind of random view, in the order in which the operations are applied."""
-
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # RandomResizedCrop: share of the area, ratio 3/4 to 4/3; (1, 1) off
-    size: int = 0  # pixels, side of the crop; 0: the image's
-    pad: int = 0  # RandomCrop after this much padding, pixels
-    reflect: bool = False  # pad with mirrored pixels instead of black
-    flip: float = 0.0  # probability of a horizontal flip
-    rotate: float = 0.0  # degrees, uniform in +-rotate
-    shift: float = 0.0  # share of the side, uniform in +-shift, each axis
-    zoom: float = 0.0  # scale uniform in 1 +- zoom, each axis
-    shear: float = 0.0  # tangent, uniform in +-shear
-    operations: int = 0  # how many of SCAN's 14 operations are drawn, with replacement
-    reach: float = 0.1  # of these, tangent of a shear and share of the side of a translation, at most
-    erase: float = 0.0  # largest side of a square painted grey after them, share of the width
-    operations_first: bool = False  # operations and `erase` before the geometry, as FixMatch has it
-    jitter: float = 0.0  # probability of the four below, in random order
-    brightness: float = 0.0  # factor uniform in 1 +- brightness
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # turns, uniform in +-hue
-    grey: float = 0.0  # probability of dropping the colour
-    blur: float = 0.0  # probability of a Gaussian blur
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    noise: float = 0.0  # largest standard deviation of Gaussian pixel noise, uniform in 0..noise per image
-    cutout: float = 0.0  # largest side of an erased square, share of the image; erased to the mean colour
-
-
-PLAIN = View()
-MOCO_V2 = View(
-    (0.2, 1.0), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2, blur=0.5
-)  # fmt: skip
-SCAN_WEAK = View(pad=4, flip=0.5)
-SCAN_STRONG = View(flip=0.5, operations=4, cutout=0.5)  # cutout of 16 at 32 pixels; SPICE has 32 at 96 and at 224
-FIXMATCH_WEAK = View(pad=4, flip=0.5)  # as SPICE has it; FixMatch itself reflects at the border
-FIXMATCH_STRONG = View(pad=4, flip=0.5, operations=3, reach=0.3, erase=0.5, operations_first=True)
-IMC_GLOBAL = View(
-    (0.2, 1.0), size=28, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.25
-)  # fmt: skip
-IMC_LOCAL = replace(IMC_GLOBAL, crop_scale=(0.08, 0.4), size=18)
 GREY = (125 / 255, 123 / 255, 114 / 255)  # what `erase` paints
 BLOCK = 64  # random numbers made at once for each image; a view takes about 40
 LARGE = 64  # pixels, side from which a CPU cuts image by image
@@ -265,17 +222,6 @@ class _Draws:
         return self.uniform(0, 1)[0] < probability
 
 
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
-def _luma(x: Tensor) -> Tensor:
-    """ITU-R 601 grey, as Pillow computes it; the identity for a single channel."""
-    if x.shape[1] == 1:
-        return x
-    return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
-
-
 def _geometry(view: View, x: Tensor, draws: _Draws) -> Tensor:
     height, width = x.shape[2:]
     if view.flip:
@@ -283,7 +229,7 @@ def _geometry(view: View, x: Tensor, draws: _Draws) -> Tensor:
     if view.pad:
         x = _padded_crop(view, x, draws.uniform(0, 2 * view.pad + 1, 2).long())
     if view.rotate or view.shift or view.zoom or view.shear:
-        x = _resample(x, _affine(view, height, width, draws))
+        x = resample(x, _affine(view, height, width, draws))
     return x
 
 
@@ -306,42 +252,8 @@ def _affine(view: View, height: int, width: int, draws: _Draws) -> Float[Tensor,
     shift = draws.uniform(-2 * view.shift, 2 * view.shift, 2)
     zoom = draws.uniform(1 - view.zoom, 1 + view.zoom, 2)
     shear = draws.uniform(-view.shear, view.shear)[0] * (height / width)
-    turned = _matrix(shift_x=shift[0], shift_y=shift[1]) @ _rotation(angle, height, width)
-    return turned @ _matrix(shear_x=shear) @ _matrix(scale_x=1 / zoom[0], scale_y=1 / zoom[1])
-
-
-def _resample(x: Tensor, transform: Float[Tensor, "B 3 3"], mode: str = "bilinear") -> Tensor:
-    """`transform` takes output to input coordinates, both in [-1, 1] from edge to edge; black outside."""
-    grid = F.affine_grid(transform[:, :2], list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=False)
-
-
-def _matrix(
-    scale_x: Tensor | float = 1.0,
-    scale_y: Tensor | float = 1.0,
-    shear_x: Tensor | float = 0.0,
-    shear_y: Tensor | float = 0.0,
-    shift_x: Tensor | float = 0.0,
-    shift_y: Tensor | float = 0.0,
-) -> Float[Tensor, "B 3 3"]:
-    """Rows (scale_x, shear_x, shift_x), (shear_y, scale_y, shift_y), (0, 0, 1), one matrix per image."""
-    entries = [scale_x, shear_x, shift_x, shear_y, scale_y, shift_y, 0.0, 0.0, 1.0]
-    some = next(entry for entry in entries if isinstance(entry, Tensor))
-    columns = [entry if isinstance(entry, Tensor) else torch.full_like(some, entry) for entry in entries]
-    return torch.stack(columns, dim=1).view(-1, 3, 3)
-
-
-def _rotation(angle: Tensor, height: int, width: int) -> Tensor:
-    """By `angle` radians in pixels, so that a non-square image is not sheared."""
-    cos, sin = angle.cos(), angle.sin()
-    return _matrix(scale_x=cos, shear_x=-sin * (height / width), shear_y=sin * (width / height), scale_y=cos)
-
-
-def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor 1 keeps x, 0 gives `other`, above 1 moves away from it; clipped to [0, 1] as images are. Changes x."""
-    factor = _column(factor)
-    rest = other * (1 - factor)  # before x changes: `other` may be x
-    return x.mul_(factor).add_(rest).clamp_(0, 1)
+    turned = matrix(shift_x=shift[0], shift_y=shift[1]) @ rotation(angle, height, width)
+    return turned @ matrix(shear_x=shear) @ matrix(scale_x=1 / zoom[0], scale_y=1 / zoom[1])
 
 
 def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
@@ -355,7 +267,7 @@ def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
     factors.append(draws.uniform(-view.hue, view.hue)[0])
     colour = x.shape[1] == 3
     active = [view.brightness > 0, view.contrast > 0, view.saturation > 0 and colour, view.hue > 0 and colour]
-    adjust = (_brighten, _contrast, _saturate, _turn_hue)
+    adjust = (brighten, change_contrast, saturate, turn_hue)
     for place in range(4):
         for number in range(4):
             rows = draws.on_device((applied & (order[:, place] == number)).nonzero()[:, 0])
@@ -364,40 +276,7 @@ def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
 
 
 def _drop_colour(x: Tensor) -> Tensor:
-    return x.copy_(_luma(x).expand_as(x))
-
-
-def _brighten(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
-    return x.mul_(_column(factor)).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
-    return _blend(x, _luma(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def _saturate(x: Tensor, factor: Float[Tensor, " B"]) -> Tensor:
-    return _blend(x, _luma(x), factor)
-
-
-def _turn_hue(x: Float[Tensor, "B 3 H W"], turn: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
-    """Rotate the hue in HSV space by `turn` of a full circle. Changes x."""
-    red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    lowest = torch.minimum(torch.minimum(red, green), blue)
-    chroma = value - lowest
-    sixth = chroma.clamp(min=1e-8).reciprocal_()
-    hue = torch.where(
-        value == red,
-        (green - blue).mul_(sixth),
-        torch.where(value == green, (blue - red).mul_(sixth).add_(2), (red - green).mul_(sixth).add_(4)),
-    )
-    hue.add_(6 * turn[:, None, None])
-    hue.sub_((hue * (1 / 6)).floor_().mul_(6))  # in [0, 6)
-    # a channel is v at its own sixth of the circle and the next to either side, v - c opposite, linear between
-    for channel, (centre, sign, offset) in enumerate(((3.0, 1.0, -1.0), (2.0, -1.0, 2.0), (4.0, -1.0, 2.0))):
-        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(lowest, chroma, share, out=x[:, channel])
-    return x
+    return x.copy_(luma(x).expand_as(x))
 
 
 def _blur(view: View, x: Tensor, draws: _Draws) -> None:
@@ -444,7 +323,7 @@ def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
     radius = (-2 * torch.log1p(-draws.uniform(0, 1, pixels))).sqrt()
     normal = radius * torch.cos(2 * math.pi * draws.uniform(0, 1, pixels))
     strength = draws.uniform(0, view.noise)[0]
-    return torch.addcmul(x, _column(strength), normal.T.reshape(-1, 1, *x.shape[2:]))
+    return torch.addcmul(x, column(strength), normal.T.reshape(-1, 1, *x.shape[2:]))
 
 
 def _cutout(view: View, x: Tensor, draws: _Draws) -> None:
@@ -485,82 +364,12 @@ def _erase(view: View, x: Tensor, draws: _Draws) -> Tensor:
 
 
 def _random_operation(x: Tensor, draws: _Draws, reach: float) -> Tensor:
-    """One of SCAN's 14 operations per image, uniformly, with a uniform magnitude (`OPERATIONS` names them)."""
+    """Apply one of OPERATIONS to each image, drawn uniformly, with a uniform magnitude and a sign."""
     chosen = (draws.on_host(1)[:, 0] * len(OPERATIONS)).long()
     magnitude = draws.uniform(0, 1)[0]
     sign = torch.where(draws.chance(0.5), 1.0, -1.0)
-    for number, name in enumerate(OPERATIONS):
+    for number, operation in enumerate(OPERATIONS):
         rows = draws.on_device((chosen == number).nonzero()[:, 0])
         if len(rows):
-            x[rows] = operation(name, x[rows], magnitude[rows], sign[rows], reach)
+            x[rows] = operation(x[rows], magnitude[rows], sign[rows], reach)
     return x
-
-
-def operation(
-    name: str, x: Tensor, magnitude: Float[Tensor, " B"], sign: Float[Tensor, " B"], reach: float = 0.1
-) -> Tensor:
-    """The operation `name` on images in [0, 1]; magnitude in [0, 1) spans its published range.
-
-    As in Pillow, a rotation is about the centre and a shear about the upper left corner. May change x.
-    """
-    height, width = x.shape[2:]
-    factor = 0.05 + 0.9 * magnitude
-    if name == "identity":
-        return x
-    if name == "autocontrast":
-        low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-8), x)
-    if name == "equalize":
-        return _equalize(x)
-    if name == "solarize":
-        return torch.where(x * 255 >= _column(256 * magnitude), 1 - x, x)
-    if name == "posterize":
-        bits = (4 + 4 * magnitude).floor()  # 4 to 7: SCAN draws a real number below 8 and drops its fraction
-        step = _column(2.0 ** (8 - bits))
-        return ((x * 255).round() / step).floor() * step / 255
-    if name == "color":
-        return _saturate(x, factor)
-    if name == "contrast":
-        return _contrast(x, factor)
-    if name == "brightness":
-        return _brighten(x, factor)
-    if name == "sharpness":
-        return _blend(x, _smooth(x), factor)
-    if name == "rotate":
-        return _resample(x, _rotation(sign * magnitude * (math.pi / 6), height, width), "nearest")
-    if name == "shear_x":
-        shear = sign * reach * magnitude * (height / width)
-        return _resample(x, _matrix(shear_x=shear, shift_x=shear), "nearest")
-    if name == "shear_y":
-        shear = sign * reach * magnitude * (width / height)
-        return _resample(x, _matrix(shear_y=shear, shift_y=shear), "nearest")
-    if name == "translate_x":
-        return _resample(x, _matrix(shift_x=2 * reach * sign * magnitude), "nearest")
-    if name == "translate_y":
-        return _resample(x, _matrix(shift_y=2 * reach * sign * magnitude), "nearest")
-    raise ValueError(f"no operation {name!r}; there are {', '.join(OPERATIONS)}")
-
-
-def _smooth(x: Tensor) -> Tensor:
-    """Pillow's SMOOTH filter, the degenerate image of its sharpness; the border is left as it is."""
-    if min(x.shape[2:]) < 3:
-        return x
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
-    inner = F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
-    smooth = x.clone()
-    smooth[:, :, 1:-1, 1:-1] = inner
-    return smooth
-
-
-def _equalize(x: Tensor) -> Tensor:
-    """Pillow's histogram equalisation of each channel: an 8-bit look-up table from the cumulative histogram."""
-    batch, channels, height, width = x.shape
-    levels = (x * 255).round().long().view(batch * channels, -1)
-    histogram = torch.zeros(batch * channels, 256, dtype=torch.long, device=x.device)
-    histogram.scatter_add_(1, levels, torch.ones_like(levels))
-    last = histogram.gather(1, levels.amax(1, keepdim=True))  # the count of the highest level present
-    step = (height * width - last) // 255
-    before = histogram.cumsum(1) - histogram
-    table = ((before + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    table = torch.where(step > 0, table, torch.arange(256, device=x.device))
-    return (table.gather(1, levels).float() / 255).view_as(x)

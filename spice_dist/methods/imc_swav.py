@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from spice_dist import losses
 from spice_dist.data import augment
-from spice_dist.data.augment import IMC_GLOBAL, IMC_LOCAL, View
 from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order
+from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, PLAIN, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker, accumulating
@@ -388,7 +388,7 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
     net.train()
     for image, number in images.batches(order, config.batch):
         with autocast(image.device, task.precision):
-            net(augment.apply(augment.PLAIN, image, number, (), task.backbone.statistics))
+            net(augment.apply(PLAIN, image, number, (), task.backbone.statistics))
         update_statistics(net)
     net.eval()
 

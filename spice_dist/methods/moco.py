@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist import losses
-from spice_dist.data.augment import MOCO_V2, View
+from spice_dist.data.views import MOCO_V2, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Probes, Worker, accumulating
 from spice_dist.errors import UserError

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from spice_dist import losses
 from spice_dist.data import augment
-from spice_dist.data.augment import PLAIN, SCAN_STRONG, View
 from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order, worker_batches
+from spice_dist.data.views import PLAIN, SCAN_STRONG, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError

@@ -29,9 +29,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.data.augment import PLAIN, SCAN_STRONG, SCAN_WEAK, Key, View
+from spice_dist.data.crops import Key
 from spice_dist.data.files import publish
 from spice_dist.data.images import Images
+from spice_dist.data.views import PLAIN, SCAN_STRONG, SCAN_WEAK, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from spice_dist import losses
 from spice_dist.data import augment
-from spice_dist.data.augment import FIXMATCH_STRONG, FIXMATCH_WEAK, View
 from spice_dist.data.images import Images
+from spice_dist.data.views import FIXMATCH_STRONG, FIXMATCH_WEAK, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Probes, Worker, accumulating
 from spice_dist.errors import UserError

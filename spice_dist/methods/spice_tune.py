@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from spice_dist import graph, losses
 from spice_dist.data import augment
-from spice_dist.data.augment import PLAIN, View
 from spice_dist.data.files import publish_json
 from spice_dist.data.images import Images
+from spice_dist.data.views import PLAIN, View
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, load_state, open_dataset, place, state_of

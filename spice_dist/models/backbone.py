@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spice_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from spice_dist.data.views import IMAGENET_MEAN, IMAGENET_STD, Statistics
 from spice_dist.errors import UserError
 from spice_dist.models.intermediate import Mixture, middle_stage, peaks, stages
 from spice_dist.models.pretrained import (

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from spice_dist.config import Config
 from spice_dist.data import augment
-from spice_dist.data.augment import PLAIN
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.images import Images
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
+from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy
 from spice_dist.methods import spice_self

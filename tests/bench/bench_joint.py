@@ -31,11 +31,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from spice_dist.config import Config, override
-from spice_dist.data.augment import GREY, IMAGENET_MEAN, IMAGENET_STD
+from spice_dist.data.augment import GREY
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import publish_json
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
+from spice_dist.data.views import IMAGENET_MEAN, IMAGENET_STD
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import autocast, place

@@ -25,12 +25,13 @@ import torch
 from PIL import Image
 
 from spice_dist.data import beton
-from spice_dist.data.augment import MOCO_V2, view_batches
+from spice_dist.data.augment import view_batches
 from spice_dist.data.beton_writer import BetonWriter
 from spice_dist.data.crops import Crop
 from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
 from spice_dist.data.sources import from_array, open_source
+from spice_dist.data.views import MOCO_V2
 from spice_dist.distributed.worker import usable_cores
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from spice_dist.data import ffcv_decoder, loaders
 from spice_dist.data import packed as packed_module
-from spice_dist.data.augment import MOCO_V2, View, view_batches
+from spice_dist.data.augment import view_batches
 from spice_dist.data.beton import verify
 from spice_dist.data.crops import Crop, boxes, central_squares
 from spice_dist.data.ffcv_decoder import FFCVDecoder
@@ -32,6 +32,7 @@ from spice_dist.data.packed import PackedImages
 from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import ResidentImages
 from spice_dist.data.sources import Source, from_array
+from spice_dist.data.views import MOCO_V2, View
 from spice_dist.errors import DamagedFile, UserError
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from torch import nn
 
 from spice_dist import inference
 from spice_dist.config import override
-from spice_dist.data.augment import IMAGENET
 from spice_dist.data.loaders import open_images
+from spice_dist.data.views import IMAGENET
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.distributed.worker import LocalWorker

@@ -19,6 +19,7 @@ from spice_dist.config import Config, override
 from spice_dist.data import augment
 from spice_dist.data.loaders import open_images
 from spice_dist.data.order import epoch_order
+from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
 from spice_dist.launching import Launch
@@ -127,7 +128,7 @@ def test_every_neighbour_of_the_list_is_drawn_about_as_often(small_run):
 def test_the_selection_loss_is_its_float64_formula_on_plain_images(small_run):
     net, kept = scan.trained(SMALL, small_run)
     lists = scan.find_neighbors(SMALL.scan, 200, LocalWorker(small_run, "none", CPU))[:, :5]
-    view = augment.apply(augment.PLAIN, pixels(small_run, np.arange(200)), torch.arange(200), ())
+    view = augment.apply(PLAIN, pixels(small_run, np.arange(200)), torch.arange(200), ())
     with torch.no_grad():
         probs = classify(net.double().eval(), view.double()).softmax(2)
     expected = []
@@ -166,7 +167,7 @@ def test_a_step_of_self_labelling_is_the_float64_formula(without_stage: Without,
     net = selected.double()
     head = int(loss.argmin())
     with torch.no_grad():
-        plain = augment.apply(augment.PLAIN, images, index, ()).double()
+        plain = augment.apply(PLAIN, images, index, ()).double()
         confidence, label = classify(net.eval(), plain)[head].softmax(1).max(1)
     written = line(run, "self_label")
     kept = kept_above(confidence - 0.15, written["confident_fraction"])

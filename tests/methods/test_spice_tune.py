@@ -13,8 +13,8 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from spice_dist import graph
 from spice_dist.config import override
-from spice_dist.data.augment import View
 from spice_dist.data.loaders import open_images
+from spice_dist.data.views import View
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.inference import outputs, probabilities

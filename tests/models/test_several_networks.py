@@ -15,8 +15,9 @@ from torch import Tensor
 
 from spice_dist import inference
 from spice_dist.config import Config, override
-from spice_dist.data.augment import Statistics, normalize
+from spice_dist.data.augment import normalize
 from spice_dist.data.dataset import DataConfig
+from spice_dist.data.views import Statistics
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import (
     Backbone,
