@@ -27,7 +27,7 @@ from spice_dist.data.beton import check_pixels, verify
 from spice_dist.data.decode import Packing
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import publish_json
-from spice_dist.data.ingest import manifest_path
+from spice_dist.data.manifest import manifest_path
 from spice_dist.data.sources import Source, is_beton
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError

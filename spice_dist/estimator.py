@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from spice_dist import inference
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
-from spice_dist.data.ingest import read_paths
+from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
 from spice_dist.data.views import Statistics
 from spice_dist.launching import Launch

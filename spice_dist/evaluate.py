@@ -19,7 +19,7 @@ from torch import Tensor
 from spice_dist import inference, metrics, objectives, verdict
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images
-from spice_dist.data.ingest import Ingested, read_paths
+from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.methods import imc_swav, scan
 from spice_dist.methods.imc_swav import ImcSwavConfig

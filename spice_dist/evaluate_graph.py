@@ -21,7 +21,7 @@ from tqdm import tqdm
 from spice_dist import graph, inference, metrics, objectives, verdict
 from spice_dist.config import Config
 from spice_dist.data.files import Progress, publish, publish_json
-from spice_dist.data.ingest import Ingested, read_manifest, read_paths
+from spice_dist.data.manifest import Ingested, read_manifest, read_paths
 from spice_dist.evaluate import KMEANS_BYTES, reliable_accuracy, scored_images, scores, true_labels, write_assignments
 from spice_dist.methods import spice_graph, suggested
 from spice_dist.methods.plumbing import finished, load_backbone, open_dataset, place

@@ -22,8 +22,8 @@ from spice_dist.data import augment
 from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.files import Progress, publish, publish_json, temporary_path
 from spice_dist.data.images import Images
-from spice_dist.data.ingest import read_paths
 from spice_dist.data.loaders import open_images
+from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import Source
 from spice_dist.data.views import PLAIN, Statistics
 from spice_dist.distributed import collectives

@@ -20,7 +20,7 @@ from spice_dist import inference
 from spice_dist.config import Config, flatten, override
 from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
-from spice_dist.data.ingest import Ingested
+from spice_dist.data.manifest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import Interrupted, UserError

@@ -21,7 +21,7 @@ from torch import Tensor
 from spice_dist import metrics
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import Progress, publish_json
-from spice_dist.data.ingest import Ingested, read_manifest
+from spice_dist.data.manifest import Ingested, read_manifest
 from spice_dist.distributed import checkpoint
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import kmeans

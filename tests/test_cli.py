@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from spice_dist import cli, pipeline
-from spice_dist.data.ingest import read_paths
+from spice_dist.data.manifest import read_paths
 
 TINY = [
     *("--workers", "0", "--threads", "1"),

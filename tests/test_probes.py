@@ -13,7 +13,8 @@ import torch
 
 from spice_dist import cli, inference, metrics, probes
 from spice_dist.config import Config, override
-from spice_dist.data.ingest import ingest, read_manifest
+from spice_dist.data.ingest import ingest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.data.sources import open_source
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.worker import LocalWorker

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
-from spice_dist.data.ingest import Ingested, adopt, ingest, manifest_path, packed_source
+from spice_dist.data.ingest import adopt, ingest, packed_source
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
+from spice_dist.data.manifest import Ingested, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
 from spice_dist.data.remote import is_remote, remote_source
 from spice_dist.data.sources import Source, is_beton, open_source

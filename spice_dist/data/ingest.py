@@ -1,8 +1,8 @@
 """Untrusted images -> a packed data set: every image is read once, checked, and stored in one .beton.
 
-Decoding is done in bounded children (decode_pool.py) by the rules of decode.py. What is stored is noted in a journal,
-80 bytes for each candidate, so that an ingest that was stopped goes on there. Memory: the names of the source, and at
-the end about 150 bytes for each image; nothing else grows with their number.
+Decoding is done in bounded children (decode_pool.py) by the rules of decode.py. What is stored is noted in a journal
+(journal.py), so that an ingest that was stopped goes on there. Memory: the names of the source, and at the end about
+150 bytes for each image; nothing else grows with their number.
 """
 
 import csv
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,63 +21,34 @@ import numpy as np
 
 from spice_dist.data import beton
 from spice_dist.data.beton_writer import BetonWriter, page_size_for, publish_beton
-from spice_dist.data.decode import MAX_STORED_SIDE, MIN_SIDE, Packed, Packing
+from spice_dist.data.decode import MAX_STORED_SIDE, MIN_SIDE, Packing
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import Progress, commit, csv_cell, publish, publish_json
+from spice_dist.data.journal import Journal
+from spice_dist.data.manifest import (
+    Ingested,
+    beside,
+    fingerprint_of,
+    manifest_beside,
+    manifest_path,
+    read_manifest,
+    read_names,
+)
 from spice_dist.data.sources import Source, listing
 from spice_dist.errors import DamagedFile, UserError
 
 MAX_SIZE = 4_096
 RAW_SIZE, RAW_BYTES = 128, 8 << 30  # "auto" stores raw squares up to this side and this much in all
 NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
-BESIDE = {".json": "dataset.beton.json", ".paths.jsonl": "paths.jsonl", ".labels.npy": "labels.npy"}
-BESIDE |= {".quarantine.csv": "quarantine.csv"}  # suffix behind the name of a packed file -> name in a folder
+# suffix behind the name of a packed file -> name in a folder
+BESIDE = {
+    ".json": "dataset.beton.json",
+    ".paths.jsonl": "paths.jsonl",
+    ".labels.npy": "labels.npy",
+    ".quarantine.csv": "quarantine.csv",
+}
 LINKED = ("dataset.beton", "dataset.beton.json")
-DIGESTS = 2  # what `Packed.digest` is of: a journal with others is not gone on with
-RECORD = np.dtype(
-    [
-        ("kept", "u1"),
-        ("animated", "u1"),
-        ("warned", "u1"),
-        ("height", "<u2"),
-        ("width", "<u2"),
-        ("crc32", "<u4"),
-        ("offset", "<i8"),
-        ("size", "<i8"),
-        ("digest", "V32"),
-        ("reserved", "V21"),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Ingested:
-    """manifest.json: what a folder of packed images holds."""
-
-    version: int
-    n: int
-    format: str  # "raw" or "jpg"
-    size: int  # pixels: side of the raw squares, largest shorter side of the JPEGs
-    source: str
-    bad: int  # images that could not be used: rows of quarantine.csv
-    animated: int  # images of which only the first frame was taken
-    warned: int  # images that the decoder complained about, but decoded
-    duplicates: int  # images of which the same is stored as of an earlier one, exactly, in whatever part that is
-    dropped: int  # how many of them were left out
-    extra: int  # images that only train stages 1 and 3, after the clustered ones
-    held_out: int  # images that train nothing and are scored, after those
-    listing: str  # of the source and the settings: whether they are the same
-    fingerprint: str  # of names, what is stored and their order: see `fingerprint_of`
-
-    @property
-    def clustered(self) -> int:
-        """How many images, from the first on, the heads are trained on."""
-        return self.n - self.extra - self.held_out
-
-    @property
-    def training(self) -> int:
-        """How many images, from the first on, stages 1 and 3 see."""
-        return self.n - self.held_out
+DIGEST_RULE = 2  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
 
 
 def ingest(
@@ -111,14 +82,24 @@ def ingest(
         UserError: too many bad images or no good one (quarantine.csv says why), or the folder cannot be written.
     """
     packing = _packing(source, size, jpeg_side or size, format, quality)
-    called = _call(source, packing, drop_duplicates)
+    call_hash, quarantine = _call_hash(source, packing, drop_duplicates), out_dir / "quarantine.csv"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if finished := _finished(out_dir, called):
-            _check_share(finished.n + finished.dropped, finished.bad, max_bad, out_dir / "quarantine.csv", "")
+        if finished := _finished(out_dir, call_hash):
+            _check_share(finished.n + finished.dropped, finished.bad, max_bad, quarantine, "")
             return finished
-        journal = _Journal(out_dir / ".ingest", called)
-        return _ingest(source, packing, out_dir, called, journal, max_bad, drop_duplicates, workers, progress)
+        journal = Journal(out_dir / ".ingest", call_hash)
+        for name in ("manifest.json", "labels.npy"):  # break the seal of an earlier call before anything of it changes
+            (out_dir / name).unlink(missing_ok=True)
+        with closing(_writer(source, packing, journal)) as writer:
+            _store_all(source, packing, workers or len(os.sched_getaffinity(0)), writer, journal, progress)
+            outcome = _outcome(source, journal, drop_duplicates)
+            _write_quarantine(quarantine, source, outcome)
+            example = outcome.bad[0][1] if outcome.bad else ""
+            _check_share(outcome.num_good, len(outcome.bad), max_bad, quarantine, example)
+            manifest = _publish_all(out_dir, source, packing, call_hash, writer, outcome)
+        shutil.rmtree(journal.folder)
+        return manifest
     except OSError as error:
         raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
 
@@ -136,94 +117,29 @@ def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: in
     return Packing(format, size if format == "raw" else jpeg_side, quality)
 
 
-def _call(source: Source, packing: Packing, drop_duplicates: bool) -> str:
-    """The same for calls that give the same data set."""
-    return hashlib.sha256(json.dumps([listing(source), asdict(packing), drop_duplicates, DIGESTS]).encode()).hexdigest()
+def _call_hash(source: Source, packing: Packing, drop_duplicates: bool) -> str:
+    """Hash what a data set depends on: equal calls give equal data sets."""
+    content = [listing(source), asdict(packing), drop_duplicates, DIGEST_RULE]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _finished(out_dir: Path, called: str) -> Ingested | None:
-    """The manifest of an equal call whose files are still there."""
+def _finished(out_dir: Path, call_hash: str) -> Ingested | None:
+    """Return the manifest of an equal call whose files are still there."""
     try:
         manifest = read_manifest(out_dir)
     except DamagedFile:
         return None
-    whole = all((out_dir / name).exists() for name in ("dataset.beton", "dataset.beton.json", "paths.jsonl"))
-    return manifest if whole and manifest.listing == called else None
+    is_whole = all((out_dir / name).exists() for name in ("dataset.beton", "dataset.beton.json", "paths.jsonl"))
+    return manifest if is_whole and manifest.listing == call_hash else None
 
 
-def _ingest(
-    source: Source,
-    packing: Packing,
-    out_dir: Path,
-    called: str,
-    journal: "_Journal",
-    max_bad: float,
-    drop_duplicates: bool,
-    workers: int | None,
-    progress: Progress | None,
-) -> Ingested:
-    for name in ("manifest.json", "labels.npy"):  # break the seal of an earlier call before anything of it changes
-        (out_dir / name).unlink(missing_ok=True)
-    total = len(source.paths)
-    raw = packing.format == "raw"
-    page_size = page_size_for(packing.size**2 * 3 if raw else MAX_STORED_SIDE * packing.size)
-    writer = BetonWriter(journal.folder / "pages", total, page_size, journal.resume_at)
-    try:
-        _store_all(source, packing, workers or len(os.sched_getaffinity(0)), writer, journal, progress)
-        records, reasons = journal.read()
-        bad = [(path, reason, None) for path, reason in source.refused]
-        bad += [(source.paths[i], reason, i) for i, reason in reasons]
-        kept = np.flatnonzero(records["kept"])
-        first_held_out = total - source.held_out
-        first_extra = first_held_out - source.extra
-        # a held-out image that equals a training image is counted, but never left out
-        parts = (kept[kept < first_held_out], kept[kept >= first_held_out]) if drop_duplicates else ()
-        copies = {i: first for part in parts for i, first in _copies(records, part).items()}
-        dropped = list(copies)
-        duplicates = len(_copies(records, kept))
-        listed = bad + [(source.paths[i], f"duplicate of {source.paths[copies[i]]}", i) for i in dropped]
-        _write_quarantine(out_dir / "quarantine.csv", source, listed)
-        example = bad[0][1] if bad else ""
-        _check_share(len(kept), len(bad), max_bad, out_dir / "quarantine.csv", example)
-
-        kept = np.setdiff1d(kept, dropped)
-        stored = records[kept]
-        sizes = (stored[name].astype(kind) for name, kind in (("offset", np.int64), ("size", np.int64)))
-        writer.finish(packing.format, stored["height"].astype(np.uint16), stored["width"].astype(np.uint16), *sizes)
-        names = [source.paths[i] for i in kept]
-        fingerprint = fingerprint_of(names, stored["digest"])
-        publish_beton(writer.path, out_dir / "dataset.beton", stored["crc32"].astype(np.uint32), fingerprint)
-    finally:
-        writer.close()
-
-    with publish(out_dir / "paths.jsonl") as file:
-        file.writelines(json.dumps(name).encode("ascii") + b"\n" for name in names)
-    if source.labels is not None:
-        with publish(out_dir / "labels.npy") as file:
-            np.save(file, source.labels[kept].astype(np.int64), allow_pickle=False)
-    manifest = Ingested(
-        version=2,
-        n=len(kept),
-        format=packing.format,
-        size=packing.size,
-        source=source.name,
-        bad=len(bad),
-        animated=int(stored["animated"].sum()),
-        warned=int(stored["warned"].sum()),
-        duplicates=duplicates,
-        dropped=len(dropped),
-        extra=int(((kept >= first_extra) & (kept < first_held_out)).sum()),
-        held_out=int((kept >= first_held_out).sum()),
-        listing=called,
-        fingerprint=fingerprint,
-    )
-    publish_json(out_dir / "manifest.json", asdict(manifest))
-    shutil.rmtree(journal.folder)
-    return manifest
+def _writer(source: Source, packing: Packing, journal: Journal) -> BetonWriter:
+    largest = packing.size**2 * 3 if packing.format == "raw" else MAX_STORED_SIDE * packing.size
+    return BetonWriter(journal.folder / "pages", len(source.paths), page_size_for(largest), journal.resume_at)
 
 
 def _store_all(
-    source: Source, packing: Packing, workers: int, writer: BetonWriter, journal: "_Journal", progress: Progress | None
+    source: Source, packing: Packing, workers: int, writer: BetonWriter, journal: Journal, progress: Progress | None
 ) -> None:
     total, done = len(source.paths), journal.done
     noted_at = time.monotonic()
@@ -235,7 +151,7 @@ def _store_all(
                 journal.refuse(i, f"{len(result[1]) >> 20} MiB as JPEG, too large to store")
             else:
                 packed, data = result
-                journal.keep(packed, writer.append(data), len(data))
+                journal.store(packed, writer.append(data), len(data))
             if time.monotonic() - noted_at > NOTE_S:
                 writer.flush()
                 journal.flush()
@@ -247,72 +163,107 @@ def _store_all(
         journal.flush()
 
 
-class _Journal:
-    """What became of each candidate so far: a record each, and the reasons of the refused ones as JSON lines."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of the candidates, the images of a source by their number there."""
 
-    def __init__(self, folder: Path, called: str):
-        """Take up the journal of an equal call, or start one."""
-        self.folder = folder
-        self._records, self._reasons, about = folder / "records", folder / "reasons.jsonl", folder / "call.json"
-        there = about.exists() and about.read_text() == json.dumps(called)
-        # without its pages: stopped between the file's new name and the manifest
-        if not (there and self._records.exists() and self._reasons.exists() and (folder / "pages").exists()):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            for file in (self._records, self._reasons, folder / "pages"):
-                file.touch()
-            about.write_text(json.dumps(called))
-        self._buffer: list[bytes] = []
-        self._refused: list[bytes] = []
-        self.done = self._records.stat().st_size // RECORD.itemsize
-        os.truncate(self._records, self.done * RECORD.itemsize)
-        records, reasons = self.read()
-        lines = [json.dumps(entry).encode() + b"\n" for entry in reasons]
-        self._reasons.write_bytes(b"".join(lines))
-        ends = np.where(records["kept"] == 1, records["offset"] + records["size"], 0)
-        self.resume_at = int(ends.max()) if ends.any() else 0
-        if not (self.resume_at <= (folder / "pages").stat().st_size and len(reasons) == (records["kept"] == 0).sum()):
-            raise DamagedFile(f"{folder} is damaged: delete it and run the command again")
+    bad: list[tuple[str, str, int | None]]  # (path, reason, candidate) of those that cannot be used
+    copies: dict[int, int]  # candidate that is left out -> the earlier one that it equals
+    num_good: int  # candidates that can be used, copies among them
+    num_duplicates: int  # of these, how many equal an earlier one, in whatever part
+    images: np.ndarray  # (n,) candidate of each image of the data set
+    records: np.ndarray  # (n,) RECORD of each
 
-    def keep(self, packed: Packed, offset: int, size: int) -> None:
-        record = np.zeros(1, RECORD)
-        record[0] = (
-            *(1, packed.animated, packed.warned, packed.height, packed.width, packed.crc32, offset, size),
-            *(bytes.fromhex(packed.digest), bytes(21)),
+
+def _outcome(source: Source, journal: Journal, drop_duplicates: bool) -> _Outcome:
+    records, reasons = journal.read()
+    bad: list[tuple[str, str, int | None]] = [(path, reason, None) for path, reason in source.refused]
+    bad += [(source.paths[i], reason, i) for i, reason in reasons]
+    good = np.flatnonzero(records["stored"])
+    copies: dict[int, int] = {}
+    if drop_duplicates:
+        # a held-out image that equals a training image is counted, but never left out
+        copies |= _copies(records, good[good < source.training])
+        copies |= _copies(records, good[good >= source.training])
+    images = np.setdiff1d(good, list(copies))
+    return _Outcome(bad, copies, len(good), len(_copies(records, good)), images, records[images])
+
+
+def _copies(records: np.ndarray, candidates: np.ndarray) -> dict[int, int]:
+    """Map each of the candidates that equals an earlier one to the first of these: see `Packed.digest`."""
+    content = records[["height", "width", "digest"]][candidates]
+    _, first, group = np.unique(content, return_index=True, return_inverse=True)
+    original = candidates[first[group]]
+    is_copy = original != candidates
+    return dict(zip(candidates[is_copy].tolist(), original[is_copy].tolist(), strict=True))
+
+
+def _publish_all(
+    out_dir: Path, source: Source, packing: Packing, call_hash: str, writer: BetonWriter, outcome: _Outcome
+) -> Ingested:
+    """Write all files of the data set but the quarantine list, the manifest last."""
+    images, records = outcome.images, outcome.records
+    sides = (records[name].astype(np.uint16) for name in ("height", "width"))
+    places = (records[name].astype(np.int64) for name in ("offset", "size"))
+    writer.finish(packing.format, *sides, *places)
+    names = [source.paths[i] for i in images]
+    fingerprint = fingerprint_of(names, records["digest"])
+    publish_beton(writer.path, out_dir / "dataset.beton", records["crc32"].astype(np.uint32), fingerprint)
+    with publish(out_dir / "paths.jsonl") as file:
+        file.writelines(json.dumps(name).encode("ascii") + b"\n" for name in names)
+    if source.labels is not None:
+        with publish(out_dir / "labels.npy") as file:
+            np.save(file, source.labels[images].astype(np.int64), allow_pickle=False)
+    is_extra = (images >= source.clustered) & (images < source.training)
+    manifest = Ingested(
+        version=2,
+        n=len(images),
+        format=packing.format,
+        size=packing.size,
+        source=source.name,
+        bad=len(outcome.bad),
+        animated=int(records["animated"].sum()),
+        warned=int(records["warned"].sum()),
+        duplicates=outcome.num_duplicates,
+        dropped=len(outcome.copies),
+        extra=int(is_extra.sum()),
+        held_out=int((images >= source.training).sum()),
+        listing=call_hash,
+        fingerprint=fingerprint,
+    )
+    publish_json(out_dir / "manifest.json", asdict(manifest))
+    return manifest
+
+
+def _write_quarantine(path: Path, source: Source, outcome: _Outcome) -> None:
+    """List what is left out: (path, reason, bytes) of bad images, then of duplicates."""
+    duplicates = [(source.paths[i], f"duplicate of {source.paths[first]}", i) for i, first in outcome.copies.items()]
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "reason", "bytes"])
+    for name, reason, i in [*outcome.bad, *duplicates]:
+        rows.writerow([csv_cell(name), csv_cell(reason), "" if i is None else _bytes_of(source, i)])
+    with publish(path) as file:
+        file.write(text.getvalue().encode("utf-8"))
+
+
+def _bytes_of(source: Source, i: int) -> int | str:
+    """Return the size of the file of candidate i; empty for other sources and missing files."""
+    try:
+        return source.file(i).lstat().st_size if source.file else ""
+    except OSError:
+        return ""
+
+
+def _check_share(num_good: int, num_bad: int, max_bad: float, quarantine: Path, example: str) -> None:
+    total = num_good + num_bad
+    if num_good == 0:
+        raise UserError(f"none of the {total} images can be used, e.g. {example}: see {quarantine}")
+    if num_bad > max_bad * total:
+        raise UserError(
+            f"{num_bad} of {total} images cannot be used, more than the {max_bad:.1%} allowed: see {quarantine}; "
+            "repair them, or raise the limit with --max-bad"
         )
-        self._buffer.append(record.tobytes())
-
-    def refuse(self, i: int, reason: str) -> None:
-        self._buffer.append(bytes(RECORD.itemsize))
-        self._refused.append(json.dumps([i, reason]).encode() + b"\n")
-
-    def flush(self) -> None:
-        """To the disk, reasons first: a record without its reason would not be told from a kept one."""
-        for path, lines in ((self._reasons, self._refused), (self._records, self._buffer)):
-            if lines:
-                with open(path, "ab") as file:
-                    file.write(b"".join(lines))
-                    file.flush()
-                    os.fsync(file.fileno())
-                lines.clear()
-
-    def read(self) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """(a record for each candidate so far, (candidate, reason) of the refused ones)."""
-        records = np.fromfile(self._records, RECORD)
-        reasons = {}
-        for line in self._reasons.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):  # a torn last line belongs to a candidate without a record
-                i, reason = json.loads(line)
-                reasons[i] = reason
-        return records, [(i, reason) for i, reason in sorted(reasons.items()) if i < len(records)]
-
-
-def _copies(records: np.ndarray, part: np.ndarray) -> dict[int, int]:
-    """Candidate of `part` -> the first one there of which the same is stored: see `Packed.digest`."""
-    _, first, group = np.unique(records[["height", "width", "digest"]][part], return_index=True, return_inverse=True)
-    original = part[first[group]]
-    different = original != part
-    return dict(zip(part[different].tolist(), original[different].tolist(), strict=True))
 
 
 # ---------------------------------------------------------------- one file instead of a folder
@@ -330,19 +281,19 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
     kind = (options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90))
     if out.exists() and manifest_path(out).exists():
         finished, packing = manifest_beside(out), _packing(source, size, *kind)
-        if finished.listing == _call(source, packing, options.get("drop_duplicates", False)):
+        if finished.listing == _call_hash(source, packing, options.get("drop_duplicates", False)):
             beton.verify(out)
             return finished
     folder = out.parent / f".{out.name}.packing"
     manifest = ingest(source, folder, **options)
     try:
         for suffix in (*BESIDE, ".manifest.json"):
-            _beside(out, suffix).unlink(missing_ok=True)
+            beside(out, suffix).unlink(missing_ok=True)
         for suffix, name in BESIDE.items():
             if (folder / name).exists():
-                commit(folder / name, _beside(out, suffix))
+                commit(folder / name, beside(out, suffix))
         commit(folder / "dataset.beton", out)
-        commit(folder / "manifest.json", _beside(out, ".manifest.json"))  # last: it makes the set complete
+        commit(folder / "manifest.json", beside(out, ".manifest.json"))  # last: it makes the set complete
         shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
@@ -364,122 +315,34 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
         for name in ("manifest.json", "labels.npy"):
             (out_dir / name).unlink(missing_ok=True)
         for suffix, name in {**BESIDE, "": "dataset.beton", ".manifest.json": "manifest.json"}.items():
-            found = _beside(packed.absolute(), suffix)
+            original = beside(packed.absolute(), suffix)
             if name in LINKED:
                 (out_dir / name).unlink(missing_ok=True)
-                (out_dir / name).symlink_to(found)
-            elif found.exists():
-                shutil.copyfile(found, out_dir / name)
+                (out_dir / name).symlink_to(original)
+            elif original.exists():
+                shutil.copyfile(original, out_dir / name)
     except OSError as error:
         raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
     return manifest
 
 
 def packed_source(packed: Path) -> Source:
-    """The images of a file that `pack` wrote, by the names that they had."""
+    """Return the images of a file that `pack` wrote as a source, by the names that they had."""
     manifest = manifest_beside(packed)
-    names, labels = _read_paths(_beside(packed, ".paths.jsonl")), _beside(packed, ".labels.npy")
+    names, labels = read_names(beside(packed, ".paths.jsonl")), beside(packed, ".labels.npy")
     samples = beton.Samples(beton.verify(packed))
-    crc32 = samples.info.crc32
+    is_raw, crc32 = manifest.format == "raw", samples.info.crc32
+
+    def read(i: int) -> np.ndarray | bytes:
+        return samples.raw(np.array([i]))[0] if is_raw else bytes(samples.encoded(i))
+
     return Source(
         str(packed.absolute()),
         names,
-        (lambda i: samples.raw(np.array([i]))[0])
-        if manifest.format == "raw"
-        else (lambda i: bytes(samples.encoded(i))),
+        read,
         np.load(labels, allow_pickle=False) if labels.exists() else None,
-        encoded=manifest.format != "raw",
+        encoded=not is_raw,
         stamps=lambda i: "" if crc32 is None else str(crc32[i]),
         extra=manifest.extra,
         held_out=manifest.held_out,
     )
-
-
-def manifest_beside(packed: Path) -> Ingested:
-    path = manifest_path(packed)
-    if not path.exists():
-        raise UserError(
-            f"{packed} was not packed by this program: {path.name} is not beside it; "
-            "pack the images again, or read it as untrusted images with --trust-foreign-beton"
-        )
-    return _read_manifest(path)
-
-
-def manifest_path(packed: Path) -> Path:
-    """Where the manifest of a file that `pack` wrote is."""
-    return _beside(packed, ".manifest.json")
-
-
-def _beside(packed: Path, suffix: str) -> Path:
-    return packed.with_name(packed.name + suffix)
-
-
-# ---------------------------------------------------------------- what belongs to a data set
-
-
-def read_manifest(folder: Path) -> Ingested:
-    """The manifest of a folder that `ingest` filled; DamagedFile if it is missing, altered or of another version."""
-    return _read_manifest(folder / "manifest.json")
-
-
-def _read_manifest(path: Path) -> Ingested:
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or content.get("version") != 2:
-            raise ValueError("another version")
-        manifest = Ingested(**content)
-        if min(manifest.clustered, manifest.size) < 1 or len(manifest.fingerprint) != 64:
-            raise ValueError("values out of range")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not a finished manifest ({error}): delete the folder and pack again") from error
-    return manifest
-
-
-def read_paths(folder: Path) -> list[str]:
-    """The name of every image, in image order, exactly as the source gave it."""
-    return _read_paths(folder / "paths.jsonl")
-
-
-def _read_paths(path: Path) -> list[str]:
-    try:
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is unreadable ({error}): pack again") from error
-
-
-def fingerprint_of(names: list[str], digests: Any) -> str:
-    """SHA-256 over, for each image: length of its name, its name, its `Packed.digest` (32 bytes)."""
-    total = hashlib.sha256()
-    for name, digest in zip(names, digests, strict=True):
-        encoded = os.fsencode(name)
-        total.update(len(encoded).to_bytes(8, "little") + encoded + bytes(digest))
-    return total.hexdigest()
-
-
-def _write_quarantine(path: Path, source: Source, bad: Sequence[tuple[str, str, int | None]]) -> None:
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["path", "reason", "bytes"])
-    for name, reason, i in bad:
-        rows.writerow([csv_cell(name), csv_cell(reason), "" if i is None else _bytes_of(source, i)])
-    with publish(path) as file:
-        file.write(text.getvalue().encode("utf-8"))
-
-
-def _bytes_of(source: Source, i: int) -> int | str:
-    """Size of the file of candidate i, if it is one that can be asked."""
-    try:
-        return source.file(i).lstat().st_size if source.file else ""
-    except OSError:
-        return ""
-
-
-def _check_share(num_good: int, num_bad: int, max_bad: float, quarantine: Path, example: str) -> None:
-    total = num_good + num_bad
-    if num_good == 0:
-        raise UserError(f"none of the {total} images can be used, e.g. {example}: see {quarantine}")
-    if num_bad > max_bad * total:
-        raise UserError(
-            f"{num_bad} of {total} images cannot be used, more than the {max_bad:.1%} allowed: see {quarantine}; "
-            "repair them, or raise the limit with --max-bad"
-        )

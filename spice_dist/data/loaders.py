@@ -9,7 +9,7 @@ import torch
 from spice_dist.data import beton
 from spice_dist.data.ffcv_decoder import FFCVDecoder, why_no_ffcv
 from spice_dist.data.images import Images
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.data.packed import Decoder, PackedImages
 from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import load_resident

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from spice_dist.data.files import publish
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.spice_semi import SpiceSemiConfig

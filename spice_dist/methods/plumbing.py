@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spice_dist.data import augment
 from spice_dist.data.images import Images
-from spice_dist.data.ingest import Ingested, read_manifest
 from spice_dist.data.loaders import open_images
+from spice_dist.data.manifest import Ingested, read_manifest
 from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.data.scratch import staged
 from spice_dist.data.views import View

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spice_dist.data.files import Progress, publish, publish_json
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError

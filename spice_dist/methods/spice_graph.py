@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from spice_dist import graph
 from spice_dist.data.files import Progress, publish
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import finished, load_backbone, load_state, state_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spice_dist.data.files import publish_json
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.methods.spice_graph import read_features
 from spice_dist.suggest import Suggestion, suggest

@@ -44,8 +44,8 @@ def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
     """Some images of the run, in the order of `indices`, reduced to what a thumbnail needs: uint8 (n, H, W, 3)."""
     import torch
 
-    from spice_dist.data.ingest import read_manifest
     from spice_dist.data.loaders import open_images
+    from spice_dist.data.manifest import read_manifest
 
     order = np.asarray(indices, dtype=np.int64)
     size = min(read_manifest(run / "data").size, 96)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spice_dist import inference, metrics
 from spice_dist.config import Config
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods.plumbing import named, open_dataset

@@ -27,7 +27,7 @@ from torch import Tensor
 from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.data.files import publish
-from spice_dist.data.ingest import read_manifest
+from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import UserError

@@ -311,7 +311,7 @@ def about_suggestion(suggestion: dict[str, Any] | None, classes: int) -> str:
 def add_peers(outcome: Outcome, clusters: int, below: Path, options: argparse.Namespace) -> None:
     """The rows of each peer; one that fails is a note."""
     from spice_dist import metrics
-    from spice_dist.data.ingest import read_paths
+    from spice_dist.data.manifest import read_paths
 
     run = below / f"seed-{options.seeds[0]}"
     folder = below / "peer"

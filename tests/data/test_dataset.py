@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from spice_dist.data.dataset import DataConfig, open_data, prepare
-from spice_dist.data.ingest import ingest, pack, read_manifest, read_paths
+from spice_dist.data.ingest import ingest, pack
 from spice_dist.data.loaders import open_images
+from spice_dist.data.manifest import read_manifest, read_paths
 from spice_dist.data.sources import Source, listing
 from spice_dist.errors import UserError
 

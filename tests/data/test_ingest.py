@@ -23,7 +23,9 @@ from spice_dist.data import ingest as ingest_module
 from spice_dist.data.decode import Packing, pack_image
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import csv_cell, publish
-from spice_dist.data.ingest import Ingested, adopt, ingest, pack, packed_source, read_manifest, read_paths
+from spice_dist.data.ingest import adopt, ingest, pack, packed_source
+from spice_dist.data.journal import RECORD
+from spice_dist.data.manifest import Ingested, read_manifest, read_paths
 from spice_dist.data.sources import Source, from_array, open_source
 from spice_dist.errors import DamagedFile, UserError
 
@@ -925,7 +927,7 @@ def test_settings_out_of_range_are_one_line_that_helps(tmp_path: Path):
 
 
 def test_memory_for_each_image_is_its_record(tmp_path: Path):
-    assert ingest_module.RECORD.itemsize == 80
+    assert RECORD.itemsize == 80
     manifest = ingest(from_array(np.zeros((50, 4, 4), np.uint8)), tmp_path, size=4)
     assert isinstance(manifest, Ingested)
     assert manifest.duplicates == 49

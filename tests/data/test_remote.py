@@ -10,7 +10,8 @@ from PIL import Image
 
 from spice_dist.data import remote
 from spice_dist.data.dataset import open_data
-from spice_dist.data.ingest import ingest, read_paths
+from spice_dist.data.ingest import ingest
+from spice_dist.data.manifest import read_paths
 from spice_dist.errors import UserError
 
 moto_server = pytest.importorskip("moto.server")

@@ -1,0 +1,97 @@
+"""The journal of an ingest: what became of each candidate so far, so that a stopped one goes on where it was.
+
+It lies in a folder: a record of 80 bytes for each candidate, the reasons of the refused ones as JSON lines, the hash of
+the call, and the pages of the file that is being written.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from spice_dist.data.decode import Packed
+from spice_dist.errors import DamagedFile
+
+RECORD = np.dtype(
+    [
+        ("stored", "u1"),
+        ("animated", "u1"),
+        ("warned", "u1"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("crc32", "<u4"),
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("digest", "V32"),
+        ("reserved", "V21"),
+    ]
+)
+
+
+class Journal:
+    """Records of the candidates 0 .. done - 1."""
+
+    def __init__(self, folder: Path, call_hash: str):
+        """Take up the journal of an equal call, or start one.
+
+        Raises:
+            DamagedFile: its files disagree.
+        """
+        self.folder = folder
+        self._records_file, self._reasons_file = folder / "records", folder / "reasons.jsonl"
+        self._records: list[bytes] = []
+        self._reasons: list[bytes] = []
+        call_file, pages = folder / "call.json", folder / "pages"
+        files = (self._records_file, self._reasons_file, pages)
+        is_same_call = call_file.exists() and call_file.read_text() == json.dumps(call_hash)
+        # the pages alone are missing where a process ended between the file's new name and the manifest
+        if not (is_same_call and all(file.exists() for file in files)):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for file in files:
+                file.touch()
+            call_file.write_text(json.dumps(call_hash))
+        self.done = self._records_file.stat().st_size // RECORD.itemsize
+        os.truncate(self._records_file, self.done * RECORD.itemsize)
+        records, reasons = self.read()
+        self._reasons_file.write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in reasons))
+        ends = np.where(records["stored"] == 1, records["offset"] + records["size"], 0)
+        self.resume_at = int(ends.max()) if ends.any() else 0
+        if self.resume_at > pages.stat().st_size or len(reasons) != (records["stored"] == 0).sum():
+            raise DamagedFile(f"{folder} is damaged: delete it and run the command again")
+
+    def store(self, packed: Packed, offset: int, size: int) -> None:
+        """Note that the next candidate is stored in `size` bytes from `offset` of the pages."""
+        record = np.zeros((), RECORD)
+        for name in ("height", "width", "crc32", "animated", "warned"):
+            record[name] = getattr(packed, name)
+        record["stored"], record["offset"], record["size"] = 1, offset, size
+        record["digest"] = np.void(bytes.fromhex(packed.digest))
+        self._records.append(record.tobytes())
+
+    def refuse(self, i: int, reason: str) -> None:
+        """Note that candidate i, the next one, cannot be stored."""
+        self._records.append(bytes(RECORD.itemsize))
+        self._reasons.append(json.dumps([i, reason]).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Bring all notes to the disk, reasons first: a record needs its reason to be told from a stored one."""
+        for path, lines in ((self._reasons_file, self._reasons), (self._records_file, self._records)):
+            if lines:
+                with open(path, "ab") as file:
+                    file.write(b"".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+                lines.clear()
+
+    def read(self) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """Return (a RECORD for each candidate so far, (candidate, reason) of the refused ones)."""
+        records = np.fromfile(self._records_file, RECORD)
+        reasons = {}
+        for line in self._reasons_file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):  # a torn last line belongs to a candidate without a record
+                i, reason = json.loads(line)
+                reasons[i] = reason
+        return records, [(i, reason) for i, reason in sorted(reasons.items()) if i < len(records)]

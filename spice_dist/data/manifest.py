@@ -1,0 +1,105 @@
+"""The manifest of a packed data set and the names of its images, of a folder or beside a packed file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spice_dist.errors import DamagedFile, UserError
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """manifest.json: what a folder of packed images holds."""
+
+    version: int
+    n: int
+    format: str  # "raw" or "jpg"
+    size: int  # pixels: side of the raw squares, largest shorter side of the JPEGs
+    source: str
+    bad: int  # images that could not be used: rows of quarantine.csv
+    animated: int  # images of which only the first frame was taken
+    warned: int  # images that the decoder complained about, but decoded
+    duplicates: int  # images of which the same is stored as of an earlier one, exactly, in whatever part that is
+    dropped: int  # how many of them were left out
+    extra: int  # images that only train stages 1 and 3, after the clustered ones
+    held_out: int  # images that train nothing and are scored, after those
+    listing: str  # of the source and the settings: whether they are the same
+    fingerprint: str  # of names, what is stored and their order: see `fingerprint_of`
+
+    @property
+    def clustered(self) -> int:
+        """How many images, from the first on, the heads are trained on."""
+        return self.n - self.extra - self.held_out
+
+    @property
+    def training(self) -> int:
+        """How many images, from the first on, stages 1 and 3 see."""
+        return self.n - self.held_out
+
+
+def read_manifest(folder: Path) -> Ingested:
+    """Read the manifest of a folder that `ingest` filled.
+
+    Raises:
+        DamagedFile: it is missing, altered or of another version.
+    """
+    return _read_manifest(folder / "manifest.json")
+
+
+def _read_manifest(path: Path) -> Ingested:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or content.get("version") != 2:
+            raise ValueError("another version")
+        manifest = Ingested(**content)
+        if min(manifest.clustered, manifest.size) < 1 or len(manifest.fingerprint) != 64:
+            raise ValueError("values out of range")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not a finished manifest ({error}): delete the folder and pack again") from error
+    return manifest
+
+
+def manifest_beside(packed: Path) -> Ingested:
+    """Read the manifest of a file that `ingest.pack` wrote; UserError if there is none."""
+    path = manifest_path(packed)
+    if not path.exists():
+        raise UserError(
+            f"{packed} was not packed by this program: {path.name} is not beside it; "
+            "pack the images again, or read it as untrusted images with --trust-foreign-beton"
+        )
+    return _read_manifest(path)
+
+
+def manifest_path(packed: Path) -> Path:
+    """Return where the manifest of a file that `ingest.pack` wrote lies."""
+    return beside(packed, ".manifest.json")
+
+
+def beside(packed: Path, suffix: str) -> Path:
+    """Return the path of what belongs to a packed file, such as x.beton.paths.jsonl."""
+    return packed.with_name(packed.name + suffix)
+
+
+def read_paths(folder: Path) -> list[str]:
+    """Read the name of every image, in image order, exactly as the source gave it."""
+    return read_names(folder / "paths.jsonl")
+
+
+def read_names(path: Path) -> list[str]:
+    """Read the names of images from a file of one JSON string a line; DamagedFile if that fails."""
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is unreadable ({error}): pack again") from error
+
+
+def fingerprint_of(names: list[str], digests: Iterable) -> str:
+    """Hash by SHA-256, for each image, the length of its name, its name and its `Packed.digest` (32 bytes)."""
+    total = hashlib.sha256()
+    for name, digest in zip(names, digests, strict=True):
+        encoded = os.fsencode(name)
+        total.update(len(encoded).to_bytes(8, "little") + encoded + bytes(digest))
+    return total.hexdigest()
