@@ -53,15 +53,15 @@ def view_batches(
     views: Sequence[tuple[View, Key]],
     statistics: Statistics = IMAGENET,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """([a batch of normalised views for each of `views`], index): every image is read once for all of them.
+    """Yield ([a batch of normalised views for each of `views`], index); every image is read once for all views.
 
     Where images are larger than what the network sees, the loader cuts the crops of whole images, by the same numbers.
     """
     crops = [(Crop(view.crop_scale, view.size or images.size), _crop_key(key)) for view, key in views]
     if images.decodes and all(view.crop_scale != (1.0, 1.0) for view, _ in views):
-        for parts, index in images.crops(order, batch_size, crops):
-            cut = zip(views, parts, strict=True)
-            yield [apply(view, part, index, key, statistics, cropped=True) for (view, key), part in cut], index
+        for cut, index in images.crops(order, batch_size, crops):
+            pairs = zip(views, cut, strict=True)
+            yield [apply(view, batch, index, key, statistics, cropped=True) for (view, key), batch in pairs], index
     else:
         for batch, index in images.batches(order, batch_size):
             yield [apply(view, batch, index, key, statistics) for view, key in views], index
@@ -75,7 +75,7 @@ def apply(
     statistics: Statistics = IMAGENET,
     cropped: bool = False,
 ) -> Float[Tensor, "B C S T"]:
-    """Normalised random views. `key` is (seed, time, stream): streams tell the views of one image apart.
+    """Draw normalised random views. `key` is (seed, time, stream): streams tell the views of one image apart.
 
     With `cropped` the images are the view's crops already.
     """
@@ -99,7 +99,7 @@ def apply(
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Threads that compute a chunk each: splitting every single operation costs more than it saves."""
+    """Return threads that compute a chunk each: splitting every single operation costs more than it saves."""
     started = Barrier(count + 1)
 
     def start() -> None:
@@ -121,7 +121,7 @@ os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has n
 def _draw(
     view: View, images: Tensor, index: Tensor, key: Key, cropped: bool, statistics: Statistics, out: Tensor
 ) -> None:
-    """Into `out`, which also holds the values on their way: what can be done in place is."""
+    """Write the views into `out`, which also holds the intermediate values: most steps work in place."""
     draws = _Draws(key, index, images.device)
     if view.crop_scale != (1.0, 1.0) and not cropped:
         sides = (np.full(len(images), side) for side in images.shape[2:])
@@ -151,16 +151,16 @@ def _draw(
 
 
 def _by_image(x: Float[Tensor, "B C H W"]) -> bool:
-    """Whether an image is so large that a CPU takes them one by one."""
+    """Return whether images are so large that a CPU is faster on one at a time."""
     return x.device.type == "cpu" and max(x.shape[2:]) >= LARGE
 
 
 def _change(
     x: Float[Tensor, "B C H W"], rows: Int64[Tensor, " b"], function: Callable[..., Tensor], *args: Tensor
 ) -> None:
-    """x[rows] = function(x[rows], *args), where each of `args` has an entry for each row.
+    """Set x[rows] = function(x[rows], *args), where each of `args` has an entry for each row.
 
-    `function` works in place: large images are spared the copy to and fro.
+    `function` works in place, so that large images are not copied.
     """
     if _by_image(x):
         for i, row in enumerate(rows.tolist()):
@@ -176,14 +176,14 @@ def _crop_key(key: Key) -> Key:
 def normalize(
     x: Float[Tensor, "B C H W"], statistics: Statistics = IMAGENET, out: Tensor | None = None
 ) -> Float[Tensor, "B C H W"]:
-    """(x - mean) / std of each channel; grey images take the mean of the three."""
+    """Return (x - mean) / std of each channel; grey images take the mean of the three."""
     shift, scale = _on_device(statistics, x.shape[1], x.device)
     return torch.sub(x, shift, out=out).mul_(scale)
 
 
 @cache
 def _on_device(statistics: Statistics, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation, (C, 1, 1) each; kept, since a copy to a GPU would wait for it."""
+    """Return mean and 1 / deviation, (C, 1, 1) each; cached, since a copy to a GPU would wait for it."""
     mean, std = statistics
     if channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
@@ -194,7 +194,7 @@ def _on_device(statistics: Statistics, channels: int, device: torch.device) -> t
 
 
 class _Draws:
-    """Hands out the random numbers of one call, none twice: columns of blocks, each a stream of its own."""
+    """Gives out the random numbers of one call, none twice: columns of blocks, each of a separate stream."""
 
     def __init__(self, key: tuple[int, ...], index: Tensor, device: torch.device):
         self.key, self.index, self.device = key, index.cpu(), device
@@ -212,7 +212,7 @@ class _Draws:
         return draws.contiguous().to(self.device, non_blocking=True)
 
     def rows(self, probability: float) -> Int64[Tensor, " b"]:
-        """The rows that are drawn, chosen on the host: the device need not be asked how many they are."""
+        """Draw rows on the host, where their number is known without a wait for the device."""
         return self.on_device((self.on_host(1)[:, 0] < probability).nonzero()[:, 0])
 
     def on_device(self, rows: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _mirror(x: Tensor) -> Tensor:
 
 
 def _padded_crop(view: View, x: Tensor, offset: Int64[Tensor, "2 B"]) -> Tensor:
-    """The part of the padded image that starts at (left, top) = offset, of the image's size."""
+    """Pad images and cut windows of their former size at (left, top) = offset."""
     height, width = x.shape[2:]
     padded = F.pad(x, (view.pad,) * 4, mode="reflect" if view.reflect else "constant")
     rows = (offset[1][:, None] + torch.arange(height, device=x.device))[:, None, :, None]
@@ -257,7 +257,7 @@ def _affine(view: View, height: int, width: int, draws: _Draws) -> Float[Tensor,
 
 
 def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
-    """torchvision's ColorJitter with a probability: the four adjustments in a random order of their own per image."""
+    """Apply torchvision's ColorJitter with a probability: four adjustments, in a random order for each image."""
     applied = draws.on_host(1)[:, 0] < view.jitter
     order = draws.on_host(4).argsort(dim=1)
     factors = [
@@ -280,7 +280,7 @@ def _drop_colour(x: Tensor) -> Tensor:
 
 
 def _blur(view: View, x: Tensor, draws: _Draws) -> None:
-    """Separable Gaussian with a sigma of its own per image, cut off at 3 sigma, edges repeated."""
+    """Blur by a separable Gaussian, cut off at 3 sigma, edges repeated; each image has a separate sigma."""
     rows = (draws.on_host(1)[:, 0] < view.blur).nonzero()[:, 0]
     low, high = view.blur_sigma
     sigma = (low + draws.on_host(1)[:, 0] * (high - low))[rows]
@@ -293,14 +293,14 @@ def _blur(view: View, x: Tensor, draws: _Draws) -> None:
 
 
 def _gaussian(sigma: Float[Tensor, " b"], radius: int) -> Float[Tensor, "b K"]:
-    """Weights at -radius .. radius that sum to 1; zero beyond the next integer after 3 sigma."""
+    """Return weights at -radius .. radius that sum to 1; zero beyond the next integer after 3 sigma."""
     offsets = torch.arange(-radius, radius + 1)
     weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= (3 * sigma[:, None]).ceil())
     return weights / weights.sum(1, keepdim=True)
 
 
 def _convolve(x: Float[Tensor, "b C H W"], kernel: Float[Tensor, "b K"]) -> Tensor:
-    """With the kernel of each image along both axes. Changes x.
+    """Convolve each image with its kernel along both axes. Changes x.
 
     A multiply and add for each weight: convolutions with a group for each channel of each image are slower.
     """
@@ -318,7 +318,7 @@ def _convolve(x: Float[Tensor, "b C H W"], kernel: Float[Tensor, "b K"]) -> Tens
 
 
 def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
-    """Gaussian noise by Box-Muller; all channels of a pixel share it, so grey stays grey."""
+    """Add Gaussian noise by Box-Muller; all channels of a pixel share it, so grey stays grey."""
     pixels = x.shape[2] * x.shape[3]
     radius = (-2 * torch.log1p(-draws.uniform(0, 1, pixels))).sqrt()
     normal = radius * torch.cos(2 * math.pi * draws.uniform(0, 1, pixels))
@@ -327,7 +327,7 @@ def _noise(view: View, x: Tensor, draws: _Draws) -> Tensor:
 
 
 def _cutout(view: View, x: Tensor, draws: _Draws) -> None:
-    """DeVries and Taylor's cutout: a square of random side and centre, clipped at the border, set to the mean."""
+    """Set a square of random side and centre, clipped at the border, to the mean: DeVries and Taylor's cutout."""
     height, width = x.shape[2:]
     longest = max(1, round(view.cutout * min(height, width)))
     half = (draws.uniform(1, longest + 1)[0].floor() / 2).floor()
@@ -348,7 +348,7 @@ def _operations(view: View, x: Tensor, draws: _Draws) -> Tensor:
 
 
 def _erase(view: View, x: Tensor, draws: _Draws) -> Tensor:
-    """FixMatch's cutout: a square of side U(0, erase) of the width about a uniform point, clipped, painted GREY."""
+    """Paint a clipped square of side U(0, erase) of the width about a uniform point GREY: FixMatch's cutout."""
     height, width = x.shape[2:]
     side = (draws.uniform(0, view.erase)[0] * width)[:, None]
     middle = draws.uniform(0, 1, 2)[:, :, None]

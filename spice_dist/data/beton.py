@@ -1,7 +1,7 @@
 """The dataset file: FFCV's .beton format as this program writes it, judged and read with NumPy alone.
 
-FFCV trusts every number in a file: a bad pointer or size there is silent garbage, a hang or a heap overflow. So nothing
-is handed to it before `verify` has found every number consistent. Layout, little-endian:
+FFCV trusts every number in a file: a bad pointer or size there is silent garbage, a hang or a heap overflow. So it
+gets no file before `verify` has judged every number consistent. Layout, little-endian:
 
     header        version u2, num_fields u2, page_size u4, num_samples u8, alloc_table_ptr u8
     descriptors   per field: type u1, name 16 bytes, arguments 1024 bytes; here `image` (type 2) and `index` (type 1)
@@ -80,7 +80,7 @@ def sidecar_path(path: Path) -> Path:
 
 
 def identity_of(file: Path | int) -> tuple[int, int, int, int]:
-    """(device, inode, size, mtime in ns) of a path or an open descriptor: differs once it is replaced or written to."""
+    """Return (device, inode, size, mtime in ns) of a path or a descriptor: it differs once the file has changed."""
     status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -102,7 +102,7 @@ def verify(path: Path, *, trusted_sidecar: bool = True) -> BetonInfo:
         raise
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename} is missing: write the data set again") from error
-    except Exception as error:  # whatever a hostile file provokes is damage, told in one line
+    except Exception as error:  # any error that a hostile file provokes means damage
         raise _damage(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -114,7 +114,7 @@ def _damage(path: Path, what: str) -> DamagedFile:
 
 
 def _read_structure(path: Path, file: BinaryIO, identity: tuple[int, int, int, int]) -> tuple[BetonInfo, bytes]:
-    """The facts, and the SHA-256 of all bytes that are not pages."""
+    """Return the judged content, and the SHA-256 of all bytes that are not pages."""
     size = identity[2]
 
     def require(condition: bool | np.bool_, what: str) -> None:
@@ -228,7 +228,7 @@ class Samples:
     """
 
     def __init__(self, info: BetonInfo):
-        """DamagedFile if the file was replaced or changed since it was verified."""
+        """Open the file; DamagedFile if it was replaced or changed since it was verified."""
         self.info = info
         try:
             self._file = open(info.path, "rb", buffering=0)  # noqa: SIM115  closed by close()
@@ -239,12 +239,12 @@ class Samples:
             raise DamagedFile(f"{info.path} was replaced or changed while it was opened: start again")
 
     def read_into(self, i: int, out: memoryview) -> None:
-        """Sample i into `out`, of exactly its size; DamagedFile if the file has become shorter. Frees the GIL."""
+        """Read sample i into `out`, of exactly its size; DamagedFile if the file was cut. Frees the GIL."""
         if os.preadv(self._file.fileno(), [out], int(self.info.offsets[i])) != len(out):
             raise _damage(self.info.path, "it was cut short while in use")
 
     def encoded(self, i: int) -> bytearray:
-        """Sample i; DamagedFile too if its checksum is known and differs, so that no decoder meets damaged bytes."""
+        """Read sample i; DamagedFile if a known checksum differs, so that no decoder gets damaged bytes."""
         data = bytearray(int(self.info.sizes[i]))
         self.read_into(i, memoryview(data))
         if self.info.crc32 is not None and zlib.crc32(data) != self.info.crc32[i]:
@@ -252,7 +252,7 @@ class Samples:
         return data
 
     def raw(self, index: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
-        """Pixels of the raw samples `index`."""
+        """Read the pixels of the raw samples `index`."""
         shape = (int(self.info.heights[0]), int(self.info.widths[0]), 3)
         pixels = np.empty((len(index), *shape), np.uint8)
         rows = pixels.reshape(len(index), -1)
@@ -281,7 +281,7 @@ def check_pixels(info: BetonInfo, spread: int | None = None) -> None:
 
 
 def jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    """(height, width) of the only frame of a whole JPEG of 1 or 3 components with 8 bits; None for anything else."""
+    """Return (height, width) of a whole JPEG of one frame, 1 or 3 components and 8 bits; None for others."""
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return None
     position, size = 2, None

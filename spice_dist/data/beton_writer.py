@@ -1,7 +1,6 @@
-"""Writes the .beton format of `beton.py` directly: appended sample by sample, resumable, the same bytes every time.
+"""Writing the .beton format of `beton.py` directly: sample by sample, resumable, the same bytes every time.
 
-FFCV's own writer waits for ever on nearly every fault and cannot go on where it stopped; its files and these are read
-alike by FFCV.
+FFCV's writer hangs on nearly every fault and cannot resume. FFCV reads its files and these alike.
 """
 
 import os
@@ -18,7 +17,7 @@ SAMPLES_PER_PAGE = 32  # at least, so that little of a page is wasted; 2 MiB or 
 
 
 def page_size_for(num_bytes: int) -> int:
-    """Smallest power of two that holds SAMPLES_PER_PAGE samples of `num_bytes`, at least 2 MiB, at most 1 GiB."""
+    """Return the smallest power of two that holds SAMPLES_PER_PAGE samples of `num_bytes`, 2 MiB to 1 GiB."""
     return min(max(beton.MIN_PAGE, 1 << (SAMPLES_PER_PAGE * num_bytes - 1).bit_length()), 1 << 30)
 
 
@@ -35,7 +34,7 @@ class BetonWriter:
         self._file.seek(self.position)
 
     def append(self, data: bytes) -> int:
-        """Store one sample; the byte where it starts. A sample never crosses a page."""
+        """Store one sample and return the byte where it starts. A sample never crosses a page."""
         assert 0 < len(data) <= self.page_size
         room = self.page_size - self.position % self.page_size
         if len(data) > room:
@@ -59,7 +58,7 @@ class BetonWriter:
         offsets: Int64[np.ndarray, " n"],
         sizes: Int64[np.ndarray, " n"],
     ) -> None:
-        """Write what tells the samples apart; those that are not named here are left out. The file is closed."""
+        """Write header, metadata and allocations of the samples named here and close the file."""
         n = len(offsets)
         header = np.zeros(1, beton.HEADER)
         descriptors = np.zeros(2, beton.DESCRIPTOR)
@@ -80,7 +79,7 @@ class BetonWriter:
         self._file.write(descriptors.tobytes() + metadata.tobytes())
         self._file.flush()
         self._file.seek(0)
-        self._file.write(header.tobytes())  # last: without it nobody takes the file for a finished one
+        self._file.write(header.tobytes())  # last: a file without it is not a finished one
         self.close()
 
     def close(self) -> None:
@@ -90,7 +89,7 @@ class BetonWriter:
 def publish_beton(temporary: Path, path: Path, crc32: UInt32[np.ndarray, " n"], fingerprint: str) -> None:
     """Compare a finished file with the checksums of what went into it, write its sidecar, give it its name.
 
-    Order: old file away, sidecar, new file. Whenever it stops, no file is left beside a sidecar that vouches wrongly.
+    Order: old file away, sidecar, new file. Whenever it stops, no file lies beside the sidecar of another one.
     """
     info = beton.verify(temporary, trusted_sidecar=False)
     beton.check_pixels(replace(info, crc32=crc32))

@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, time, stream, index): no state to save, the same on any number of workers.
 
 SplitMix64 (Steele, Lea and Flood 2014) hashes the counter. Draws are made on the CPU, where the index of a batch is
-known, so that the device never has to be asked which sample drew which operation.
+known, so that nothing waits for the device to say which sample drew which operation.
 """
 
 import torch
@@ -14,7 +14,7 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits as a two's complement integer, which is what torch can hold."""
+    """Return the same 64 bits as a two's complement integer, the only kind that torch holds."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -37,7 +37,7 @@ def _mix_int(x: int) -> int:
 
 
 def uniform(key: tuple[int, ...], index: Int[Tensor, " B"], count: int) -> Float[Tensor, "B count"]:
-    """`count` numbers in [0, 1) for every index; `key` is (seed, epoch or step, stream, ...), any integers.
+    """Draw `count` numbers in [0, 1) for every index; `key` is (seed, epoch or step, stream, ...), any integers.
 
     Two calls agree exactly where key and index agree, whatever else is in the batch.
     """

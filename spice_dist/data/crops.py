@@ -1,4 +1,4 @@
-"""Crops: boxes in pixels as a function of (key, image), the same whoever cuts, and the cutting on tensors."""
+"""Crops: boxes in pixels as a function of (key, image), the same for a loader and a device, and cutting on tensors."""
 
 import math
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ def boxes(
     heights: Int64[np.ndarray, " B"],
     widths: Int64[np.ndarray, " B"],
 ) -> Int64[np.ndarray, "B 4"]:
-    """(left, top, width, height) by torchvision's rule: the first of TRIES that fits, else the central fallback.
+    """Draw (left, top, width, height) by torchvision's rule: the first of TRIES that fits, else a central box.
 
-    The fallback is the largest central part whose ratio is allowed.
+    The central box is the largest whose ratio is allowed.
     """
     draws = uniform(key, torch.from_numpy(index), 2 * TRIES + 2).double().numpy()
     share = crop.scale[0] + draws[:, :TRIES] * (crop.scale[1] - crop.scale[0])
@@ -44,29 +44,29 @@ def boxes(
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width >= 1) & (width <= widths[:, None]) & (height >= 1) & (height <= heights[:, None])
     first = fits.argmax(1)[:, None]
-    some = fits.any(1)
+    any_fits = fits.any(1)
 
     shape = widths / heights
     central_width = np.where(shape > crop.ratio[1], np.rint(heights * crop.ratio[1]), widths)
     central_height = np.where(shape < crop.ratio[0], np.rint(widths / crop.ratio[0]), heights)
-    width = np.where(some, np.take_along_axis(width, first, 1)[:, 0], central_width)
-    height = np.where(some, np.take_along_axis(height, first, 1)[:, 0], central_height)
-    left = np.where(some, np.floor(draws[:, -2] * (widths - width + 1)), (widths - width) // 2)
-    top = np.where(some, np.floor(draws[:, -1] * (heights - height + 1)), (heights - height) // 2)
+    width = np.where(any_fits, np.take_along_axis(width, first, 1)[:, 0], central_width)
+    height = np.where(any_fits, np.take_along_axis(height, first, 1)[:, 0], central_height)
+    left = np.where(any_fits, np.floor(draws[:, -2] * (widths - width + 1)), (widths - width) // 2)
+    top = np.where(any_fits, np.floor(draws[:, -1] * (heights - height + 1)), (heights - height) // 2)
     return np.stack([left, top, width, height], 1).astype(np.int64)
 
 
 def central_squares(heights: Int64[np.ndarray, " B"], widths: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B 4"]:
-    """(left, top, side, side) of the largest central square."""
+    """Return (left, top, side, side) of the largest central square."""
     side = np.minimum(heights, widths)
     return np.stack([(widths - side) // 2, (heights - side) // 2, side, side], 1).astype(np.int64)
 
 
 def cut(x: Float[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
-    """The boxes (left, top, width, height), resized with a triangle filter as Pillow's antialiased bilinear one.
+    """Cut boxes (left, top, width, height) and resize them by a triangle filter, as Pillow's bilinear one.
 
-    Resizing is linear and separable: rows @ x @ columns, with a matrix of weights for each image. Nothing is read from
-    beyond a box, as if it had been cut out before.
+    Resizing is linear and separable: rows @ x @ columns, with a matrix of weights for each image. Pixels
+    beyond a box count nothing, as if it had been cut out before.
     """
     left, top, box_width, box_height = torch.from_numpy(box).float().T
     rows = _weights(top, box_height, x.shape[2], height).to(x.device, non_blocking=True)
@@ -75,16 +75,16 @@ def cut(x: Float[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int,
 
 
 def cut_bytes(images: UInt8[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int, width: int) -> Tensor:
-    """As `cut`, rounded to bytes as Pillow does; what a CPU is fastest at where images are large."""
+    """Cut as `cut` does, rounded to bytes as Pillow; the fastest way for a CPU and large images."""
     out = torch.empty((*images.shape[:2], height, width), dtype=torch.uint8)
     for number, (left, top, box_width, box_height) in enumerate(box.tolist()):
-        part = images[number : number + 1, :, top : top + box_height, left : left + box_width]
-        out[number] = F.interpolate(part, size=(height, width), mode="bilinear", antialias=True)[0]
+        crop = images[number : number + 1, :, top : top + box_height, left : left + box_width]
+        out[number] = F.interpolate(crop, size=(height, width), mode="bilinear", antialias=True)[0]
     return out
 
 
 def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: int, after: int) -> Tensor:
-    """(B, after, before): how much of each pixel goes into each pixel of the resized part start .. start + length."""
+    """Return the weight (B, after, before) of each pixel in each pixel of the resized stretch from start."""
     scale = (length / after)[:, None, None]
     middle = start[:, None, None] + (torch.arange(after)[:, None] + 0.5) * scale
     position = torch.arange(before) + 0.5

@@ -1,4 +1,4 @@
-"""A run's images as one packed data set: its settings, and how it comes about from whatever DATA is."""
+"""Settings of a run's images, and the way from any kind of DATA to one packed data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
 
 
 def open_data(data: str, labels: str | None = None, split: str = "whole", trust_foreign_beton: bool = False) -> Source:
-    """The images of whatever DATA is, not yet decoded.
+    """Open DATA of any kind as a source of images that are not decoded yet.
 
     Args:
         data: `digits`, a folder, a list file, an array, `NAME:DIR`, a URL, or a `.beton`.
@@ -71,7 +71,7 @@ def open_data(data: str, labels: str | None = None, split: str = "whole", trust_
         return remote_source(data, with_labels=labels is not None)
     if is_beton(data):
         _check_labels(data, labels, None)
-        return _of_beton(path, trust_foreign_beton)
+        return _beton_source(path, trust_foreign_beton)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         _check_labels(data, labels, "list")
         return list_source(path, with_labels=labels is not None)
@@ -87,7 +87,7 @@ def _check_labels(data: str, labels: str | None, possible: str | None) -> None:
         raise UserError(f"labels {labels!r} do not belong to {data!r}: {hint}")
 
 
-def _of_beton(path: Path, trust_foreign_beton: bool) -> Source:
+def _beton_source(path: Path, trust_foreign_beton: bool) -> Source:
     if not manifest_path(path).exists() and trust_foreign_beton:
         return foreign_source(path)
     return packed_source(path)

@@ -1,7 +1,7 @@
 """One untrusted image -> the bytes that are stored of it; run as a program, many of them in a bounded process.
 
 How pixels become RGB (the rule per Pillow mode):
-    RGB                         kept
+    RGB                         as it is
     1, L                        the grey value three times
     any kind of transparency    composed over white, the page that most such images were drawn for
     P without transparency      its palette
@@ -11,10 +11,10 @@ How pixels become RGB (the rule per Pillow mode):
 Animations give their first frame; EXIF orientation is applied. Then, by the format of the data set:
     raw     the central square, resized to size x size; one whose side is `size` is only cropped
     jpg     the whole image, its shorter side reduced to `size` if it is longer, as JPEG with 4:2:0 colour; a JPEG of
-            three 8-bit components that is small enough and upright already is kept byte for byte
-Reduced is by a triangle filter as in torchvision's Resize, enlarged bicubically.
+            three 8-bit components that is small enough and upright already is stored byte for byte
+A triangle filter reduces, as in torchvision's Resize; a bicubic one enlarges.
 A JPEG of four times the size needed or more is decoded at a half, a quarter or an eighth of it, as its format allows.
-One that is kept is decoded at an eighth, to check it: all of its compressed data is read for that, as for a whole one.
+One that is stored unchanged is decoded at an eighth, to check it: that reads all of its compressed data.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Packed:
-    """What is known of a stored image; its bytes travel beside."""
+    """Facts about a stored image, without its bytes."""
 
     height: int
     width: int
@@ -72,7 +72,7 @@ class Packed:
 
 
 def pack_image(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, bytes] | str:
-    """The stored bytes of one image, decoded or not, or the reason why it cannot be used."""
+    """Return the facts and the bytes to store of one image, or the reason why it cannot be used."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -125,7 +125,7 @@ def _of_array(array: UInt8[np.ndarray, "..."]) -> "Image.Image":
 
 @contextmanager
 def _opened(data: bytes) -> Iterator["Image.Image"]:
-    """The image before a single pixel is decoded; BadImage by the size that its header states."""
+    """Open an image without decoding a pixel; BadImage if its header states a size that is out of range."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -140,12 +140,12 @@ def _opened(data: bytes) -> Iterator["Image.Image"]:
 
 
 def _decode(image: "Image.Image", size: int) -> "Image.Image":
-    """Its first frame, upright and in RGB."""
+    """Return the first frame, upright and in RGB."""
     from PIL import ImageOps
 
     if image.format == "JPEG" and min(image.size) >= 4 * size:
-        wanted = 2 * size / min(image.size)
-        image.draft(None, (max(1, int(image.width * wanted)), max(1, int(image.height * wanted))))
+        scale = 2 * size / min(image.size)
+        image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
     image.load()
     with suppress(Exception):  # the pixels are decoded: metadata that is damaged is no reason to lose them
         image = image if _is_upright(image) else ImageOps.exif_transpose(image)
@@ -189,7 +189,7 @@ def _square(image: "Image.Image", size: int) -> UInt8[np.ndarray, "size size 3"]
 
 
 def _reduced(image: "Image.Image", size: int) -> "Image.Image":
-    """The whole image with a shorter side of at most `size` and a longer one of at most MAX_STORED_SIDE."""
+    """Reduce the image to a shorter side of at most `size` and a longer one of at most MAX_STORED_SIDE."""
     from PIL import Image
 
     scale = min(1.0, size / min(image.size), MAX_STORED_SIDE / max(image.size))
@@ -200,7 +200,7 @@ def _reduced(image: "Image.Image", size: int) -> "Image.Image":
 
 
 def _is_fit(image: "Image.Image", data: bytes, size: int) -> bool:
-    """Whether the file can be stored as it is: a JPEG of three 8-bit components, upright, small enough and plain."""
+    """Return whether the file can be stored as it is: an upright, small JPEG of three 8-bit components."""
     if image.format != "JPEG" or image.mode != "RGB" or jpeg_size(data) != (image.height, image.width):
         return False
     if min(image.size) > size or max(image.size) > MAX_STORED_SIDE:
@@ -212,7 +212,7 @@ def _is_fit(image: "Image.Image", data: bytes, size: int) -> bool:
 
 
 def _keep(image: "Image.Image", data: bytes) -> Packed:
-    """What is known of a JPEG that is stored as it is, once all of it could be decoded."""
+    """Decode a JPEG that is stored as it is, to check it, and return the facts about it."""
     width, height = image.size
     image.draft(None, (max(1, width // 8), max(1, height // 8)))
     image.load()
@@ -220,13 +220,14 @@ def _keep(image: "Image.Image", data: bytes) -> Packed:
 
 
 def _digest_of_jpeg(data: bytes) -> str:
-    """SHA-256 of a file that has a `jpeg_size`, without what says nothing of its pixels."""
+    """Hash a file that has a `jpeg_size` by SHA-256, without the segments that do not affect its pixels."""
     total = hashlib.sha256()
     position = 2
     while (marker := data[position + 1]) != 0xDA:
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         segment = data[position:end]
-        if marker == 0xE0 and segment[4:9] == b"JFIF\0":  # that it is there tells the colours; its density does not
+        # the presence of a JFIF segment determines the colours, its density does not
+        if marker == 0xE0 and segment[4:9] == b"JFIF\0":
             total.update(segment[4:9])
         elif not 0xE0 <= marker <= 0xEF and marker != 0xFE or marker == 0xEE and segment[4:9] == b"Adobe":
             total.update(segment)
@@ -243,7 +244,7 @@ def _jpeg(image: "Image.Image", quality: int) -> bytes:
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Bombs are errors and truncated files are refused, whatever the process had set."""
+    """Make Pillow refuse bombs and truncated files, whatever the process had set."""
     from PIL import Image, ImageFile
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
@@ -258,20 +259,20 @@ def strict_pillow() -> Iterator[None]:
 
 
 def serve(connection: Connection, packing: Packing) -> None:
-    """Answer requests until the other end is gone.
+    """Answer requests until the other end closes.
 
     A request is a JSON list with, for each image, the path of a file or null, for which the bytes follow as a message.
     The answer is a JSON list of reasons and Packed, then the bytes of the latter, one message each.
     """
     while True:
         try:
-            wanted = json.loads(connection.recv_bytes())
-            items = [connection.recv_bytes() if path is None else Path(os.fsdecode(path)) for path in wanted]
+            paths = json.loads(connection.recv_bytes())
+            items = [connection.recv_bytes() if path is None else Path(os.fsdecode(path)) for path in paths]
         except EOFError:
             return
         results = [_pack_item(item, packing) for item in items]
-        about = [result if isinstance(result, str) else asdict(result[0]) for result in results]
-        connection.send_bytes(json.dumps(about).encode("ascii"))
+        answers = [result if isinstance(result, str) else asdict(result[0]) for result in results]
+        connection.send_bytes(json.dumps(answers).encode("ascii"))
         for result in results:
             if not isinstance(result, str):
                 connection.send_bytes(result[1])
@@ -285,7 +286,7 @@ def _pack_item(item: bytes | Path, packing: Packing) -> tuple[Packed, bytes] | s
 
 
 def _limit_memory() -> None:
-    """Address space beyond what is in use now: an image that wants more is a MemoryError, and the node lives."""
+    """Limit the address space beyond its present use: a larger image is a MemoryError instead of a dead node."""
     from PIL import Image
 
     Image.init()  # what is loaded later would count

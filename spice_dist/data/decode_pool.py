@@ -1,4 +1,4 @@
-"""Children that decode: each bounded in memory and time, replaced when one dies, so that an image costs only itself."""
+"""Decoding in child processes, bounded in memory and time and replaced when one dies: a bad image costs only itself."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -19,25 +19,22 @@ from spice_dist.data.sources import BadImage, Source
 Result = tuple[Packed, bytes] | str
 CHUNK = 16  # images of one request
 AHEAD = 3  # requests under way for each child
-TIMEOUT_S = 60.0  # for an image; importing Pillow on a busy node takes some of the first one's
-KEPT_BYTES = 64 << 20  # of freed memory that a child keeps
+TIMEOUT_S = 60.0  # for an image; the first one's includes importing Pillow
+REUSED_BYTES = 64 << 20  # freed memory that a child does not give back
 CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 
 
-def packed_in_order(
-    source: Source, packing: Packing, workers: int, first: int = 0, timeout_s: float = TIMEOUT_S
-) -> Iterator[Result]:
-    """For each image from `first` on, in order, what is stored of it, or the reason why it cannot be.
+def packed_in_order(source: Source, packing: Packing, workers: int, first: int = 0) -> Iterator[Result]:
+    """Yield for each image from `first` on, in order, the bytes to store, or the reason why it cannot be used.
 
     Untrusted files are decoded in `workers` child processes, arrays in as many threads of this one. At most
     CHUNK * AHEAD * workers images are held at once, whatever their number.
     """
-    children = _Children(packing, timeout_s)
-    work = (
-        (lambda chunk: children.pack(source, chunk))
-        if source.encoded
-        else (lambda chunk: _here(source, chunk, packing))
-    )
+    children = _Children(packing)
+
+    def work(chunk: range) -> list[Result]:
+        return children.pack(source, chunk) if source.encoded else _pack_arrays(source, chunk, packing)
+
     ahead: deque[Future[list[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, "ingest")
     try:
@@ -55,29 +52,28 @@ def packed_in_order(
         children.close()
 
 
-def _here(source: Source, chunk: range, packing: Packing) -> list[Result]:
-    return [_read(source, i, lambda data: pack_image(data, packing)) for i in chunk]
-
-
-def _read(source: Source, i: int, use: Callable[..., Result]) -> Result:
-    try:
-        return use(source.read(i))
-    except BadImage as error:
-        return str(error)
+def _pack_arrays(source: Source, chunk: range, packing: Packing) -> list[Result]:
+    results: list[Result] = []
+    for i in chunk:
+        try:
+            results.append(pack_image(source.read(i), packing))
+        except BadImage as error:
+            results.append(str(error))
+    return results
 
 
 class _Children:
-    """One child per thread that asks for it."""
+    """One child process for each thread that packs images."""
 
-    def __init__(self, packing: Packing, timeout_s: float):
-        self._packing, self._timeout_s = packing, timeout_s
-        self._own = threading.local()
+    def __init__(self, packing: Packing):
+        self._packing = packing
+        self._of_thread = threading.local()
         self._all: list[_Child] = []
         self._closed = False
         self._lock = threading.Lock()
 
     def pack(self, source: Source, chunk: range) -> list[Result]:
-        """A chunk that ends its child is done again image by image: the one to blame is found, and only it is lost."""
+        """Pack a chunk; one that ends its child is packed again image by image, so that only the cause is lost."""
         results: dict[int, Result] = {}
         items: dict[int, Path | bytes] = {}
         for i in chunk:
@@ -101,31 +97,31 @@ class _Children:
         return [results[i] for i in chunk]
 
     def _ask(self, items: list[Path | bytes]) -> list[Result]:
-        child = getattr(self._own, "child", None)
+        child = getattr(self._of_thread, "child", None)
         if child is None:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("ingest has ended")
-                child = self._own.child = _Child(self._packing)
+                child = self._of_thread.child = _Child(self._packing)
                 self._all.append(child)
         try:
-            return child.ask(items, self._timeout_s)
+            return child.ask(items, TIMEOUT_S)
         except ChildEnded:
-            self._own.child = None
+            self._of_thread.child = None
             with self._lock:
                 self._all.remove(child)
             child.close()
             raise
 
     def kill(self) -> None:
-        """Threads that wait for a child go on at once; they alone close what they may still read from."""
+        """Kill all children, so that waiting threads go on at once; connections stay open for these to read from."""
         with self._lock:
             self._closed = True
             for child in self._all:
                 child.kill()
 
     def close(self) -> None:
-        """Once the threads have ended."""
+        """Close all children once the threads have ended."""
         for child in self._all:
             child.close()
 
@@ -143,18 +139,22 @@ class _Child:
             "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # no pool of threads in each
-        # an image's memory is used again for the next one: glibc would give it back and fault it in anew each time
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)}
+        # the next image uses the memory of the last one: glibc would give it back and fault it in anew each time
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(REUSED_BYTES), "MALLOC_TRIM_THRESHOLD_": str(REUSED_BYTES)}
         command = [*CHILD, str(theirs.fileno()), json.dumps(asdict(packing))]
         with theirs:
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True, env=environment,
-            )  # fmt: skip
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
+            )
         self._connection = Connection(ours.detach())
 
     def ask(self, items: list[Path | bytes], timeout_s: float) -> list[Result]:
-        """See `decode.serve`. ChildEnded if it dies, or is silent for `timeout_s` seconds."""
+        """Send a request of `decode.serve`; ChildEnded if the child dies or does not answer in `timeout_s` seconds."""
         try:
             paths = [None if isinstance(item, bytes) else os.fspath(item) for item in items]
             self._connection.send_bytes(json.dumps(paths).encode("ascii"))
@@ -163,9 +163,10 @@ class _Child:
                     self._connection.send_bytes(item)
             if not self._connection.poll(timeout_s):
                 raise ChildEnded(f"decoding took more than {timeout_s:g} s")
-            about = json.loads(self._connection.recv_bytes())
+            answers = json.loads(self._connection.recv_bytes())
             return [
-                entry if isinstance(entry, str) else (Packed(**entry), self._connection.recv_bytes()) for entry in about
+                answer if isinstance(answer, str) else (Packed(**answer), self._connection.recv_bytes())
+                for answer in answers
             ]
         except (EOFError, OSError) as error:
             code = self._process.wait()

@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
-    """A new binary file that replaces `path` when the block ends well and leaves no trace when it does not.
+    """Open a new binary file that replaces `path` when the block succeeds and leaves no trace when it fails.
 
     Raises:
         UserError: the file cannot be written (full disk, no permission).
@@ -40,7 +40,7 @@ def publish_json(path: Path, content: Any) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses. Leftovers of writers of this host that died are removed."""
+    """Return an unused hidden name beside `path`. Leftovers of dead writers of this host are removed."""
     host = socket.gethostname().replace("~", "-")
     for leftover in path.parent.glob(f".{path.name}~{host}~*~*.tmp"):
         pid = leftover.name.split("~")[-2]
@@ -57,7 +57,7 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def csv_cell(text: str) -> str:
-    """`text` as one safe cell: no control characters, no lone surrogates, not a formula to a spreadsheet.
+    """Return `text` as a safe cell: no control characters, no lone surrogates, not a formula to a spreadsheet.
 
     Backslashes, control characters and undecodable bytes become Python escapes; a leading = + - @ gets an apostrophe.
     """

@@ -1,4 +1,4 @@
-"""The contract of everything that serves images: raw ones are the same bit for bit whoever serves them.
+"""The contract of everything that serves images; raw ones are the same bit for bit from every server.
 
 with closing(loaders.open_images(data_dir, device=device, size=32)) as images:
     for pixels, index in images.batches(order, batch_size):     # (B, C, H, W) uint8, (B,) int64
@@ -27,36 +27,36 @@ class Images(Protocol):
     def batches(
         self, order: np.ndarray, batch_size: int
     ) -> Iterator[tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]]:
-        """(images on the device, index on the host) for order[0:b], order[b:2b], ...: the central square of each image.
+        """Yield (images on the device, index on the host) of order[0:b], order[b:2b], ...: central squares.
 
         The last batch may be partial; nothing is dropped, padded or reordered; `order` may repeat indices and have any
-        length. Arguments are judged at once, not at the first batch.
+        length. Arguments are checked at once, not at the first batch.
 
         Raises:
             ValueError: an empty order, one that is not 1-D integers, or a batch size below 1.
             IndexError: an entry outside 0 .. n-1.
-            RuntimeError: the loader failed or gave nothing for handover.STALL_S seconds.
+            RuntimeError: the loader failed or was silent for handover.STALL_S seconds.
         """
         ...
 
     def crops(
         self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
     ) -> Iterator[tuple[list[Tensor], Int64[Tensor, " b"]]]:
-        """([a batch (B, C, size, size) uint8 for each crop], index): every image is read and decoded once for all."""
+        """Yield ([a batch (B, C, size, size) uint8 for each crop], index); every image is decoded once."""
         ...
 
     def close(self) -> None:
-        """Give back files and memory; `batches` must not be called any more."""
+        """Release files and memory; `batches` must not be called any more."""
         ...
 
 
 def to_device(pixels: UInt8[np.ndarray, "b h w 3"], device: torch.device, channels: int) -> UInt8[Tensor, "b c h w"]:
-    """A batch on the device, channels first."""
+    """Bring a batch to the device, channels first."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     return to_grey(images) if channels == 1 else images.contiguous()
 
 
 def to_grey(images: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 1 h w"]:
-    """ITU-R 601 luma, rounded: 0.299 R + 0.587 G + 0.114 B in 16-bit fixed point; R = G = B gives that value."""
+    """Return ITU-R 601 luma, rounded: 0.299 R + 0.587 G + 0.114 B in 16-bit fixed point; grey stays exact."""
     red, green, blue = images.to(torch.int32).unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8).unsqueeze(1)

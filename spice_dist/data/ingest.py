@@ -158,7 +158,7 @@ def _store_all(
                 noted_at = time.monotonic()
             if progress:
                 progress(i + 1, total)
-    finally:  # stopped by a signal or an error: what is done is kept
+    finally:  # also after a signal or an error, so that nothing is done twice
         writer.flush()
         journal.flush()
 
@@ -170,7 +170,7 @@ class _Outcome:
     bad: list[tuple[str, str, int | None]]  # (path, reason, candidate) of those that cannot be used
     copies: dict[int, int]  # candidate that is left out -> the earlier one that it equals
     num_good: int  # candidates that can be used, copies among them
-    num_duplicates: int  # of these, how many equal an earlier one, in whatever part
+    num_duplicates: int  # of these, how many equal an earlier one, training or held out
     images: np.ndarray  # (n,) candidate of each image of the data set
     records: np.ndarray  # (n,) RECORD of each
 
@@ -270,9 +270,9 @@ def _check_share(num_good: int, num_bad: int, max_bad: float, quarantine: Path, 
 
 
 def pack(source: Source, out: Path, **options: Any) -> Ingested:
-    """`ingest` with these options into one file, `out`, with what belongs to it as `out`.json, `out`.paths.jsonl, ...
+    """Ingest with these options into one file, `out`; what belongs to it is `out`.json, `out`.paths.jsonl, ...
 
-    Works in a hidden folder beside it, so that the same call goes on where it was stopped, and does nothing once it has
+    It works in a hidden folder beside `out`. The same call goes on where it was stopped and does nothing once it has
     finished.
     """
     if out.suffix != ".beton":
@@ -304,8 +304,8 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
     """Make `out_dir` the folder of a data set that `pack` wrote: links to the file, copies of the lists.
 
     Raises:
-        UserError: the file is not one of ours.
-        DamagedFile: it is, but it or what belongs to it is damaged.
+        UserError: `pack` did not write the file.
+        DamagedFile: the file or what belongs to it is damaged.
     """
     manifest = manifest_beside(packed)
     if beton.verify(packed).fingerprint != manifest.fingerprint:

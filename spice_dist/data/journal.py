@@ -77,7 +77,7 @@ class Journal:
         self._reasons.append(json.dumps([i, reason]).encode() + b"\n")
 
     def flush(self) -> None:
-        """Bring all notes to the disk, reasons first: a record needs its reason to be told from a stored one."""
+        """Bring all notes to the disk, reasons first: a refusal without its reason would be damage."""
         for path, lines in ((self._reasons_file, self._reasons), (self._records_file, self._records)):
             if lines:
                 with open(path, "ab") as file:

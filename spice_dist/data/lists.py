@@ -22,7 +22,7 @@ SUFFIXES = (".txt", ".csv", ".parquet")
 
 
 def list_source(path: Path, *, with_labels: bool) -> Source:
-    """The images that `path` lists, in its order. UserError if it cannot be read or lists none."""
+    """Open the images that `path` lists, in its order; UserError if it cannot be read or lists none."""
     readers = {".txt": _of_text, ".csv": _of_csv, ".parquet": _of_parquet}
     try:
         source, labels = readers[path.suffix.lower()](path)
@@ -39,12 +39,12 @@ def list_source(path: Path, *, with_labels: bool) -> Source:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote it."""
+    """Return whether `datasets.save_to_disk` wrote the folder."""
     return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
 def saved_dataset_source(folder: Path, *, with_labels: bool) -> Source:
-    """The images of a data set that `datasets.save_to_disk` wrote; its column `label` if asked for."""
+    """Open a data set that `datasets.save_to_disk` wrote, with its column `label` if `with_labels`."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -108,7 +108,7 @@ def _of_parquet(path: Path) -> tuple[Source, list[Any] | None]:
 
 
 def _parquet_reader(path: Path, ends: np.ndarray) -> Callable[[int], bytes]:
-    """Reads image i; the few row groups that were read last are kept."""
+    """Return a function that reads image i; it caches the last few row groups."""
     import pyarrow.parquet as parquet
 
     @lru_cache(maxsize=4)

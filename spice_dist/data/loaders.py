@@ -38,13 +38,13 @@ def open_images(
     Args:
         size: side in pixels of what `batches` gives.
         channels: 3, or 1 for luma (ITU-R 601).
-        loader: what decodes: "auto" takes FFCV where it is installed; "ffcv" forces it, "torch" does without. Raw
+        loader: decoder: "auto" takes FFCV where it is installed, "ffcv" forces it, "torch" does without. Raw
             squares of `size` need no decoder.
-        resident_bytes: a set of raw squares of at most this size is read once and kept on the device.
-        threads: that decode; default: torch's, which are the share of this worker.
+        resident_bytes: a set of raw squares of at most this size is read once and stays on the device.
+        threads: number of decoding threads; default: torch's, the share of this worker.
 
     Raises:
-        UserError: unknown loader or channels, no data set, or FFCV asked for and not there.
+        UserError: unknown loader or channels, no data set, or "ffcv" where it is not installed.
         DamagedFile: the data set is truncated, altered or not the one of the manifest.
     """
     if loader not in LOADERS:
@@ -52,8 +52,8 @@ def open_images(
     if channels not in (1, 3):
         raise UserError(f"channels is {channels}: choose 3 (colour) or 1 (grey)")
     info = _verified(data_dir)
-    as_they_are = info.format == "raw" and (info.heights[0], info.widths[0]) == (size, size)
-    decoder = _decoder("torch" if as_they_are and loader == "auto" else loader)  # importing FFCV takes seconds
+    needs_no_decoder = info.format == "raw" and (info.heights[0], info.widths[0]) == (size, size)
+    decoder = _decoder("torch" if needs_no_decoder and loader == "auto" else loader)  # importing FFCV takes seconds
     images = PackedImages(info, decoder, device, size, channels, threads or torch.get_num_threads())
     if images.decodes or images.n * size * size * channels > resident_bytes:
         return images

@@ -22,21 +22,21 @@ class Ingested:
     bad: int  # images that could not be used: rows of quarantine.csv
     animated: int  # images of which only the first frame was taken
     warned: int  # images that the decoder complained about, but decoded
-    duplicates: int  # images of which the same is stored as of an earlier one, exactly, in whatever part that is
+    duplicates: int  # images whose stored content equals that of an earlier one, training or held out
     dropped: int  # how many of them were left out
     extra: int  # images that only train stages 1 and 3, after the clustered ones
     held_out: int  # images that train nothing and are scored, after those
-    listing: str  # of the source and the settings: whether they are the same
-    fingerprint: str  # of names, what is stored and their order: see `fingerprint_of`
+    listing: str  # hash of the source and the settings
+    fingerprint: str  # hash of names, stored content and order: see `fingerprint_of`
 
     @property
     def clustered(self) -> int:
-        """How many images, from the first on, the heads are trained on."""
+        """Return how many images, from the first on, the heads are trained on."""
         return self.n - self.extra - self.held_out
 
     @property
     def training(self) -> int:
-        """How many images, from the first on, stages 1 and 3 see."""
+        """Return how many images, from the first on, stages 1 and 3 see."""
         return self.n - self.held_out
 
 

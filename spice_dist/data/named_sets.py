@@ -70,7 +70,7 @@ CIFAR100_20 = {  # the official superclasses, in the order of their number
 
 
 def named_source(name: str, folder: Path, split: str) -> Source:
-    """The data set `name` out of `folder`, in the order clustered, extra, held out; labels of extra images are -1.
+    """Open data set `name` of `folder`, in the order clustered, extra, held out; labels of extra images are -1.
 
     Args:
         name: one of NAMES.
@@ -127,7 +127,7 @@ def _of_arrays(name: str, folder: Path, split: str) -> Source:
 
 
 def _load(name: str, folder: Path) -> tuple[list[_Part], list[str]]:
-    """(train, test and for stl10 the unlabelled part; label names). CIFAR and STL-10 are checked by their MD5."""
+    """Load (train, test and for stl10 the unlabelled part; label names). CIFAR and STL-10 are checked by MD5."""
     from torchvision import datasets
 
     if name == "cifar10":
@@ -171,7 +171,7 @@ def _stl10(folder: Path) -> list[_Part]:
 
 
 def _coarse(fine: Sequence[str]) -> np.ndarray:
-    """Number of the superclass of each fine class."""
+    """Return the number of the superclass of each fine class."""
     number = {name: i for i, names in enumerate(CIFAR100_20.values()) for name in names.split()}
     return np.array([number[name] for name in fine])
 
@@ -194,7 +194,7 @@ def _check(part: _Part, classes: int) -> None:
 
 @dataclass(frozen=True)
 class _Listing:
-    """Image files of one part of a data set, and what else was found."""
+    """Image files of one part of a data set, and the other files there."""
 
     paths: list[str] = field(default_factory=list)  # relative to the folder of the data set
     labels: list[int] = field(default_factory=list)
@@ -202,7 +202,7 @@ class _Listing:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def scan(self, folder: Path, below: str) -> list[str]:
-        """Add the images below a sub-folder, without labels yet; returns their paths relative to it."""
+        """Add the images below a sub-folder, without labels yet, and return their paths relative to it."""
         paths, ignored, refused = scan(folder / below)
         self.paths.extend(f"{below}/{path}" for path in paths)
         self.ignored.update(ignored)
@@ -230,7 +230,7 @@ def _of_files(name: str, folder: Path, split: str) -> Source:
 
 
 def _wnids(name: str, folder: Path) -> list[str]:
-    """The classes in the order of their number, which is that of their WordNet ids."""
+    """Return the classes in the order of their WordNet ids, which is that of their numbers."""
     if name == "tiny-imagenet":
         wnids = []
         with contextlib.suppress(OSError):
@@ -246,32 +246,32 @@ def _wnids(name: str, folder: Path) -> list[str]:
 
 
 def _in_class_folders(name: str, folder: Path, part: str, wnids: list[str]) -> _Listing:
-    """The images below part/<wnid>, class after class; other classes are left out."""
+    """List the images below part/<wnid>, class after class, without other classes."""
     missing = [wnid for wnid in wnids if not os.path.isdir(folder / part / wnid)]
     if missing:
         raise _unusable(name, folder, f"{len(missing)} class folders such as {part}/{missing[0]} are missing")
     listing = _Listing()
     for label, wnid in enumerate(wnids):
-        found = listing.scan(folder, f"{part}/{wnid}")
-        if not found:
+        images = listing.scan(folder, f"{part}/{wnid}")
+        if not images:
             raise _unusable(name, folder, f"no image in {part}/{wnid}")
-        listing.labels.extend([label] * len(found))
+        listing.labels.extend([label] * len(images))
     return listing
 
 
 def _tiny_val(folder: Path, wnids: list[str]) -> _Listing:
-    """The images of val/images, with the labels of val_annotations.txt: file, wnid and a box in each line."""
+    """List val/images with the labels of val_annotations.txt, which has file, wnid and a box in each line."""
     if not os.path.isdir(folder / "val" / "images"):
         raise _unusable("tiny-imagenet", folder, "val/images is missing")
     listing = _Listing()
-    found = listing.scan(folder, "val/images")
+    images = listing.scan(folder, "val/images")
     number = {wnid: i for i, wnid in enumerate(wnids)}
     try:
         lines = (folder / "val" / "val_annotations.txt").read_text("utf-8").splitlines()
         label_of = {file: number[wnid] for file, wnid, *_ in map(str.split, lines)}
-        listing.labels.extend(label_of[file] for file in found)
+        listing.labels.extend(label_of[file] for file in images)
     except (OSError, ValueError, KeyError) as error:
         raise _unusable("tiny-imagenet", folder, "val/val_annotations.txt does not label all of val/images") from error
-    if not found:
+    if not images:
         raise _unusable("tiny-imagenet", folder, "no image in val/images")
     return listing

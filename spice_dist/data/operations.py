@@ -18,7 +18,7 @@ def column(values: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1 1"]:
 
 
 def luma(x: Tensor) -> Tensor:
-    """ITU-R 601 grey, as Pillow computes it; the identity for a single channel."""
+    """Return ITU-R 601 grey, as Pillow computes it; a single channel as it is."""
     if x.shape[1] == 1:
         return x
     return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
@@ -86,8 +86,8 @@ def matrix(
 ) -> Float[Tensor, "B 3 3"]:
     """Stack rows (scale_x, shear_x, shift_x), (shear_y, scale_y, shift_y), (0, 0, 1), one matrix per image."""
     entries = [scale_x, shear_x, shift_x, shear_y, scale_y, shift_y, 0.0, 0.0, 1.0]
-    some = next(entry for entry in entries if isinstance(entry, Tensor))
-    columns = [entry if isinstance(entry, Tensor) else torch.full_like(some, entry) for entry in entries]
+    template = next(entry for entry in entries if isinstance(entry, Tensor))
+    columns = [entry if isinstance(entry, Tensor) else torch.full_like(template, entry) for entry in entries]
     return torch.stack(columns, dim=1).view(-1, 3, 3)
 
 

@@ -1,4 +1,4 @@
-"""Which image when: pure functions of (seed, epoch), the same on any number of workers."""
+"""The order of images: pure functions of (seed, epoch), the same on any number of workers."""
 
 import numpy as np
 from jaxtyping import Int64
@@ -7,12 +7,12 @@ ORDER_STREAM = 0x6F72646572  # "order": keeps this stream apart from others draw
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
-    """A permutation of range(n). Order (seed 0, epoch 1) and (seed 1, epoch 0) are unrelated. seed, epoch >= 0."""
+    """Draw a permutation of range(n). Order (seed 0, epoch 1) and (seed 1, epoch 0) are unrelated. seed, epoch >= 0."""
     return np.random.default_rng([seed, epoch, ORDER_STREAM]).permutation(n).astype(np.int64)
 
 
 def global_batches(order: Int64[np.ndarray, " n"], batch_size: int, drop_last: bool) -> list[np.ndarray]:
-    """order[0:b], order[b:2b], ...; the last one may be shorter, or is left out with drop_last."""
+    """Return order[0:b], order[b:2b], ...; the last one may be shorter, or is left out with drop_last."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     end = len(order) - len(order) % batch_size if drop_last else len(order)
@@ -21,10 +21,10 @@ def global_batches(order: Int64[np.ndarray, " n"], batch_size: int, drop_last: b
 
 def worker_batches(
     order: Int64[np.ndarray, " n"], batch_size: int, world: int, rank: int
-) -> Int64[np.ndarray, "steps own"]:
-    """The part of worker `rank` of `world` in each whole global batch; an incomplete last batch is left out.
+) -> Int64[np.ndarray, "steps share"]:
+    """Return the share of worker `rank` of `world` of each whole global batch; an incomplete last batch is left out.
 
-    Joined in the order of the ranks, the parts are the global batches, whatever the number of workers.
+    Joined in the order of the ranks, the shares are the global batches, for any number of workers.
 
     Raises:
         ValueError: fewer images than a batch holds, or a batch that the workers cannot share evenly.
@@ -38,7 +38,7 @@ def worker_batches(
 
 
 def check_order(order: np.ndarray, batch_size: int, n: int) -> Int64[np.ndarray, " m"]:
-    """`order` as int64, every entry in [0, n).
+    """Return `order` as int64, every entry in [0, n).
 
     Raises:
         ValueError: empty, not one axis of integers, or a batch size below 1.

@@ -1,4 +1,4 @@
-"""Batches from a .beton: each image is read, checked and decoded once, whatever number of crops is cut from it.
+"""Batches from a .beton: each image is read, checked and decoded once for any number of crops.
 
 One thread prepares batches ahead; it hands the rows of a batch to `threads` others, which decode outside the GIL. They
 live as long as the set, since FFCV keeps 10 KiB for every thread that has ever decoded, and never hold the process.
@@ -25,13 +25,13 @@ from spice_dist.data.order import check_order, global_batches
 from spice_dist.errors import DamagedFile
 
 BATCHES_AHEAD = 2
+# indices of a batch -> the pixels of each crop, (B, size, size, 3) uint8
 Prepare = Callable[[np.ndarray], list[np.ndarray]]
-"""Indices of a batch -> for each crop its pixels, (B, size, size, 3) uint8."""
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Turns stored bytes into pixels and cuts parts out of them; both free the GIL for most of their time."""
+    """Turns stored bytes into pixels and cuts boxes out of these; both free the GIL for most of their time."""
 
     def decode(self, data: bytearray, out: UInt8[np.ndarray, "h w 3"]) -> None: ...
 
@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
 
 class PackedImages:
-    """`Images` over a verified file. Raw squares of `size` are read as they are, by one thread."""
+    """`Images` of a verified file. One thread reads raw squares of `size` without decoding."""
 
     def __init__(self, info: BetonInfo, decoder: Decoder, device: torch.device, size: int, channels: int, threads: int):
         self.n, self.size, self.channels = info.n, size, channels
@@ -76,8 +76,8 @@ class PackedImages:
         reader.start()
         try:
             for index in batches:
-                parts = handover.get(reader)
-                yield [to_device(part, self._device, self.channels) for part in parts], torch.from_numpy(index.copy())
+                crops = handover.get(reader)
+                yield [to_device(crop, self._device, self.channels) for crop in crops], torch.from_numpy(index.copy())
         finally:
             handover.close(reader)
 
@@ -86,7 +86,7 @@ class PackedImages:
             for index in batches:
                 if not handover.put(prepare(index)):
                     return
-        except BaseException as error:  # noqa: BLE001  the consumer raises it; this thread has nobody to tell
+        except BaseException as error:  # noqa: BLE001  the consumer raises it
             handover.put(error)
 
     def _read(self, index: np.ndarray) -> list[np.ndarray]:
@@ -103,20 +103,20 @@ class PackedImages:
         return central_squares(*self._shapes(index))
 
     def _cutter(self, cuts: list[tuple[int, Callable[[np.ndarray], np.ndarray]]]) -> Prepare:
-        """A function of a batch's indices that gives, for each (size, boxes), its parts of all images."""
+        """Return a function that cuts the crops of a batch, a (size, boxes of the indices) for each crop."""
 
         def cut(index: np.ndarray) -> list[np.ndarray]:
-            parts = [np.empty((len(index), size, size, 3), np.uint8) for size, _ in cuts]
-            where = [boxes_of(index) for _, boxes_of in cuts]
+            crops = [np.empty((len(index), size, size, 3), np.uint8) for size, _ in cuts]
+            boxes_of_crops = [boxes_of(index) for _, boxes_of in cuts]
 
             def decode_rows(rows: range) -> None:
                 for row in rows:
                     pixels = self._pixels(int(index[row]))
-                    for part, box in zip(parts, where, strict=True):
-                        self._decoder.resize(pixels, box[row], part[row])
+                    for crop, box in zip(crops, boxes_of_crops, strict=True):
+                        self._decoder.resize(pixels, box[row], crop[row])
 
             self._threads.share(decode_rows, len(index))
-            return parts
+            return crops
 
         return cut
 
@@ -143,11 +143,11 @@ class _Threads:
             thread.start()
 
     def share(self, work: Callable[[range], None], count: int) -> None:
-        """Call `work` on parts of range(count), one for each thread; an error of any is raised here."""
-        parts = [range(start, count, len(self._threads)) for start in range(len(self._threads))]
-        results: list[Future] = [Future() for _ in parts]
-        for result, part in zip(results, parts, strict=True):
-            self._tasks.put((result, work, part))
+        """Call `work` on a share of range(count) in each thread; raise the error of any."""
+        shares = [range(start, count, len(self._threads)) for start in range(len(self._threads))]
+        results: list[Future] = [Future() for _ in shares]
+        for result, rows in zip(results, shares, strict=True):
+            self._tasks.put((result, work, rows))
         for result in results:
             result.result()
 
@@ -157,13 +157,13 @@ class _Threads:
 
     def _work(self) -> None:
         while task := self._tasks.get():
-            result, work, part = task
+            result, work, rows = task
             try:
-                result.set_result(work(part))
-            except BaseException as error:  # noqa: BLE001  whoever waits raises it
+                result.set_result(work(rows))
+            except BaseException as error:  # noqa: BLE001  `share` raises it
                 result.set_exception(error)
 
 
 def _single(stream: Iterator[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for (part,), index in stream:
-        yield part, index
+    for (crop,), index in stream:
+        yield crop, index

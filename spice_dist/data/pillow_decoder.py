@@ -11,11 +11,11 @@ from spice_dist.errors import DamagedFile
 class PillowDecoder:
     """`Decoder` whose pixels differ from FFCV's, which takes short cuts in the inverse cosine transform.
 
-    On photographs by 2 of 255 on average, and at single edge pixels of a resized image by up to 40.
+    Photographs differ by 2 of 255 on average, single edge pixels of a resized image by up to 40.
     """
 
     def decode(self, data: bytearray, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        """DamagedFile if the bytes cannot be decoded; that they are of this size, the caller has made sure."""
+        """Decode into `out`, whose size the caller has checked; DamagedFile if that fails."""
         from PIL import Image
 
         try:
@@ -25,10 +25,10 @@ class PillowDecoder:
             raise DamagedFile(f"a stored image cannot be decoded ({error}): write the data set again") from error
 
     def resize(self, pixels: UInt8[np.ndarray, "h w 3"], box: Int64[np.ndarray, "4"], out: np.ndarray) -> None:
-        """The part (left, top, width, height) of the pixels, antialiased with Pillow's sharpest cheap filter."""
+        """Cut the box (left, top, width, height) and resize it by Hamming, Pillow's sharpest cheap filter."""
         from PIL import Image
 
         left, top, width, height = box.tolist()
-        part = (left, top, left + width, top + height)
+        corners = (left, top, left + width, top + height)
         size = (out.shape[1], out.shape[0])
-        out[:] = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.HAMMING, box=part))
+        out[:] = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.HAMMING, box=corners))

@@ -6,17 +6,17 @@ from typing import Any
 from spice_dist.data.sources import IMAGE_SUFFIXES, MAX_FILE_BYTES, BadImage, Source, folder_labels
 from spice_dist.errors import UserError
 
-STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # what tells that a file has changed
+STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # one of them differs once a file changes
 LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
 def is_remote(data: str) -> bool:
-    """Whether it is an address; `file://` ones are folders of this machine, which are read without fsspec."""
+    """Return whether DATA is a remote address; `file://` is this machine, which is read without fsspec."""
     return "://" in data and not data.startswith("file://")
 
 
 def remote_source(url: str, *, with_labels: bool) -> Source:
-    """The image files below `url`, by their names relative to it, in byte order; hidden ones are skipped.
+    """List the image files below `url`, by their names relative to it, in byte order; hidden ones are skipped.
 
     Raises:
         UserError: no such place, no permission, no image, or a library that is missing.
@@ -24,21 +24,21 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
     shown = _without_password(url)
     system, root = _file_system(url, shown)
     try:
-        found: dict[str, Any] = system.find(root, detail=True)
-    except Exception as error:  # each file system has errors of its own
+        files: dict[str, Any] = system.find(root, detail=True)
+    except Exception as error:  # every file system raises other errors
         raise UserError(f"cannot list {shown}: {_first_line(error)}") from error
-    if not found:
+    if not files:
         raise UserError(f"there is nothing at {shown}: check the address")
     prefix = root.rstrip("/") + "/"
     stamps = {
-        name.removeprefix(prefix): {key: about[key] for key in STAMPS if key in about}
-        for name, about in found.items()
-        if about.get("type") != "directory" and _is_image(name.removeprefix(prefix))
+        name.removeprefix(prefix): {key: details[key] for key in STAMPS if key in details}
+        for name, details in files.items()
+        if details.get("type") != "directory" and _is_image(name.removeprefix(prefix))
     }
     names = sorted(stamps, key=os.fsencode)
     if not names:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"no image file at {shown}: found {len(found)} others, looked for {wanted}")
+        raise UserError(f"no image file at {shown}: found {len(files)} others, looked for {wanted}")
 
     def read(i: int) -> bytes:
         size = stamps[names[i]].get("size") or 0

@@ -1,4 +1,4 @@
-"""Small data sets stay on the device: a batch is one indexing, no loader in the loop."""
+"""Small data sets that stay on the device: a batch is one indexing, without a loader."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +15,7 @@ READ_BATCH = 1_024
 
 
 class ResidentImages:
-    """`Images` over one tensor on its device."""
+    """`Images` of one tensor on its device."""
 
     def __init__(self, images: UInt8[Tensor, "n c h w"]):
         self.n, self.channels, self.size, _ = images.shape
@@ -49,7 +49,7 @@ class ResidentImages:
 
 def load_resident(images: Images, device: torch.device) -> ResidentImages:
     """Read every image once, in order, into n * c * h * w bytes of the device."""
-    kept = torch.empty((images.n, images.channels, images.size, images.size), dtype=torch.uint8, device=device)
+    resident = torch.empty((images.n, images.channels, images.size, images.size), dtype=torch.uint8, device=device)
     for pixels, index in images.batches(np.arange(images.n), READ_BATCH):
-        kept[index] = pixels
-    return ResidentImages(kept)
+        resident[index] = pixels
+    return ResidentImages(resident)

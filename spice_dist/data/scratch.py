@@ -1,4 +1,4 @@
-"""A node's own disk: the packed images are copied there once, checked by their hash, and read from there."""
+"""A copy of the packed images on the local disk of a node, made once and checked by its hash."""
 
 import contextlib
 import fcntl
@@ -20,20 +20,20 @@ NAMES = ("dataset.beton", "dataset.beton.json", "manifest.json")
 
 
 def staged(data: Path, scratch: Path) -> Path:
-    """A copy of the folder of packed images `data` below `scratch`; `data` itself, with a warning, if that fails.
+    """Copy the folder of packed images `data` below `scratch`; return `data`, with a warning, if that fails.
 
-    All processes of a node share the copy: one makes it, the others wait. It is named by the hash of what it holds, so
-    runs on the same images share it too, and it stays until whoever cleans the disk removes it.
+    All processes of a node share the copy: one makes it, the others wait. It is named by the hash of its content, so
+    that runs on the same images share it too, and it stays until the disk is cleaned.
 
     Raises:
         DamagedFile: the images are not those of their sidecar.
     """
     info = beton.verify(data / NAMES[0])
     key = hashlib.sha256()
-    for name in NAMES[1:]:  # small, and they say all of the images
+    for name in NAMES[1:]:  # small, with hashes of all images
         key.update((data / name).read_bytes())
     try:
-        folder = _own_folder(scratch)
+        folder = _private_folder(scratch)
         place = folder / key.hexdigest()[:32]
         with _locked(folder / f"{place.name}.lock"):
             if not _is_whole(place, info.file_size):
@@ -46,8 +46,8 @@ def staged(data: Path, scratch: Path) -> Path:
         return data
 
 
-def _own_folder(scratch: Path) -> Path:
-    """Ours alone, also where everybody may write: nobody else can put images there for us."""
+def _private_folder(scratch: Path) -> Path:
+    """Make a folder that only this user can write to, also where everybody may write."""
     folder = scratch / f"spice-dist-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
@@ -58,22 +58,22 @@ def _own_folder(scratch: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """For one process of this machine at a time; the lock of one that dies is free."""
+    """Hold a lock for one process of this machine at a time; a process that dies frees it."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _is_whole(place: Path, size: int) -> bool:
-    """Whoever cleans a disk may take files and leave their folder."""
+    """Return whether the copy is complete: cleaning a disk may remove files and leave their folder."""
     try:
         return all((place / name).is_file() for name in NAMES) and (place / NAMES[0]).stat().st_size == size
-    except FileNotFoundError:  # taken at this moment
+    except FileNotFoundError:  # removed at this moment
         return False
 
 
 def _copy(data: Path, place: Path, sha256: str | None) -> None:
-    """Whole or not at all."""
+    """Copy whole or not at all."""
     for leftover in place.parent.glob(f".{place.name}.*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")

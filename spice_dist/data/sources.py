@@ -36,7 +36,7 @@ class Source:
     """N named images. Names are relative, so a folder can be moved; labels are for scores only."""
 
     name: str  # "digits", or the absolute path
-    paths: list[str]  # N names; bytes that are no UTF-8 are kept by surrogateescape
+    paths: list[str]  # N names; bytes that are no UTF-8 are escaped by surrogates
     read: Callable[[int], np.ndarray | bytes]  # (H, W), (H, W, 1) or (H, W, 3) uint8, or an encoded file; or BadImage
     labels: np.ndarray | None = None  # (N,) int64, an index into label_names
     label_names: list[str] = field(default_factory=list)  # in the order of their number
@@ -44,20 +44,19 @@ class Source:
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
     encoded: bool = False  # read(i) gives an untrusted encoded file, which child processes decode
     file: Callable[[int], Path] | None = None  # of local files: where image i is, so that children read it themselves
-    stamps: Callable[[int], str] | None = (
-        None  # of others: what changes when image i does, where that is cheaper to ask
-    )
+    # of other sources: a text that changes when image i does, where that is cheaper than reading it
+    stamps: Callable[[int], str] | None = None
     extra: int = 0  # images after the clustered ones that only train stages 1 and 3
     held_out: int = 0  # images after those that train nothing and are scored
 
     @property
     def clustered(self) -> int:
-        """How many images, from the first on, the heads are trained on."""
+        """Return how many images, from the first on, the heads are trained on."""
         return len(self.paths) - self.extra - self.held_out
 
     @property
     def training(self) -> int:
-        """How many images, from the first on, stages 1 and 3 see."""
+        """Return how many images, from the first on, stages 1 and 3 see."""
         return len(self.paths) - self.held_out
 
 
@@ -67,7 +66,7 @@ def open_source(data: str, labels: str | None = None) -> Source:
     Args:
         data: one of KINDS.
         labels: where true labels come from, for scores only: None, "folder" (the top-level sub-folder) or "array"
-            (`labels` or `y` of an .npz). The digits bring their own.
+            (`labels` or `y` of an .npz). The digits come with labels.
 
     Raises:
         UserError: one line that says what to give instead.
@@ -98,15 +97,15 @@ def is_beton(data: str) -> bool:
 
 
 def listing(source: Source) -> str:
-    """SHA-256 of the images by name and content: of local files size and time of change, of arrays the pixels.
+    """Hash the images by name and content: of local files size and time of change, of arrays the pixels.
 
-    It does not depend on where the files lie.
+    The SHA-256 does not depend on where the files lie.
     """
     total = hashlib.sha256(f"{source.extra} {source.held_out}".encode())
     for i, name in enumerate(source.paths):
         total.update(os.fsencode(name) + b"\0")
         if source.file is not None:
-            with contextlib.suppress(OSError):  # a file of a list that is not there: ingest will say so
+            with contextlib.suppress(OSError):  # ingest will report a listed file that is missing
                 status = os.stat(source.file(i))
                 total.update(f"{status.st_size} {status.st_mtime_ns}".encode())
         elif source.stamps is not None:
@@ -132,14 +131,14 @@ def _digits() -> Source:
 
 
 def from_files(files: Sequence[str | Path]) -> Source:
-    """Images by their paths, in the order given."""
+    """Take images by their paths, in the order given."""
     if not len(files):
         raise UserError("the list of images is empty: give at least one path")
     return files_source("a list of files", [os.fspath(file) for file in files], lambda i: Path(files[i]))
 
 
 def from_array(images: np.ndarray) -> Source:
-    """(N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8 images, named by their number."""
+    """Take (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8 images, named by their number."""
     _check_images(Path("the array"), images)
     return Source("an array", [f"{i:07d}" for i in range(len(images))], images.__getitem__)
 
@@ -164,12 +163,12 @@ def _folder(root: Path, *, with_labels: bool) -> Source:
 
 
 def files_source(name: str, paths: list[str], file: Callable[[int], Path]) -> Source:
-    """Images in local files: image i, called paths[i], is at file(i)."""
+    """Take images in local files: image i, called paths[i], is at file(i)."""
     return Source(name, paths, lambda i: read_file(file(i)), encoded=True, file=file)
 
 
 def scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
-    """(relative names of image files in byte order, other files by suffix, sub-folders that cannot be entered).
+    """List (names of image files in byte order, other files by suffix, sub-folders that cannot be entered).
 
     Hidden names are skipped, links are not followed, and no folder is entered twice, however it is mounted.
     """
@@ -212,11 +211,13 @@ def _suffix(name: str) -> str:
 def _why_no_image(root: Path, ignored: dict[str, int], refused: list[tuple[str, str]]) -> str:
     if not ignored and not refused:
         return f"the folder {str(root)!r} is empty: put images into it ({', '.join(sorted(IMAGE_SUFFIXES))})"
-    found = [f"{count} {_kind(suffix)}" for suffix, count in sorted(ignored.items(), key=lambda kv: -kv[1])[:6]]
-    found += [f"{len(refused)} folders without read permission"] * bool(refused)
+    largest = sorted(ignored.items(), key=lambda item: -item[1])[:6]
+    others = [f"{count} {_kind(suffix)}" for suffix, count in largest]
+    if refused:
+        others.append(f"{len(refused)} folders without read permission")
     hint = "; links are not followed: give the folder they point to" if SYMLINK in ignored else ""
     return (
-        f"no image file in {str(root)!r}: found {', '.join(found)}, "
+        f"no image file in {str(root)!r}: found {', '.join(others)}, "
         f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}{hint}"
     )
 
@@ -226,7 +227,7 @@ def _kind(suffix: str) -> str:
 
 
 def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[str]]:
-    """(the number of each image's top-level sub-folder, their names)."""
+    """Return (the number of each image's top-level sub-folder, their names)."""
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise UserError(
@@ -238,7 +239,7 @@ def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a regular file of at most MAX_FILE_BYTES; BadImage with the reason otherwise."""
+    """Read all bytes of a regular file of at most MAX_FILE_BYTES; BadImage with the reason otherwise."""
     try:
         # O_NONBLOCK: a pipe that took the place of a file since the scan must not block the run
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -275,7 +276,7 @@ def _array(path: Path, *, with_labels: bool) -> Source:
 
 
 def _read_npz(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The image array, read whole into memory, and the raw labels if asked for."""
+    """Read the image array whole into memory, and the raw labels if `with_labels`."""
     with np.load(path, allow_pickle=False) as archive:
         shapes = npz_headers(path)
         key = "images"
@@ -297,7 +298,7 @@ def _read_npz(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | N
 
 
 def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype). An array that claims more than its member holds is refused before it is allocated."""
+    """Read name -> (shape, dtype). An array that claims more than its member holds is refused unallocated."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():

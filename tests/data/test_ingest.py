@@ -322,7 +322,8 @@ def test_a_child_that_dies_or_hangs_costs_the_image_it_was_at(monkeypatch: pytes
     data = [good] * 40
     data[3], data[17], data[20], data[39] = b"kill", b"abort", b"exit", b"hang"
     started = time.monotonic()
-    results = list(packed_in_order(source_of(*data), Packing("raw", 8), 2, timeout_s=2.0))
+    monkeypatch.setattr(decode_pool, "TIMEOUT_S", 2.0)
+    results = list(packed_in_order(source_of(*data), Packing("raw", 8), 2))
     assert time.monotonic() - started < 30
     assert {i: result for i, result in enumerate(results) if isinstance(result, str)} == {
         3: "the decoder was killed by signal 9",
@@ -336,7 +337,8 @@ def test_a_child_that_dies_or_hangs_costs_the_image_it_was_at(monkeypatch: pytes
 
 def test_without_the_second_try_a_child_that_dies_would_cost_its_whole_chunk(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode_pool, "CHILD", (sys.executable, "-c", FAULTY_CHILD))
-    children = decode_pool._Children(Packing("raw", 8), 9.0)
+    monkeypatch.setattr(decode_pool, "TIMEOUT_S", 9.0)
+    children = decode_pool._Children(Packing("raw", 8))
     good = encoded(random_image(0))
     with closing(children), pytest.raises(decode_pool.ChildEnded):
         children._ask([good, b"kill", good])
