@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from spice_dist import catalog
+
 if TYPE_CHECKING:
     from spice_dist.config import Config
     from spice_dist.data.sources import Source
@@ -186,12 +188,12 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--pretext",
-        choices=("moco", "byol", "imc_swav", "none"),
+        choices=catalog.PRETEXTS,
         help="how the backbone learns first; none: not at all (default: moco, or none with --weights)",
     )
     command.add_argument(
         "--method",
-        choices=("spice", "imc_swav", "scan", "fixmatch", "supervised"),
+        choices=catalog.METHODS,
         default="spice",
         help="imc_swav: learn features and clusters in one stage, from crops of two sizes; scan: cluster by nearest "
         "neighbours and self-labelling after stage 1; fixmatch, supervised: baselines that USE TRUE LABELS, "
@@ -323,7 +325,8 @@ def _fit(options: argparse.Namespace, given: list[str]) -> None:
     config, network = _config(options, source)
 
     from spice_dist.distributed import trackers
-    from spice_dist.pipeline import dry_run, fit
+    from spice_dist.launching import dry_run
+    from spice_dist.pipeline import fit
 
     trackers.request(options.track)
     if options.dry_run or out is None:

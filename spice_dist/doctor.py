@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from spice_dist.config import Config, override
-from spice_dist.cost import duration, estimate, measured_speed
+from spice_dist.cost import duration, measured_speed
 from spice_dist.data.beton import check_pixels, verify
 from spice_dist.data.decode import Packing
 from spice_dist.data.decode_pool import packed_in_order
@@ -32,7 +32,7 @@ from spice_dist.data.sources import Source, is_beton
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError
 from spice_dist.launching import Launch, plan
-from spice_dist.pipeline import check_settings
+from spice_dist.stages import check_settings, estimate
 
 if TYPE_CHECKING:
     from spice_dist.distributed.ray_nodes import Report
@@ -307,16 +307,16 @@ def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
     precision = config.precision if gpu or config.precision != "auto" else "fp32"
     workers, most = max(1, sizes[0]), max(1, sizes[-1])
     passes = 1 if gpu else config.bn_groups // workers
-    stages = estimate(override(config, {"precision": precision}), source.training, source.clustered, workers, passes)
-    largest = max(stages, key=lambda stage: stage.memory)
-    need = largest.memory if gpu else workers * (largest.memory + LIBRARIES)
+    costs = estimate(override(config, {"precision": precision}), source.training, source.clustered, workers, passes)
+    largest, need = max(((name, cost.memory) for name, cost in costs.items()), key=lambda item: item[1])
+    need = need if gpu else workers * (need + LIBRARIES)
     have = torch.cuda.mem_get_info()[0] if gpu else _memory()
     torch.set_num_threads(threads)
     speed = cache(partial(measured_speed, device=torch.device("cuda" if gpu else "cpu"), precision=precision))
-    seconds = sum(stage.seconds(lambda network, learns: most * speed(network, learns)) for stage in stages)
+    seconds = sum(cost.seconds(lambda network, learns: most * speed(network, learns)) for cost in costs.values())
     where = "on a GPU" if gpu else "here"
     text = (
-        f"{need / 1e9:.1f} GB of {have / 1e9:.1f} GB {where} ({largest.name}, at {workers} workers); "
+        f"{need / 1e9:.1f} GB of {have / 1e9:.1f} GB {where} ({largest}, at {workers} workers); "
         f"about {duration(seconds)} with {most} workers as fast as this machine"
     )
     if need > have:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spice_dist import inference, metrics, objectives, verdict
+from spice_dist.catalog import USING_LABELS
 from spice_dist.data.files import Progress, csv_cell, publish, publish_json
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import Ingested, read_paths
@@ -29,7 +30,7 @@ from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_net
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.task import USING_LABELS, Task
+from spice_dist.task import Task
 
 MARGIN = 0.1  # of recognised images, by which a baseline must be better: k-means' clusters are linear by construction
 KMEANS_BYTES = 256 << 20  # k-means baselines are fitted on a random sample of this size and assigned to all

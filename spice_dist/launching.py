@@ -1,12 +1,15 @@
-"""How a run is carried out: on which workers, with how many threads. Nothing here changes a result."""
+"""How a run is carried out: on which workers, with how many threads, at what cost. Nothing here changes a result."""
 
 from dataclasses import dataclass
 
 import torch
 
 from spice_dist.config import Config
+from spice_dist.cost import table
+from spice_dist.data.sources import Source
 from spice_dist.distributed.worker import Storage, usable_cores
 from spice_dist.errors import UserError
+from spice_dist.stages import check_settings, estimate, stages_of
 from spice_dist.task import require_positive
 
 
@@ -33,7 +36,7 @@ def plan(config: Config, launch: Launch) -> tuple[tuple[int, ...], int]:
         UserError: no number that was asked for divides the BatchNorm groups of a batch.
     """
     workers, groups = launch.workers, config.bn_groups
-    alone = config.method == "spice" and config.pretext == "none" and config.stage3 != "spice_semi"
+    alone = not any(stage.shared(config, False) for stage in stages_of(config))
     if workers is None and alone and launch.address is None and not torch.cuda.is_available():
         workers = 0
     return _worker_sizes(groups, workers), _num_threads(groups, launch.threads)
@@ -69,3 +72,21 @@ def _num_threads(bn_groups: int, wanted: int | None) -> int:
     if wanted is not None:
         require_positive("", threads=wanted)
     return wanted or max(1, usable_cores() // bn_groups)
+
+
+def dry_run(config: Config, source: Source, launch: Launch) -> str:
+    """Return a table of what `fit` would cost; the settings are checked, nothing is written.
+
+    Raises:
+        UserError: `fit` would refuse these settings.
+    """
+    check_settings(config, source, source.name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes, threads = plan(config, launch)
+    workers = max(1, sizes[-1])
+    passes = 1 if device.type == "cuda" else config.bn_groups // workers
+    torch.set_num_threads(threads)
+    costs = estimate(config, source.training, source.clustered, workers, passes)
+    clusters = config.clusters or "suggested"
+    heading = f"{len(source.paths):,} images into {clusters} clusters on {workers} workers"
+    return f"{heading}\n{table(costs, device, config.precision, workers)}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from spice_dist.catalog import USING_LABELS
 from spice_dist.config import Config
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, MOCO_V2, SCAN_STRONG, View
@@ -20,7 +21,6 @@ from spice_dist.methods.scan import ScanConfig, SelfLabelConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.models.backbone import BackboneConfig
-from spice_dist.task import USING_LABELS
 
 
 def digits(num_images: int = 1797) -> Config:

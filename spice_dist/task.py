@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from spice_dist import catalog
 from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
 
-METHODS = ("spice", "imc_swav", "scan", "fixmatch", "supervised")
-USING_LABELS = ("fixmatch", "supervised")  # baselines that learn from some true labels
-PRETEXTS = ("moco", "byol", "imc_swav", "none")
 PRECISIONS = ("auto", "bf16", "fp32")
-STAGES2 = ("spice_self", "spice_graph")
-STAGES3 = ("spice_semi", "spice_tune", "none")
 AUTO = 0  # clusters: as many as the features suggest
 
 
@@ -21,7 +17,7 @@ class Task:
     seed: int = 0
     bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
     precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
-    method: str = "spice"  # or "scan"; "imc_swav", whose one stage is its pretext; or one of USING_LABELS
+    method: str = "spice"  # or "scan"; "imc_swav", whose one stage is its pretext; or one of catalog.USING_LABELS
     pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
     stage2: str = "spice_self"  # of SPICE: as published, or "spice_graph": from the neighbours of a trained network
     stage3: str = "spice_semi"  # of SPICE: the whole network, "spice_tune": its last blocks, or "none"
@@ -39,17 +35,23 @@ def require_positive(group: str, **values: float) -> None:
 def check_task(task: Task) -> None:
     """UserError naming the first setting of these that is out of range."""
     require_positive("", bn_groups=task.bn_groups)
-    named = {"precision": PRECISIONS, "method": METHODS, "pretext": PRETEXTS, "stage2": STAGES2, "stage3": STAGES3}
-    for name, choices in named.items():
+    choices_of = {
+        "precision": PRECISIONS,
+        "method": catalog.METHODS,
+        "pretext": catalog.PRETEXTS,
+        "stage2": catalog.STAGES2,
+        "stage3": catalog.STAGES3,
+    }
+    for name, choices in choices_of.items():
         if (value := getattr(task, name)) not in choices:
             raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
     if task.method == "imc_swav" != task.pretext:
         raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:
         raise UserError(f"--seed is {task.seed}; give 0 or more")
-    if task.method in USING_LABELS and task.pretext != "none":
+    if task.method in catalog.USING_LABELS and task.pretext != "none":
         raise UserError(f'method "{task.method}" has no stage 1: leave pretext "{task.pretext}" out')
-    if task.pretext == "none" and not task.backbone.weights and task.method not in USING_LABELS:
+    if task.pretext == "none" and not task.backbone.weights and task.method not in catalog.USING_LABELS:
         raise UserError(
             'pretext is "none", and the backbone has no weights to go on with: give --backbone NAME --weights timm, '
             "--weights FILE, or a pretext"

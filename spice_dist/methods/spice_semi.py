@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spice_dist import losses
+from spice_dist.catalog import USING_LABELS
 from spice_dist.data import augment
 from spice_dist.data.images import Images
 from spice_dist.data.views import FIXMATCH_STRONG, FIXMATCH_WEAK, View
@@ -52,7 +53,7 @@ from spice_dist.models.wide_resnet import SHAPES
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
-from spice_dist.task import USING_LABELS, Task
+from spice_dist.task import Task
 
 DRAW, WEAK, STRONG, SAMPLE = 20, 21, 22, 23  # streams of random numbers
 CALIBRATED = 2048  # images by which the temperature of stage 2's head is found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from spice_dist import catalog
 from spice_dist.errors import UserError
 from spice_dist.report import charts
 from spice_dist.report.gallery import (
@@ -27,23 +28,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent  # of templates and their parts
 MAX_SMALL_CHARTS = 12  # per stage
-STAGE_TITLES = {
-    "moco": ("MoCo", "Learns features: two views of an image should be close, other images far."),
-    "byol": ("BYOL", "Learns features: from one view of an image, those of another view are predicted."),
-    "spice_self": (
-        "SPICE-Self",
-        "Learns the clustering heads on frozen features from pseudo-labels around cluster centers.",
-    ),
-    "spice_graph": (
-        "SPICE-Graph",
-        "Learns heads from clusterings of the neighbour graph; their consensus is the result.",
-    ),
-    "spice_tune": ("SPICE, fine-tuned", "Trains the last blocks of the network on the reliable labels."),
-    "spice_semi": ("SPICE-Semi", "Trains the whole network, from the reliable labels towards all images."),
-    "scan": ("SCAN", "Trains the whole network: an image and its nearest neighbours belong in the same cluster."),
-    "self_label": ("SCAN, self-labelling", "Trains it on, from its own confident predictions to strong views of them."),
-    "imc_swav": ("IMC-SwAV", "Learns features and clusters together by predicting one view's code from another view."),
-}
 SCORE_TITLES = {
     "acc": ("ACC", "share of images in the group matched to their class, under the best one-to-one matching"),
     "nmi": ("NMI", "mutual information of groups and classes, over the arithmetic mean of their entropies"),
@@ -321,7 +305,7 @@ def curves(run: Run) -> list[dict]:
         if not found:
             continue
         others = [name for name in found if name != "loss"]
-        name, about = STAGE_TITLES[stage]
+        name, about = catalog.TITLES[stage]
         if stage == "spice_semi" and run.labels_note:
             name, about = LEARN_FROM_LABELS[run.metrics["method"]], "Trains the whole network, from the labels given."
         steps = max(int(curve.steps[-1]) for curve in found.values())
@@ -363,7 +347,7 @@ def durations(run: Run) -> list[tuple[str, str, float]]:
     found = [(str(stage), number(value)) for stage, value in mapping(run.metrics.get("seconds")).items()]
     known = [(stage, value) for stage, value in found if value is not None and value >= 0]
     longest = max((value for _, value in known), default=0.0) or 1.0
-    return [(STAGE_TITLES.get(stage, (stage,))[0], duration(value), value / longest) for stage, value in known]
+    return [(catalog.TITLES.get(stage, (stage,))[0], duration(value), value / longest) for stage, value in known]
 
 
 def manifest(run: Run) -> list[tuple[str, str]]:

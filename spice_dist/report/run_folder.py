@@ -13,19 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from spice_dist import catalog
 from spice_dist.errors import DamagedFile, UserError
 
-STAGES = (
-    "moco",
-    "byol",
-    "spice_self",
-    "spice_graph",
-    "spice_semi",
-    "spice_tune",
-    "imc_swav",
-    "scan",
-    "self_label",
-)  # with curves, in order
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 
@@ -109,7 +99,7 @@ def load(folder: Path, max_quarantined: int = 50) -> Run:
         reliable=reliable,
         features=read_features(folder / "features" / "features.npy", len(labels)),
         scores=score_rows(folder, metrics),
-        curves={stage: read_curves(folder / stage / "metrics.jsonl") for stage in STAGES},
+        curves={stage: read_curves(folder / stage / "metrics.jsonl") for stage in catalog.TITLES},
         head_selection=read_curves(folder / "spice_self" / "head_selection.jsonl"),
         manifest=read_json(folder / "data" / "manifest.json") or {},
         quarantine=quarantine,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from spice_dist.catalog import PRETEXTS
 from spice_dist.config import Config, dotted, override
 from spice_dist.data.files import publish_json
 from spice_dist.data.sources import Source
@@ -28,8 +29,9 @@ from spice_dist.errors import DamagedFile, UserError
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
 from spice_dist.objectives import COMBINED, OBJECTIVES, SHOWN
-from spice_dist.pipeline import check_settings, fit_until, images_of, pretext_stages, stage_settings
+from spice_dist.pipeline import fit_until
 from spice_dist.run_folder import owned, refuse_changes, stage_record
+from spice_dist.stages import check_settings, images_of, pretext_stages, stage_settings
 from spice_dist.sweep import ray_tune
 from spice_dist.sweep.ray_tune import Round, Search
 from spice_dist.sweep.records import FINISHED, RUNNING, Plan, Record, Scores, Settings, complete_record, trial_folder
@@ -37,7 +39,6 @@ from spice_dist.sweep.report import Row, settings_line, with_objective
 from spice_dist.sweep.results import rows, write_results, write_tables
 from spice_dist.sweep.spaces import Ranges, Space, Start, descriptions, read_space, sample, space_file, start_of
 from spice_dist.sweep.trials import run_trial
-from spice_dist.task import PRETEXTS
 from spice_dist.terminal import Bar, StopSignal
 
 VIEW_EPOCHS = 10  # epochs whose views the trials share, unless the settings say otherwise

@@ -33,8 +33,8 @@ from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import UserError
 from spice_dist.methods import reliable, spice_self
 from spice_dist.methods.spice_self import load_heads
-from spice_dist.pipeline import check_settings, pretext_stages
 from spice_dist.run_folder import owned
+from spice_dist.stages import check_settings, pretext_stages
 from spice_dist.sweep.records import (
     FAILED,
     FINISHED,
@@ -128,8 +128,8 @@ def _run_stages(trial: Trial) -> Scores:
     plan, config, folder = trial.plan, trial.config, trial.folder
     scorer = Scorer(plan, config, trial.device)
     if plan.start.trains_backbone:
-        for name, train, settings in pretext_stages(config):
-            stage = Stage(name, train, config, settings)
+        for row in pretext_stages(config):
+            stage = Stage(row.name, row.train, config, row.settings_in(config))
             if plan.workers:
                 _train_on_workers(trial, stage)
             else:

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from spice_dist.config import Config
-from spice_dist.cost import PEAK, USED, counted
+from spice_dist.cost import PEAK, USED
+from spice_dist.counting import counted
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array

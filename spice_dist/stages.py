@@ -1,0 +1,227 @@
+"""The stages of a run: one table of what they do, and for every method which of them it takes, in order.
+
+A method is a file in `methods/` and a row of `TABLE`; its name and title stand in `catalog.py`, its settings in
+`config.py`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from spice_dist import cost, inference
+from spice_dist.config import Config, flatten
+from spice_dist.counting import Cost, Counting
+from spice_dist.data.manifest import Ingested
+from spice_dist.data.sources import Source, listing
+from spice_dist.errors import UserError
+from spice_dist.methods import (
+    byol,
+    given_labels,
+    imc_swav,
+    moco,
+    reliable,
+    scan,
+    spice_graph,
+    spice_self,
+    spice_semi,
+    spice_tune,
+    suggested,
+)
+from spice_dist.models.backbone import weights_fingerprint
+from spice_dist.task import AUTO, check_task
+
+Images = Source | Ingested  # whose images they are, and how many: before and after packing
+# settings that change no pixel, and files of weights, which count by their SHA-256
+HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
+NEW = {"backbone.others": ()}  # settings that older run folders lack, which then had these values
+
+
+def never(config: Config, many: bool) -> bool:
+    return False
+
+
+def always(config: Config, many: bool) -> bool:
+    return True
+
+
+def if_many(config: Config, many: bool) -> bool:
+    return many
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run that leaves a folder of its name."""
+
+    name: str
+    train: Callable[[Any, Any, Any], None]  # train(task, settings, worker)
+    settings: str = ""  # the field of Config that holds its own settings; "": it has none
+    depends: tuple[str, ...] = ()  # other fields of Config that its result depends on, and no earlier stage's
+    check: Callable[[Config, Images], None] = lambda config, images: None  # UserError for what would fail later
+    cost: Callable[[Counting, Any], Cost] | None = None
+    shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, are images many)
+    clusters: bool = False  # there is a clustering after it, with which a run can end
+    plain_loader: bool = False  # reads a few images without FFCV, whose reader takes longer to compile
+    reads_labels: bool = False  # learns from true labels
+    evaluation: tuple[str, ...] = ()  # settings that only the evaluation of its clusters reads
+
+    def settings_in(self, config: Config) -> Any:
+        return getattr(config, self.settings) if self.settings else None
+
+
+def _check_given_labels(config: Config, images: Images) -> None:
+    spice_semi.check(config, config.spice_semi)  # first: their number is compared with a batch of stage 3
+    given_labels.check(config, config.given_labels, config.spice_semi)
+    if isinstance(images, Source):
+        given_labels.draw(config, config.given_labels, images.labels, images.clustered, images.held_out)
+
+
+PRETEXT = ("seed", "bn_groups", "precision", "pretext", "backbone")
+# fmt: off
+TABLE = (
+    Stage(
+        "moco", moco.train, "moco", depends=PRETEXT, cost=cost.moco, shared=always,
+        check=lambda config, images: moco.check(config, config.moco, images.training),
+    ),
+    Stage(
+        "byol", byol.train, "byol", depends=PRETEXT, cost=cost.byol, shared=always,
+        check=lambda config, images: byol.check(config, config.byol, images.training),
+    ),
+    Stage(
+        "features", inference.embed, depends=("precision", "pretext", "backbone"), cost=cost.features, shared=if_many,
+        plain_loader=True,
+    ),
+    Stage(
+        "spice_self", spice_self.train, "spice_self", depends=("seed", "clusters"), cost=cost.spice_self,
+        shared=lambda config, many: many and not config.spice_self.encodes_anew, plain_loader=True, clusters=True,
+        check=lambda config, images: spice_self.check(config, config.spice_self, images.clustered),
+    ),
+    Stage("graph", spice_graph.find_neighbors, "graph", cost=cost.graph),
+    Stage("suggest", suggested.suggest_clusters, depends=("seed",)),
+    Stage(
+        "spice_graph", partial(suggested.follow, spice_graph.train), "spice_graph", depends=("clusters",),
+        cost=cost.spice_graph, clusters=True,
+        check=lambda config, images: spice_graph.check(config, config.spice_graph, config.graph, images.clustered),
+    ),
+    Stage(
+        "reliable", partial(suggested.follow, reliable.select), "reliable", cost=cost.reliable, shared=if_many,
+        clusters=True,
+        check=lambda config, images: reliable.check(config.reliable),
+    ),
+    Stage(
+        "given_labels", given_labels.give, "given_labels", depends=("seed", "clusters"), reads_labels=True,
+        check=_check_given_labels,
+    ),
+    Stage(
+        "spice_semi", partial(suggested.follow, spice_semi.train), "spice_semi",
+        depends=("bn_groups", "precision", "backbone"), cost=cost.spice_semi, shared=always, clusters=True,
+        check=lambda config, images: spice_semi.check(config, config.spice_semi),
+    ),
+    Stage(
+        "spice_tune", partial(suggested.follow, spice_tune.train), "spice_tune", depends=("bn_groups",),
+        cost=cost.spice_tune, clusters=True,
+        check=lambda config, images: spice_tune.check(config, config.spice_tune),
+    ),
+    Stage(
+        "imc_swav", imc_swav.train, "imc_swav", depends=("clusters", *PRETEXT), cost=cost.imc_swav, shared=always,
+        clusters=True, evaluation=("imc_swav.eval_bn",),
+        check=lambda config, images: imc_swav.check(config, config.imc_swav, images.training, images.clustered),
+    ),
+    Stage(
+        "scan", scan.train, "scan", depends=("seed", "clusters", "bn_groups"), cost=cost.scan, shared=always,
+        clusters=True,
+        check=lambda config, images: scan.check(config, config.scan, images.clustered),
+    ),
+    Stage(
+        "self_label", scan.self_label, "self_label", cost=cost.self_label, shared=always, clusters=True,
+        check=lambda config, images: scan.check_self_label(config, config.self_label, images.clustered),
+    ),
+)
+# fmt: on
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run after the packing of its images, in order."""
+    rows = {stage.name: stage for stage in TABLE}
+    return [rows[name] for name in _names(config)]
+
+
+def _names(config: Config) -> list[str]:
+    features = [*([] if config.pretext == "none" else [config.pretext]), "features"]
+    match config.method:
+        case "spice":
+            stage2 = ["spice_self"] if config.stage2 == "spice_self" else ["graph", "suggest", "spice_graph"]
+            stage3 = [] if config.stage3 == "none" else [config.stage3]
+            return [*features, *stage2, "reliable", *stage3]
+        case "imc_swav":  # it learns features and clusters at once, as its own pretext
+            return features
+        case "scan":
+            return [*features, "scan", "self_label"]
+        case "fixmatch" | "supervised":  # stage 3 alone, on true labels
+            return ["given_labels", "spice_semi"]
+        case method:  # a method of one stage, which has the same name
+            return [*features, method]
+
+
+def pretext_stages(config: Config) -> list[Stage]:
+    """Stage 1; none if the backbone is taken as it is."""
+    return [stage for stage in stages_of(config) if stage.name == config.pretext]
+
+
+def estimate(config: Config, training: int, clustered: int, workers: int = 1, passes: int = 1) -> dict[str, Cost]:
+    """The costs of the stages of a run that cost something, by name, in order.
+
+    Args:
+        training: images that train stages 1 and 3.
+        clustered: images that are clustered.
+        workers: processes that share the images of every step.
+        passes: in how many forward passes each computes its share: one on a GPU, one per BatchNorm group on a CPU.
+    """
+    counting = Counting(config, training, clustered, workers * passes)
+    return {stage.name: stage.cost(counting, stage.settings_in(config)) for stage in stages_of(config) if stage.cost}
+
+
+def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
+    """For each stage everything its result depends on: its own settings and those of the stages before it."""
+    evaluation = {name for stage in TABLE for name in stage.evaluation}
+    values = {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in HARMLESS and name not in evaluation and (name not in NEW or value != NEW[name])
+    }
+
+    def under(*fields: str) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name.split(".")[0] in fields}
+
+    depends = {"images": images_of(source)} | under("data")
+    settings = {"data": dict(depends)}
+    depends["weights"] = weights_fingerprint(config.backbone)
+    for stage in stages_of(config):
+        if stage.reads_labels:
+            depends["labels"] = _fingerprint(source.labels)
+        depends |= under(*stage.depends, stage.settings)
+        settings[stage.name] = dict(depends)
+    return settings
+
+
+def images_of(source: Source) -> str:
+    """What tells one list of images from another."""
+    return f"{len(source.paths)} images, {listing(source)[:16]}"
+
+
+def _fingerprint(labels: np.ndarray | None) -> str:
+    return hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def check_settings(config: Config, images: Images, data: str) -> None:
+    """UserError for whatever would otherwise fail after hours of training."""
+    check_task(config)
+    if config.clusters != AUTO and config.clusters > images.clustered:
+        raise UserError(
+            f"--clusters is {config.clusters}, more than the {images.clustered} images of {data}; ask for fewer"
+        )
+    for stage in stages_of(config):
+        stage.check(config, images)
