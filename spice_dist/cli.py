@@ -381,16 +381,16 @@ def _tune(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _doctor(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist.doctor import BAD, Patient, examine
+    from spice_dist.doctor import BAD, IntendedRun, findings
     from spice_dist.errors import UserError
 
     def prepare() -> "tuple[Source, Config]":
         source = _open(options)
         return source, _config(options, source)[0]
 
-    patient = Patient(prepare if options.data else None, options.out, _launch(options))
+    run = IntendedRun(prepare if options.data else None, options.out, _launch(options))
     failed = 0
-    for finding in examine(patient):
+    for finding in findings(run):
         print(finding, flush=True)
         failed += finding.state == BAD
     if failed:

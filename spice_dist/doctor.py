@@ -1,4 +1,4 @@
-"""`spice-dist doctor`: whether a run can start here and end well, told before it waits in a queue; one line a check.
+"""`spice-dist doctor`: checks whether a run can start here and end well, before it waits in a queue; one line a check.
 
 Every check returns findings and raises nothing: one thing that is broken must not hide the others.
 """
@@ -58,40 +58,40 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Patient:
-    """What is examined: this machine, and the run that is meant, as far as it was given."""
+class IntendedRun:
+    """The run that is meant, as far as it was given; without any of it, this machine alone is checked."""
 
     prepare: Callable[[], tuple[Source, Config]] | None = None  # UserError if they cannot be used
     out: Path | None = None
     launch: Launch = field(default_factory=Launch)
 
 
-Check = Callable[[Patient], Iterator[Finding]]
+Check = Callable[[IntendedRun], Iterator[Finding]]
 
 
-def examine(patient: Patient) -> Iterator[Finding]:
-    """All findings, in an order in which one thing rests on those before it."""
+def findings(run: IntendedRun) -> Iterator[Finding]:
+    """Run all checks; each needs what those before it have found to work."""
     checks: dict[str, Check] = {
         "python": python, "packages": packages, "torch": accelerator, "ffcv": ffcv, "limits": limits,
         "network": network, "slurm": slurm, "storage": storage, "ray": ray_cluster, "data": images,
     }  # fmt: skip
     for name, check in checks.items():
         try:
-            yield from check(patient)
+            yield from check(run)
         except UserError as error:
             yield Finding(name, BAD, str(error))
         except Exception as error:  # a broken library raises anything; the other checks still count
             yield Finding(name, BAD, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def python(patient: Patient) -> Iterator[Finding]:
+def python(run: IntendedRun) -> Iterator[Finding]:
     host = os.uname()
     machine = f"{host.sysname} {host.machine}, {usable_cores()} cores"
     yield Finding("python", OK, f"{platform.python_version()} on {machine}")
 
 
-def packages(patient: Patient) -> Iterator[Finding]:
-    """What pyproject.toml asks for, without its extras."""
+def packages(run: IntendedRun) -> Iterator[Finding]:
+    """Compare with what pyproject.toml asks for, without its extras."""
     from packaging.requirements import Requirement
 
     try:
@@ -114,7 +114,7 @@ def _satisfied(name: str, wanted) -> bool:
         return False
 
 
-def accelerator(patient: Patient) -> Iterator[Finding]:
+def accelerator(run: IntendedRun) -> Iterator[Finding]:
     """GPUs as torch sees them; a driver without them in torch is the commonest way to train on the CPU by mistake."""
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -137,7 +137,7 @@ def accelerator(patient: Patient) -> Iterator[Finding]:
         yield Finding("torch", OK, f"{text}: trains on the CPU, workers talk by gloo")
 
 
-def ffcv(patient: Patient) -> Iterator[Finding]:
+def ffcv(run: IntendedRun) -> Iterator[Finding]:
     """In a child process: a library of another version may end it."""
     code = "from spice_dist.data.ffcv_decoder import why_no_ffcv as why; print(why() or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -149,7 +149,7 @@ def ffcv(patient: Patient) -> Iterator[Finding]:
     yield Finding("ffcv", NOTE, f"{missing}; Pillow reads the images, slower", fix)
 
 
-def limits(patient: Patient) -> Iterator[Finding]:
+def limits(run: IntendedRun) -> Iterator[Finding]:
     files, shared = resource.getrlimit(resource.RLIMIT_NOFILE), shutil.disk_usage("/dev/shm").total
     if files[1] != resource.RLIM_INFINITY and files[1] < OPEN_FILES:
         yield Finding("limits", BAD, f"{files[1]} open files", f"ulimit -n {OPEN_FILES}, or limits.conf")
@@ -160,7 +160,7 @@ def limits(patient: Patient) -> Iterator[Finding]:
         yield Finding("limits", OK, f"{files[1]} open files, /dev/shm of {shared / 1e9:.1f} GB")
 
 
-def network(patient: Patient) -> Iterator[Finding]:
+def network(run: IntendedRun) -> Iterator[Finding]:
     """Other nodes must reach what this host's name stands for; Debian maps it to 127.0.1.1."""
     host = socket.gethostname()
     try:
@@ -175,7 +175,7 @@ def network(patient: Patient) -> Iterator[Finding]:
         yield Finding("network", OK, f"{host} is {address}")
 
 
-def slurm(patient: Patient) -> Iterator[Finding]:
+def slurm(run: IntendedRun) -> Iterator[Finding]:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         there = shutil.which("sbatch")
@@ -193,9 +193,9 @@ def slurm(patient: Patient) -> Iterator[Finding]:
         yield Finding("slurm", OK, text)
 
 
-def storage(patient: Patient) -> Iterator[Finding]:
-    """The run folder and the scratch folder, or where they will be made: the same calls as saving a checkpoint."""
-    for option, wanted in (("--out", patient.out), ("--scratch", patient.launch.storage.scratch)):
+def storage(run: IntendedRun) -> Iterator[Finding]:
+    """Write where the run folder and the scratch folder are or will be made, with the calls that save a checkpoint."""
+    for option, wanted in (("--out", run.out), ("--scratch", run.launch.storage.scratch)):
         folder = _existing(wanted)
         if folder is not None:
             yield _of_folder(option, folder)
@@ -215,16 +215,16 @@ def _of_folder(option: str, folder: Path) -> Finding:
 
 
 def _existing(folder: Path | None) -> Path | None:
-    """The folder or, of one that is to come, the nearest above it that is there."""
+    """Return the folder if it exists, else the nearest existing one above it."""
     if folder is None:
         return None
     return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
 
 
-def ray_cluster(patient: Patient) -> Iterator[Finding]:
+def ray_cluster(run: IntendedRun) -> Iterator[Finding]:
     from spice_dist.distributed import ray_auth
 
-    address = patient.launch.address
+    address = run.launch.address
     if address is None:
         if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):  # else a run makes its own
             ray_auth.require_private_token()
@@ -232,16 +232,16 @@ def ray_cluster(patient: Patient) -> Iterator[Finding]:
         return
     from spice_dist.distributed import ray_nodes, ray_train
 
-    with ray_train.session(address, 0, patient.launch.insecure):
-        if patient.launch.insecure:
+    with ray_train.session(address, 0, run.launch.insecure):
+        if run.launch.insecure:
             yield Finding("ray", NOTE, f"{address} may let anybody in", "leave --insecure out")
         else:
             yield Finding("ray", OK, f"{address} asks for a token and takes the one of {ray_auth.token_place()}")
         here = ray_nodes.report_of_this_node(None, None).versions
-        for name, report in ray_nodes.survey(_existing(patient.out)):
+        for name, report in ray_nodes.survey(_existing(run.out)):
             yield _of_node(name, report, here)
         seats, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
-        wanted = patient.launch.workers
+        wanted = run.launch.workers
         least = wanted[0] if isinstance(wanted, tuple) else wanted or 1
         if seats < least:
             yield Finding("ray", BAD, f"{seats} {kind}s for {least} workers", "fewer --workers, or more nodes")
@@ -264,25 +264,25 @@ def _of_node(name: str, report: "Report | str", here: dict[str, str]) -> Finding
     return Finding("node", OK, f"{name}: the same versions{written}")
 
 
-def images(patient: Patient) -> Iterator[Finding]:
-    """The data and, if it can be used, what the recipe costs on it."""
-    if patient.prepare is None:
+def images(run: IntendedRun) -> Iterator[Finding]:
+    """Check the data and, if it can be used, what the recipe costs on it."""
+    if run.prepare is None:
         return
-    source, config = patient.prepare()
+    source, config = run.prepare()
     ours = is_beton(source.name) and manifest_path(Path(source.name)).exists()
     yield _of_beton(Path(source.name)) if ours else _of_source(source)
-    yield _of_cost(source, config, patient.launch)
+    yield _of_cost(source, config, run.launch)
 
 
 def _of_beton(path: Path) -> Finding:
-    """Its structure and every checksum."""
+    """Verify its structure and every checksum."""
     info = verify(path)
     check_pixels(info)
     return Finding("data", OK, f"{info.n:,} images, {info.file_size / 1e9:.2f} GB, structure and checksums as written")
 
 
 def _of_source(source: Source) -> Finding:
-    """Some of the images, at even distances, decoded as a run would."""
+    """Decode some of the images, at even distances, as a run would."""
     which = list(range(0, len(source.paths), max(1, len(source.paths) // LOOK_AT)))
     file = source.file
     few = replace(
@@ -300,7 +300,7 @@ def _of_source(source: Source) -> Finding:
 
 
 def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
-    """Memory of the largest stage with the fewest workers, and the time of all stages, on this machine."""
+    """Count memory of the largest stage with the fewest workers, and time of all stages, on this machine."""
     check_settings(config, source, source.name)
     sizes, threads = plan(config, launch)
     gpu = torch.cuda.is_available()
@@ -328,7 +328,7 @@ def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
 
 
 def _memory() -> float:
-    """Bytes that this process and its children may still take: of the job, or else of the machine."""
+    """Return the bytes that this process and its children may still take: of the job, or else of the machine."""
     megabytes = os.environ.get("SLURM_MEM_PER_NODE")
     free = float(psutil.virtual_memory().available)
     return min(free, float(megabytes) * 2**20) if megabytes and megabytes.isdecimal() else free

@@ -10,18 +10,18 @@ from spice_dist import cli, doctor
 from spice_dist.data.dataset import open_data
 from spice_dist.distributed.ray_nodes import Report
 from spice_dist.distributed.worker import Storage
-from spice_dist.doctor import BAD, NOTE, OK, Finding, Patient
+from spice_dist.doctor import BAD, NOTE, OK, Finding, IntendedRun
 from spice_dist.errors import UserError
 from spice_dist.launching import Launch
 from spice_dist.recipes import recipe
 
 
-def states(check: doctor.Check, patient: Patient | None = None) -> list[str]:
-    return [finding.state for finding in check(patient or Patient())]
+def states(check: doctor.Check, run: IntendedRun | None = None) -> list[str]:
+    return [finding.state for finding in check(run or IntendedRun())]
 
 
-def of_run(out: Path | None = None, **launch) -> Patient:
-    return Patient(lambda: (open_data("digits"), recipe("digits", 1797)), out, Launch(**launch))
+def of_run(out: Path | None = None, **launch) -> IntendedRun:
+    return IntendedRun(lambda: (open_data("digits"), recipe("digits", 1797)), out, Launch(**launch))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch):
         raise RuntimeError("driver and library\ndiffer")
 
     monkeypatch.setattr(doctor.torch.cuda, "is_available", broken)
-    found = {finding.check: finding for finding in doctor.examine(Patient())}
+    found = {finding.check: finding for finding in doctor.findings(IntendedRun())}
     assert found["torch"] == Finding("torch", BAD, "RuntimeError: driver and library")
     assert {"python", "slurm", "ray"} <= set(found)
 
@@ -74,8 +74,8 @@ def test_a_packed_file_is_verified_to_its_last_pixel(packed, tmp_path):
     content = bytearray(damaged.read_bytes())
     content[content.index(bytes(open_data(str(packed)).read(49))[:48])] ^= 1  # within the last image
     damaged.write_bytes(content)
-    patient = Patient(lambda: (open_data(str(damaged)), recipe("digits", 50)))
-    findings = [finding for finding in doctor.examine(patient) if finding.check == "data"]
+    run = IntendedRun(lambda: (open_data(str(damaged)), recipe("digits", 50)))
+    findings = [finding for finding in doctor.findings(run) if finding.check == "data"]
     assert [finding.state for finding in findings] == [BAD]
     assert "damaged" in findings[0].text
 
@@ -133,7 +133,7 @@ def test_a_token_in_the_home_that_no_run_here_reads_does_not_matter(monkeypatch,
 
 def test_the_scratch_folder_is_tried_like_the_run_folder(tmp_path):
     launch = Launch(storage=Storage(scratch=tmp_path / "disk"))
-    found = list(doctor.storage(Patient(out=tmp_path / "run", launch=launch)))
+    found = list(doctor.storage(IntendedRun(out=tmp_path / "run", launch=launch)))
     assert [finding.state for finding in found] == [OK, OK]
     assert list(tmp_path.iterdir()) == []
 
