@@ -194,7 +194,7 @@ def _check_base(base: Path, sweep: Sweep) -> None:
 
 
 def _shared_stages(config: Config) -> list[str]:
-    return ["data", *(name for name, _, _ in pretext_stages(config)), "features"]
+    return ["data", *(stage.name for stage in pretext_stages(config)), "features"]
 
 
 def _begin(sweep: Sweep, resume: bool) -> None:
