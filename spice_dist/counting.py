@@ -11,6 +11,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from spice_dist.data.ingest import stored_format
+from spice_dist.data.loaders import RESIDENT_BYTES
 from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import autocast
 from spice_dist.models.backbone import Backbone, BackboneConfig
@@ -83,6 +85,13 @@ class Counting:
     @cached_property
     def backbone(self) -> Network:
         return self.network()
+
+    @property
+    def images(self) -> float:
+        """Bytes of the images that stay on the device: raw squares that are few enough."""
+        data, count = self.task.data, max(self.training, self.clustered)
+        held = count * data.channels * data.size**2
+        return held if stored_format(data.format, data.size, count) == "raw" and held <= RESIDENT_BYTES else 0
 
     @property
     def embedding(self) -> float:

@@ -6,7 +6,7 @@ A method is a file in `methods/` and a row of `TABLE`; its name and title stand 
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -181,7 +181,11 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
         passes: in how many forward passes each computes its share: one on a GPU, one per BatchNorm group on a CPU.
     """
     counting = Counting(config, training, clustered, workers * passes)
-    return {stage.name: stage.cost(counting, stage.settings_in(config)) for stage in stages_of(config) if stage.cost}
+    costs = {stage.name: stage.cost(counting, stage.settings_in(config)) for stage in stages_of(config) if stage.cost}
+    return {
+        name: replace(cost, memory=cost.memory + counting.images) if any(work.seen for work in cost.work) else cost
+        for name, cost in costs.items()
+    }
 
 
 def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:

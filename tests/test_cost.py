@@ -102,6 +102,12 @@ def test_workers_share_activations_and_not_the_arithmetic():
     assert one.memory - four.memory == pytest.approx(0.75 * 960 * network.saved)
 
 
+def test_raw_images_that_stay_in_memory_are_counted_where_images_are_read():
+    raw, jpg = (stages({"data.format": name}) for name in ("raw", "jpg"))
+    held = {name: raw[name].memory - jpg[name].memory for name in raw}
+    assert held == {**dict.fromkeys(raw, 60_000 * 3 * 32**2), "reliable": 0}
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "photos"])
 def test_every_recipe_is_counted(name):
     config = recipe(name, 100_000, "spice")

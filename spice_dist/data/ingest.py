@@ -112,9 +112,15 @@ def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: in
         raise UserError(f"unknown format {format!r}: choose auto, raw or jpg")
     if not 1 <= quality <= 100:
         raise UserError(f"quality is {quality}: give 1 .. 100, such as 90")
-    if format == "auto":
-        format = "raw" if size <= RAW_SIZE and len(source.paths) * size * size * 3 <= RAW_BYTES else "jpg"
+    format = stored_format(format, size, len(source.paths))
     return Packing(format, size if format == "raw" else jpeg_side, quality)
+
+
+def stored_format(wanted: str, size: int, images: int) -> str:
+    """Choose "raw" or "jpg" where `wanted` is "auto"."""
+    if wanted != "auto":
+        return wanted
+    return "raw" if size <= RAW_SIZE and images * size * size * 3 <= RAW_BYTES else "jpg"
 
 
 def _call_hash(source: Source, packing: Packing, drop_duplicates: bool) -> str:
