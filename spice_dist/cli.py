@@ -449,7 +449,7 @@ def _config(options: argparse.Namespace, source: "Source") -> "tuple[Config, str
 
 
 def _predict(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist.inference import predict
+    from spice_dist.model_folder import predict
 
     predict(options.run, options.data, options.out)
     print(f"wrote {options.out}")

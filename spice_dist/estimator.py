@@ -13,17 +13,18 @@ from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from spice_dist import inference
+from spice_dist.assignments import read_assignments
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import Source, from_array, from_files
 from spice_dist.data.views import Statistics
 from spice_dist.launching import Launch
+from spice_dist.model_folder import load_model, temporary_images
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pipeline import fit
 from spice_dist.report import write_report
-from spice_dist.report.run_folder import read_assignments
 from spice_dist.resolve import Wish, resolve
 from spice_dist.task import AUTO
 
@@ -118,8 +119,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def _packed(self, X: Data) -> Iterator[tuple[ClusterNet | ClassifierNet, Images, Statistics]]:
         check_is_fitted(self, "run_")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        net, task = inference.load_model(self.run_ / "model", device)
-        with inference.packed(_source(X), task.data, device) as (images, _, _):
+        net, task = load_model(self.run_ / "model", device)
+        with temporary_images(_source(X), task.data, device) as (images, _, _):
             yield net, images, task.backbone.statistics
 
 

@@ -3,8 +3,6 @@
 Only this, metrics.py and probes.py see true labels, and methods/given_labels.py, whose baselines learn from some.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spice_dist import inference, metrics, objectives, verdict
+from spice_dist.assignments import write_assignments
 from spice_dist.catalog import USING_LABELS
-from spice_dist.data.files import Progress, csv_cell, publish, publish_json
+from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import Source
@@ -27,6 +26,7 @@ from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images, head_features, load_heads, stage2_network
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
+from spice_dist.model_folder import save_model
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -191,7 +191,7 @@ def _judge(
 ) -> tuple[dict[str, Any], Int[np.ndarray, " N"]]:
     """What every method has in common: leaves `model/` and `assignments.csv`, returns its part of metrics.json and the
     cluster of each image. Scores are of the images `scored`."""
-    inference.save_model(net, task, run / "model")
+    save_model(net, task, run / "model")
     probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
     assigned, confidence = probs.argmax(1), probs.max(1)
     write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable)
@@ -282,20 +282,6 @@ def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clus
         lines.append({"step": epoch + 1, "selected": float(selected), "best": float(accuracy[epoch].max())})
     with publish(path) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-
-
-def write_assignments(
-    path: Path, names: list[str], cluster: np.ndarray, confidence: np.ndarray, reliable: np.ndarray | None
-) -> None:
-    """index,path,cluster,confidence,reliable: one row per image, in image order."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "path", "cluster", "confidence"] + ["reliable"] * (reliable is not None))
-    for index, name in enumerate(names):
-        row = [index, csv_cell(name), int(cluster[index]), f"{confidence[index]:.4f}"]
-        writer.writerow(row + ([int(reliable[index])] if reliable is not None else []))
-    with publish(path) as file:
-        file.write(table.getvalue().encode())
 
 
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:

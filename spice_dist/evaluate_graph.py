@@ -19,12 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spice_dist import graph, inference, metrics, objectives, verdict
+from spice_dist.assignments import write_assignments
 from spice_dist.config import Config
 from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_manifest, read_paths
-from spice_dist.evaluate import KMEANS_BYTES, reliable_accuracy, scored_images, scores, true_labels, write_assignments
+from spice_dist.evaluate import KMEANS_BYTES, reliable_accuracy, scored_images, scores, true_labels
 from spice_dist.methods import spice_graph, suggested
 from spice_dist.methods.plumbing import finished, load_backbone, open_dataset, place
+from spice_dist.model_folder import save_model
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.suggest import FEW_PER_CLUSTER, Suggestion, cut, merge_tree
@@ -60,7 +62,7 @@ def evaluate_graph(
     chosen = best(compared)
     labels = groupings[chosen].labels
     confidence, net = groupings[chosen].conclude()
-    inference.save_model(net, config, run / "model")
+    save_model(net, config, run / "model")
 
     y_true, scored = true_labels(run), scored_images(manifest)
     known = "reliable" in seconds and chosen not in BASELINES  # reliable labels are of stage 2's clusters

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spice_dist import cost, inference
+from spice_dist import cost
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
 from spice_dist.data.manifest import Ingested
@@ -20,6 +20,7 @@ from spice_dist.data.sources import Source, listing
 from spice_dist.errors import UserError
 from spice_dist.methods import (
     byol,
+    features,
     given_labels,
     imc_swav,
     moco,
@@ -91,7 +92,7 @@ TABLE = (
         check=lambda config, images: byol.check(config, config.byol, images.training),
     ),
     Stage(
-        "features", inference.embed, depends=("precision", "pretext", "backbone"), cost=cost.features, shared=if_many,
+        "features", features.embed, depends=("precision", "pretext", "backbone"), cost=cost.features, shared=if_many,
         plain_loader=True,
     ),
     Stage(

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,10 +83,84 @@ SEEING = (
 )
 
 
+def package_imports(sources: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """The modules of the package that each module imports anywhere, with the packages around them; dotted names.
+
+    The outermost package counts where a name is imported from it that is no module: it looks for such names itself.
+    """
+    modules = {module_name(path): tree for path, tree in sources.items()}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, tree in modules.items():
+        for imported in imports(tree) - {"spice_dist"}:
+            while imported and imported not in modules:
+                imported = imported.rpartition(".")[0]
+            while imported and imported not in graph[name]:
+                graph[name].add(imported)
+                imported = imported.rpartition(".")[0].removesuffix("spice_dist")
+        graph[name].discard(name)
+    return graph
+
+
+def module_name(path: str) -> str:
+    return f"spice_dist.{path.removesuffix('.py').replace('/', '.')}".removesuffix("__init__").rstrip(".")
+
+
+def chains_from(graph: dict[str, set[str]], start: str) -> dict[str, str]:
+    """For each module that is reached from `start` by imports of imports a shortest chain, `a -> b -> c`."""
+    chains = {start: start}
+    queue = [start]
+    for module in queue:
+        new = sorted(graph.get(module, set()) - chains.keys())
+        chains |= {imported: f"{chains[module]} -> {imported}" for imported in new}
+        queue += new
+    return chains
+
+
+def chains_to(graph: dict[str, set[str]], start: str, ends: Collection[str]) -> list[str]:
+    """A chain from `start` to each reached module that is among `ends` or inside of a package among them."""
+    reached = chains_from(graph, start).items()
+    return [chain for module, chain in reached if any(f"{module}.".startswith(f"{end}.") for end in ends)]
+
+
 def test_nothing_that_learns_imports_what_sees_true_labels():
-    blind = [(path, tree) for path, tree in trees() if path.startswith(BLIND)]
-    assert {path.split("/")[0] for path, _ in blind} == {name.rstrip("/") for name in BLIND}
-    assert [(path, name) for path, tree in blind for name in SEEING if uses(tree, name)] == []
+    sources = dict(trees())
+    blind = [path for path in sources if path.startswith(BLIND)]
+    assert {path.split("/")[0] for path in blind} == {name.rstrip("/") for name in BLIND}
+    graph = package_imports(sources)
+    assert [chain for path in blind for chain in chains_to(graph, module_name(path), SEEING)] == []
+
+
+PLANTED_CHAIN = {  # the second import is inside of a function, and the third is of a package
+    "methods/moco.py": "from spice_dist import losses, inference",
+    "inference.py": "def predict():\n  from spice_dist.model_folder import write",
+    "model_folder.py": "import spice_dist.report",
+    "report/__init__.py": "",
+    "losses.py": "import torch",
+}
+
+
+def test_a_planted_chain_of_imports_to_true_labels_is_found():
+    graph = package_imports({path: ast.parse(text) for path, text in PLANTED_CHAIN.items()})
+    chain = "spice_dist.methods.moco -> spice_dist.inference -> spice_dist.model_folder -> spice_dist.report"
+    assert chains_to(graph, "spice_dist.methods.moco", SEEING) == [chain]
+    assert chains_to(graph, "spice_dist.losses", SEEING) == []
+    for path in PLANTED_CHAIN:  # without any one of its links there is no chain
+        cut = {other: ast.parse("" if other == path else text) for other, text in PLANTED_CHAIN.items()}
+        expected = [chain] if path in ("losses.py", "report/__init__.py") else []
+        assert chains_to(package_imports(cut), "spice_dist.methods.moco", SEEING) == expected
+
+
+def in_circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves by way of others; that a module is inside of a package is no import of it."""
+    modules = {
+        name: {other for other in imported if not name.startswith(f"{other}.")} for name, imported in graph.items()
+    }
+    return [name for name in modules if any(name in chains_from(modules, other) for other in modules[name])]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    assert in_circles(package_imports(dict(trees()))) == []
 
 
 def test_pure_math_knows_no_worker_configuration_or_file():

@@ -15,12 +15,12 @@ from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from spice_dist import SpiceClusterer, evaluate_graph, inference
+from spice_dist import SpiceClusterer, evaluate_graph
 from spice_dist.cli import main
 from spice_dist.config import read_config
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import spice_graph
+from spice_dist.methods import features, spice_graph
 from spice_dist.models import auto_backbone, hub
 
 FAST = ("--set", "data.size=64", "--set", "stage3=none")
@@ -117,12 +117,12 @@ def test_a_stop_while_the_stages_are_mixed_loses_no_row(run, tmp_path, monkeypat
         (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / name)
     worker = LocalWorker(tmp_path, "features", torch.device("cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "publish_json", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
+        patch.setattr(features, "publish_json", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
         with pytest.raises(UserError, match="disk full"):
-            inference.embed(config, None, worker)
+            features.embed(config, None, worker)
     encoded: list[int] = []
     monkeypatch.setattr(worker, "progress", lambda done, *_: encoded.append(done))
-    inference.embed(config, None, worker)
+    features.embed(config, None, worker)
     assert encoded == []
     for name in ("features.npy", "mixture.json"):
         assert (tmp_path / "features" / name).read_bytes() == (run / "features" / name).read_bytes()

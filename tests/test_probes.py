@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spice_dist import cli, inference, metrics, probes
+from spice_dist import cli, metrics, probes
 from spice_dist.config import Config, override
 from spice_dist.data.ingest import ingest
 from spice_dist.data.manifest import read_manifest
@@ -21,6 +21,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
 from spice_dist.evaluate import kmeans
 from spice_dist.methods import moco
+from spice_dist.methods.features import embed
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.recipes import digits
 
@@ -166,7 +167,7 @@ def test_each_kept_checkpoint_has_a_row_that_its_own_features_explain(run):
     assert json.loads((run / "probes.json").read_text()) == rows
 
     labels, manifest = np.load(run / "data/labels.npy"), read_manifest(run / "data")
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    embed(SMALL, None, LocalWorker(run, "features", CPU))
     x = np.load(run / "features/features.npy")
     clusters = kmeans(manifest, SMALL, lambda index: x[index].astype(np.float32))
     assert rows[-1] == {
@@ -187,7 +188,7 @@ def test_kinds_that_are_not_asked_for_are_none(run):
 
 def test_images_without_a_label_are_left_out(run):
     labels = np.load(run / "data/labels.npy")
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    embed(SMALL, None, LocalWorker(run, "features", CPU))
     x = np.load(run / "features/features.npy")
     hidden = np.arange(0, 200, 3)
     kept = np.setdiff1d(np.arange(200), hidden)
@@ -212,7 +213,7 @@ def test_held_out_images_are_the_test_part_and_extra_ones_are_in_none(trained, t
     shutil.copytree(trained / "moco", run / "moco")
     describe(run, SMALL)
     row = all_probes(run)[-1]
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    embed(SMALL, None, LocalWorker(run, "features", CPU))
     x, y = np.load(run / "features/features.npy"), labels
     train, test = slice(0, 120), slice(150, 200)
     expected = probes.knn_accuracy(torch.from_numpy(x[train]), y[train], torch.from_numpy(x[test]), y[test])
@@ -230,7 +231,7 @@ def test_another_stage_1_is_found_by_its_name(run):
 
 
 def test_without_a_stage_1_the_features_are_probed_as_step_0(run):
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    embed(SMALL, None, LocalWorker(run, "features", CPU))
     last = all_probes(run)[-1]
     shutil.rmtree(run / "moco")
     content = json.loads((run / "config.json").read_text())

@@ -65,6 +65,11 @@ def csv_cell(text: str) -> str:
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
 
 
+def unguard(cell: str) -> str:
+    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
+
+
 def fsync(path: Path) -> None:
     """Bring a file, or the names inside a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

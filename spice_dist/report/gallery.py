@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from spice_dist.assignments import read_names
 from spice_dist.errors import DamagedFile, UserError
-from spice_dist.report.run_folder import Run, read_paths
+from spice_dist.report.run_folder import Run
 
 ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,) -> uint8 (n, H, W, 3)
 
@@ -115,7 +116,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
     ]
 
     wanted = np.unique(np.concatenate([*nearest, *uncertain]))
-    paths = read_paths(run, wanted)
+    paths = read_names(run.folder / "assignments.csv", wanted)
     notes = []
     thumbnails: dict[int, Thumbnail] = {}
     try:

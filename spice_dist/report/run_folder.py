@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from spice_dist import catalog
+from spice_dist.assignments import read_assignments
+from spice_dist.data.files import unguard
 from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
@@ -181,40 +183,6 @@ def read_scores(content: object) -> dict[str, float] | None:
     return {name: value for name, value in found.items() if value is not None} or None
 
 
-def read_assignments(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cluster, confidence and reliable of every image; the rows must be in image order."""
-    labels, confidence, reliable = array("q"), array("d"), array("b")
-    line = 1
-    try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for index, row in enumerate(csv.DictReader(file)):
-                line = index + 2
-                if int(row["index"]) != index:
-                    raise ValueError(f"index {row['index']!r} where {index} was expected")
-                labels.append(int(row["cluster"]))
-                confidence.append(float(row["confidence"]))
-                if not math.isfinite(confidence[-1]):
-                    raise ValueError(f"confidence {row['confidence']!r}")
-                reliable.append(row["reliable"].strip().lower() in ("1", "true"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run has not finished; start the same command again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error) as error:
-        raise DamagedFile(f"{path}, row {line}: {error}") from None
-    if not labels:
-        raise DamagedFile(f"{path}: no images")
-    return np.array(labels, np.int64), np.array(confidence, np.float64), np.array(reliable, bool)
-
-
-def read_paths(run: Run, wanted: np.ndarray) -> dict[int, str]:
-    """The paths of some images, from a second pass: millions of names never sit in memory."""
-    indices, paths = set(wanted.tolist()), {}
-    with (run.folder / "assignments.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for index, row in enumerate(csv.DictReader(file)):
-            if index in indices:
-                paths[index] = unguard(row["path"])
-    return paths
-
-
 def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]:
     """The first rows, and how many there are."""
     rows, total = [], 0
@@ -229,11 +197,6 @@ def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]
     except csv.Error as error:
         raise DamagedFile(f"{path}: {error}") from None
     return rows, total
-
-
-def unguard(cell: str) -> str:
-    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
-    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
 
 
 def read_features(path: Path, num_images: int) -> np.ndarray | None:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.data.files import publish
 from spice_dist.data.manifest import read_manifest
@@ -32,6 +31,7 @@ from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import UserError
 from spice_dist.methods import reliable, spice_self
+from spice_dist.methods.features import embed
 from spice_dist.methods.spice_self import load_heads
 from spice_dist.run_folder import owned
 from spice_dist.stages import check_settings, pretext_stages
@@ -134,7 +134,7 @@ def _run_stages(trial: Trial) -> Scores:
                 _train_on_workers(trial, stage)
             else:
                 _train(trial, stage, partial(scorer.backbone_at_rung, folder))
-        _train(trial, Stage("features", inference.embed, config, None))
+        _train(trial, Stage("features", embed, config, None))
     if plan.start.trains_heads:
         at_rung = None if plan.start.trains_backbone else scorer.heads_at_rung
         _train(trial, Stage("spice_self", spice_self.train, config, config.spice_self), at_rung)

@@ -16,7 +16,8 @@ import torch
 
 from spice_dist import graph, metrics, mixing
 from spice_dist.config import read_config
-from spice_dist.inference import BesideEachOther, outputs
+from spice_dist.inference import outputs
+from spice_dist.methods.features import BesideEachOther
 from spice_dist.methods.plumbing import load_backbone, open_dataset
 from spice_dist.methods.spice_graph import SpiceGraphConfig, for_images
 from spice_dist.models.intermediate import Mixture

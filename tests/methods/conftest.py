@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_dist import inference
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import byol, imc_swav, moco, reliable, scan, spice_self, spice_semi
+from spice_dist.methods import byol, features, imc_swav, moco, reliable, scan, spice_self, spice_semi
 from spice_dist.recipes import digits
 
 CPU = torch.device("cpu")
@@ -67,7 +66,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, digits_folder: Path) -> 
     TRAIN["moco"](SMALL, LocalWorker(run, "moco", CPU))
     TRAIN["byol"](SMALL, LocalWorker(run, "byol", CPU))
     TRAIN["imc_swav"](SMALL, LocalWorker(run, "imc_swav", CPU))
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    features.embed(SMALL, None, LocalWorker(run, "features", CPU))
     TRAIN["spice_self"](SMALL, LocalWorker(run, "spice_self", CPU))
     reliable.select(SMALL, SMALL.reliable, LocalWorker(run, "reliable", CPU))
     for stage in ("spice_semi", "scan", "self_label"):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from spice_dist import cli, inference, losses
+from spice_dist import cli, losses, model_folder
+from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data.sources import open_source
 from spice_dist.distributed.worker import LocalWorker
@@ -21,7 +22,7 @@ from spice_dist.methods.given_labels import GivenLabelsConfig, draw
 from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.recipes import recipe
-from spice_dist.report.run_folder import load, read_assignments
+from spice_dist.report.run_folder import load
 from spice_dist.report.table import format_scores
 from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, weights
@@ -139,7 +140,7 @@ def test_a_run_says_that_it_used_labels_and_scores_other_images(tmp_path, config
         assert "This run USED TRUE LABELS: it learned from 30 of them" in text
         assert "the 170 images whose labels were not given" in text
     assert list(load(run).scores)[1].endswith("(30 labels)")
-    inference.predict(run, "digits", tmp_path / "out.csv")
+    model_folder.predict(run, "digits", tmp_path / "out.csv")
     with open(tmp_path / "out.csv") as file:
         assert [int(row["cluster"]) for row in csv.DictReader(file)][:200] == assigned.tolist()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spice_dist import inference
+from spice_dist import model_folder
 from spice_dist.config import Config, override
 from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
@@ -203,8 +203,8 @@ def test_the_lowest_loss_of_the_last_epoch_selects(small_run):
 
 def test_the_model_folder_holds_the_same_network(small_run, tmp_path):
     net = imc_swav.network(SMALL, small_run).eval()
-    inference.save_model(net, SMALL, tmp_path)
-    again, _ = inference.load_model(tmp_path, CPU)
+    model_folder.save_model(net, SMALL, tmp_path)
+    again, _ = model_folder.load_model(tmp_path, CPU)
     assert isinstance(again, ClassifierNet)
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
@@ -354,7 +354,7 @@ def test_a_run_clusters_predicts_and_is_evaluated_again_with_other_statistics(tm
     assert len(metrics["heads"]) == 2
     assert metrics["select"]["select_loss"] == min(head["select_loss"] for head in metrics["heads"])
     assert "IMC-SwAV" in (run / "report.html").read_text()
-    inference.predict(run, "digits", tmp_path / "new.csv")
+    model_folder.predict(run, "digits", tmp_path / "new.csv")
     ours = (run / "assignments.csv").read_text().splitlines()[1:]
     again = (tmp_path / "new.csv").read_text().splitlines()[1:201]
     assert [row.split(",")[2] for row in ours] == [row.split(",")[2] for row in again]

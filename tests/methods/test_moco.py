@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spice_dist import inference
 from spice_dist.config import override
 from spice_dist.data.loaders import open_images
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import byol, moco, plumbing
+from spice_dist.methods import byol, features, moco, plumbing
 from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_pairs
 from spice_dist.models.heads import MLP, Projection
 from spice_dist.models.momentum import Queue
@@ -249,13 +248,13 @@ def test_features_are_embedded_only_where_an_earlier_call_left_none(small_run, t
     torn[57:123] = 0
     torn[9, 16:] = 0  # half a row
     (run / "features/features.npy").unlink()
-    partial = run / f"features/features.{inference._called(SMALL, load_backbone(SMALL, run))}.partial.npy"
+    partial = run / f"features/features.{features._fingerprint(SMALL, load_backbone(SMALL, run))}.partial.npy"
     np.save(partial, torn)
     np.save(run / "features/features.0123456789abcdef.partial.npy", np.ones_like(whole))  # of another network
     asked: list[np.ndarray] = []
-    real = inference.outputs
-    monkeypatch.setattr(inference, "outputs", lambda *a, **k: (asked.append(a[2]), real(*a, **k))[1])
-    inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+    real = features.outputs
+    monkeypatch.setattr(features, "outputs", lambda *a, **k: (asked.append(a[2]), real(*a, **k))[1])
+    features.embed(SMALL, None, LocalWorker(run, "features", CPU))
     assert asked[0].tolist() == [9, *range(57, 123)]
     np.testing.assert_allclose(np.load(run / "features/features.npy"), whole, atol=1e-3)
     assert [path.name for path in (run / "features").glob("*.npy")] == ["features.npy"]
@@ -268,9 +267,9 @@ def test_features_that_find_no_room_on_the_disk_are_one_line(small_run, tmp_path
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     (run / "features/features.npy").unlink()
-    monkeypatch.setattr(inference.os, "posix_fallocate", full)
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
     with pytest.raises(UserError, match="No space left on device"):
-        inference.embed(SMALL, None, LocalWorker(run, "features", CPU))
+        features.embed(SMALL, None, LocalWorker(run, "features", CPU))
     assert not list((run / "features").glob("*.npy"))
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spice_dist import inference
+from spice_dist import model_folder
+from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data import augment
 from spice_dist.data.loaders import open_images
@@ -28,7 +29,7 @@ from spice_dist.methods.plumbing import finished, load_backbone
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.report.run_folder import load, read_assignments
+from spice_dist.report.run_folder import load
 from spice_dist.report.table import format_scores
 from tests.methods.conftest import CPU, SMALL, TRAIN, kept_above
 from tests.methods.test_methods import Recorder, assert_same_bits, weights
@@ -230,7 +231,7 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
     assert "SCAN, no self-label" in format_scores(run)
     assert "SCAN, self-labelling" in (run / "report.html").read_text()
 
-    inference.predict(run, "digits", tmp_path / "out.csv")
+    model_folder.predict(run, "digits", tmp_path / "out.csv")
     with open(tmp_path / "out.csv") as file:
         predicted = [int(row["cluster"]) for row in csv.DictReader(file)]
     assert predicted[:200] == read_assignments(run / "assignments.csv")[0].tolist()

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spice_dist import inference
+from spice_dist import inference, model_folder
+from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data import augment
 from spice_dist.data.loaders import open_images
@@ -27,7 +28,6 @@ from spice_dist.methods.spice_semi import Monitor, ReliableLabels, best_temperat
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.report.run_folder import read_assignments
 from tests.methods.conftest import CPU, SMALL, TRAIN, kept_above
 from tests.methods.test_methods import assert_same_bits, weights
 from tests.methods.workers import on_workers
@@ -262,11 +262,11 @@ def test_the_model_of_a_run_is_the_network_of_stage_three(without_stage, tmp_pat
     about = json.loads((run / "model/model.json").read_text())
     assert about["backbone"]["name"] == "wrn_28_2"
     assert about["backbone"]["mean"] == [0.5] * 3
-    net, task = inference.load_model(run / "model", CPU)
+    net, task = model_folder.load_model(run / "model", CPU)
     assert isinstance(net, ClusterNet)
     assert (task.backbone.name, len(net.head.weights)) == ("wrn_28_2", 1)
     assert_same_bits(net.state_dict(), finished(run / "spice_semi").tensors("ema"))
-    inference.predict(run, "digits", tmp_path / "out.csv")
+    model_folder.predict(run, "digits", tmp_path / "out.csv")
     assigned = read_assignments(run / "assignments.csv")[0]
     with open(tmp_path / "out.csv") as file:
         predicted = [int(row["cluster"]) for row in csv.DictReader(file)]

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spice_dist import inference
 from spice_dist.config import Config
 from spice_dist.distributed.worker import LocalWorker
-from spice_dist.methods import reliable
+from spice_dist.methods import features, reliable
 from tests.methods.conftest import CPU, TRAIN
 
 
@@ -78,7 +77,7 @@ def _serve(rank: int, world: int, port: int, requests: Connection) -> None:
         try:
             worker = GlooWorker(run, stage)
             if stage == "features":
-                inference.embed(config, None, worker)
+                features.embed(config, None, worker)
             elif stage == "reliable":
                 reliable.select(config, config.reliable, worker)
             else:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spice_dist import inference
+from spice_dist import model_folder
 from spice_dist.config import Config, override
 from spice_dist.data.augment import normalize
 from spice_dist.data.dataset import DataConfig
@@ -118,8 +118,8 @@ def test_the_tensors_restore_the_backbone_anywhere(config):
 
 def test_a_model_folder_keeps_all_networks(config, tmp_path):
     net = ClusterNet(pretrained_backbone(config, 3, 96), ClusterHeads(1, 96 + 64 + 256, 3)).eval()
-    inference.save_model(net, Task(clusters=3, data=DataConfig(size=96), backbone=config), tmp_path)
-    again, task = inference.load_model(tmp_path, torch.device("cpu"))
+    model_folder.save_model(net, Task(clusters=3, data=DataConfig(size=96), backbone=config), tmp_path)
+    again, task = model_folder.load_model(tmp_path, torch.device("cpu"))
     assert tuple(task.backbone.others) == config.others
     torch.testing.assert_close(again(pictures(96)), net(pictures(96)))
 

@@ -1,0 +1,138 @@
+"""The stage that embeds: `features/features.npy`, unit-norm features of all images by the network of stage 1."""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Int
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from spice_dist.data.files import publish, publish_json
+from spice_dist.distributed import collectives
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.inference import CHUNK, outputs
+from spice_dist.methods.plumbing import MIXTURE, load_backbone, open_dataset, place
+from spice_dist.mixing import COMPARED, choose_weight
+from spice_dist.models.backbone import Backbone, unit
+from spice_dist.models.folding import folded
+from spice_dist.task import Task
+
+FLOAT16 = 65_504.0  # the largest
+
+
+def embed(task: Task, config: None, worker: Worker) -> None:
+    """Leaves `features/features.npy`, (N, D) float16: unit-norm features of all images, in image order.
+
+    Every worker writes the rows of a consecutive share of the images. The file appears when all rows are there. Rows
+    that an earlier call left are not computed again, whatever its number of workers: the final features of a finished
+    row have unit norm. Where a middle stage's features stand beside them, `mixture.json` says how much they count.
+    """
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    backbone = load_backbone(task, worker.run)
+    folder = worker.run / "features"
+    partial = folder / f"features.{_fingerprint(task, backbone)}.partial.npy"
+    place(backbone, worker.device)
+    if task.pretext == "none":  # stages 1 keep the bits that their checkpoints were scored with
+        size = task.data.size
+        backbone = folded(backbone, torch.rand(2, task.data.channels, size, size, device=worker.device))
+    model = backbone if backbone.mixture is None else BesideEachOther(backbone)
+    final = backbone.dim if backbone.mixture is None else backbone.dim - len(backbone.mixture.center)
+    _allocate_by_first_worker(partial, (images.n, backbone.dim), worker)
+    rows = open_memmap(partial, mode="r+")
+    share = np.array_split(np.arange(images.n), worker.world)[worker.rank]
+    missing = share[~_finished_rows(rows[:, :final], share)]
+    before, written = len(share) - len(missing), 0
+
+    def progress(done: int, total: int) -> None:
+        worker.progress(before + done, before + total, None)
+
+    statistics = task.backbone.statistics
+    chunks = outputs(model, images, missing, statistics, progress, task.precision) if len(missing) else ()
+    for features in chunks:
+        features[:, :final] = unit(features[:, :final])
+        index = missing[written : written + len(features)]
+        rows[index] = features.clamp(-FLOAT16, FLOAT16).half().cpu().numpy()
+        written += len(features)
+    rows.flush()
+    images.close()
+    collectives.barrier()
+    if worker.rank == 0 and backbone.mixture is None:
+        partial.rename(folder / "features.npy")
+    elif worker.rank == 0:
+        mix(rows, final, manifest.clustered, worker)
+        partial.unlink()
+
+
+class BesideEachOther(nn.Module):
+    """Maps images to the two parts of a backbone's mixture, (B, D1 + D2), before their weights are known."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        return torch.cat(self.backbone.parts(images), 1)
+
+
+def mix(rows: Float16[np.ndarray, "N D"], final: int, clustered: int, worker: Worker) -> None:
+    """Leaves `features.npy` and `mixture.json`; the first `final` numbers of a row are its final features."""
+    # the same sample for every seed of a run
+    sample = np.sort(np.random.default_rng(0).permutation(clustered)[:COMPARED])
+    compared = torch.from_numpy(rows[sample]).to(worker.device).float()
+    mixture = choose_weight(compared[:, :final], compared[:, final:])
+    with publish(worker.run / "features/features.npy") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": rows.shape})
+        for start in range(0, len(rows), CHUNK):
+            row = torch.from_numpy(rows[start : start + CHUNK]).to(worker.device).float()
+            file.write(mixture(row[:, :final], row[:, final:]).half().cpu().numpy().tobytes())
+    about = {"weight": mixture.weight.item(), "center": mixture.center.tolist()}
+    publish_json(worker.run / MIXTURE, about)
+
+
+def _fingerprint(task: Task, backbone: Backbone) -> str:
+    """16 hexadecimal digits, the same for calls that give the same features."""
+    digest = hashlib.sha256(repr((task.precision, task.data, task.backbone.statistics)).encode())
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _allocate_by_first_worker(path: Path, shape: tuple[int, int], worker: Worker) -> None:
+    """`_allocate` in the first worker; UserError in every worker if it fails, so that none waits for the first."""
+    error = None
+    if worker.rank == 0:
+        try:
+            _allocate(path, shape)
+        except UserError as failure:
+            error = failure
+    if collectives.largest_int(int(error is not None), worker.device):
+        raise error or UserError(f"the first worker cannot write {path.parent}")
+
+
+def _allocate(path: Path, shape: tuple[int, int]) -> None:
+    """Creates a file with an array of zeros, unless it exists; removes the partial files of other calls.
+
+    The disk reserves all of its space now: a write through a memory map to a full disk would kill the process.
+    """
+    path.parent.mkdir(exist_ok=True)
+    for other in path.parent.glob("*.partial.npy"):
+        if other != path:
+            other.unlink()
+    if path.exists():
+        return
+    with publish(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, file.tell() + 2 * math.prod(shape))
+
+
+def _finished_rows(rows: Float16[np.ndarray, "N D"], index: Int[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
+    """Whether each row of a consecutive range has unit norm; read in chunks."""
+    ranges = [part for part in np.array_split(index, -(-len(index) // CHUNK)) if len(part)]
+    norms = [np.linalg.norm(rows[part[0] : part[-1] + 1].astype(np.float32), axis=1) for part in ranges]
+    return np.abs(np.concatenate([np.empty(0, np.float32), *norms]) - 1) < 0.01
