@@ -1,268 +1,248 @@
-"""The end of a run: assignments of every image, and scores.
+"""The end of a run, whatever its method: assignments of every image, the model, and scores.
 
 Only this, metrics.py and probes.py see true labels, and methods/given_labels.py, whose baselines learn from some.
 """
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int
 
-from spice_dist import inference, metrics, objectives, verdict
+from spice_dist import metrics, objectives, verdict
 from spice_dist.assignments import write_assignments
+from spice_dist.baselines import kmeans, pixels
 from spice_dist.catalog import USING_LABELS
+from spice_dist.clustering import Clustering, scored_images
+from spice_dist.config import Config
 from spice_dist.data.files import Progress, publish, publish_json
-from spice_dist.data.images import Images
-from spice_dist.data.manifest import Ingested, read_paths
+from spice_dist.data.manifest import Ingested, read_manifest, read_paths
 from spice_dist.data.sources import Source
-from spice_dist.methods import imc_swav, scan
-from spice_dist.methods.imc_swav import ImcSwavConfig
+from spice_dist.inference import probabilities
+from spice_dist.methods import given_labels, graph_result, imc_swav, scan, spice_result
 from spice_dist.methods.plumbing import finished, open_dataset, place
-from spice_dist.methods.spice_self import followed_images, head_features, load_heads, stage2_network
-from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, new_network
+from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
-from spice_dist.models.backbone import unit
-from spice_dist.models.heads import ClassifierNet, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
 MARGIN = 0.1  # of recognised images, by which a baseline must be better: k-means' clusters are linear by construction
-KMEANS_BYTES = 256 << 20  # k-means baselines are fitted on a random sample of this size and assigned to all
 Scores = dict[str, float] | None
 
 
 def evaluate(
-    task: Task, semi: SpiceSemiConfig, run: Path, device: torch.device, seconds: dict[str, float],
+    config: Config, run: Path, device: torch.device, seconds: dict[str, float],
     progress: Progress = lambda done, total: None, until: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Leaves `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; returns the metrics.
 
-    With `until`, "spice_self" or "reliable", the result is that of stage 2, and there may be no reliable labels yet.
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
+
+    Args:
+        seconds: that each stage has taken.
+        until: the last stage that is done; None: all stages of these settings.
     """
-    joint, net = task, stage2_network(task, run)
-    if until in (None, "spice_semi"):
-        joint = network_task(task, semi)
-        net = new_network(joint, semi, run)
-        net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
-    place(net, device)
-    images, manifest = open_dataset(task, run, device)
-    heads, loss = load_heads(run)
-    with torch.no_grad():
-        seen = np.load(head_features(run), mmap_mode="r")
-        chunks = np.array_split(seen, -(-len(seen) // 4096))
-        by_head = np.concatenate([heads(torch.tensor(x).float()).argmax(2).numpy() for x in chunks], 1)  # H N
-    selected = by_head[int(loss.argmin())]
-    chosen = until != "spice_self"
-    reliable = np.load(run / "reliable/labels.npy") if chosen else np.full(manifest.n, UNRELIABLE)
-    scored, kept = scored_images(manifest), reliable != UNRELIABLE
-    result, _ = _judge(joint, run, net, images, manifest, scored, kept, by_head, loss, progress)
-    y_true = true_labels(run)
-    if task.pretext == "imc_swav" and y_true is not None:
-        stage1 = place(imc_swav.network(task, run), device)
-        clusters = inference.probabilities(stage1, images, task.backbone.statistics, precision=task.precision).argmax(1)
-        publish_json(run / "imc_swav/eval.json", scores(y_true, scored, clusters))
-    images.close()
+    clustering = result_of(config)(run, device, progress, until)
+    task, manifest = clustering.task, read_manifest(run / "data")
+    save_model(clustering.net, task, run / "model")
+    labels, confidence, baselines = _labels_and_baselines(clustering, run, device, manifest, progress)
+    reliable = clustering.reliable
+    has_reliable = np.zeros(manifest.n, bool) if reliable is None else reliable.labels != UNRELIABLE
+    write_assignments(run / "assignments.csv", read_paths(run / "data"), labels, confidence, has_reliable)
 
-    summary = json.loads((run / "reliable/summary.json").read_text()) if chosen else {"count": 0, "advice": ""}
-    result["seconds"] = seconds
-    result["reliable"] = {
-        "count": summary["count"],
-        "fraction": summary["count"] / manifest.clustered,
-        "acc": None
-        if y_true is None
-        else reliable_accuracy(*(x[: manifest.clustered] for x in (y_true, selected, reliable))),
-        "advice": summary["advice"],
-    }
-    _write_head_selection(task, run, y_true, manifest.clustered)
-    publish_json(run / "spice_self/eval.json", scores(y_true, scored, selected))
-    if until in (None, "spice_semi"):
-        publish_json(run / "spice_semi/eval.json", result["eval"])
-    publish_json(run / "metrics.json", result)
-    return result
-
-
-def evaluate_imc_swav(
-    task: Task, config: ImcSwavConfig, run: Path, device: torch.device, seconds: dict[str, float],
-    progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:  # fmt: skip
-    """As `evaluate`, of a run of IMC-SwAV, which has no reliable labels."""
-    images, manifest = open_dataset(task, run, device)
-    net = place(imc_swav.network(task, run), device)
-    if config.eval_bn == "adapt_on_test":
-        imc_swav.adapt_statistics(net, task, config, images, scored_images(manifest))
-    classifiers, loss = imc_swav.trained_classifiers(run)
-    place(classifiers, device)
-    every = np.arange(images.n)
-    raw = inference.outputs(
-        net.backbone, images, every, task.backbone.statistics, lambda done, total: None, task.precision
-    )
-    with torch.no_grad():
-        by_head = torch.cat([classifiers(z).argmax(2).cpu() for z in raw], 1).numpy()  # H N
-    none = np.zeros(manifest.n, bool)
-    result, _ = _judge(task, run, net, images, manifest, scored_images(manifest), none, by_head, loss, progress)
-    images.close()
-    result |= {"seconds": seconds, "eval_bn": config.eval_bn}
-    result["reliable"] = {"count": 0, "fraction": 0.0, "acc": None}
-    publish_json(run / "metrics.json", result)
-    return result
-
-
-def evaluate_scan(
-    task: Task, run: Path, device: torch.device, seconds: dict[str, float],
-    progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:  # fmt: skip
-    """As `evaluate`, of a run of SCAN: also the scores before self-labelling; there are no reliable labels."""
-    images, manifest = open_dataset(task, run, device)
-    before, loss = scan.trained(task, run)
-    by_head = _labels_by_head(task, place(before, device), images)
-    net = place(scan.network(task, run), device)
-    scored, none = scored_images(manifest), np.zeros(manifest.n, bool)
-    result, _ = _judge(task, run, net, images, manifest, scored, none, by_head, loss, progress)
-    images.close()
-    result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
-    publish_json(run / "scan/eval.json", scores(true_labels(run), scored, by_head[int(loss.argmin())]))
-    publish_json(run / "self_label/eval.json", result["eval"])
-    publish_json(run / "metrics.json", result)
-    return result
-
-
-def evaluate_given_labels(
-    task: Task, semi: SpiceSemiConfig, run: Path, device: torch.device, seconds: dict[str, float],
-    progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:  # fmt: skip
-    """As `evaluate`, of a run that learned from given labels; scores are of images whose labels were not.
-
-    `given_labels.accuracy` is the share of these put into their own class, without the matching behind ACC. The
-    features that are left are those of the trained network.
-    """
-    joint = network_task(task, semi)
-    net = place(new_network(joint, semi, run), device)
-    net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
-    images, manifest = open_dataset(task, run, device)
-    every = np.arange(images.n)
-    chunks = inference.outputs(
-        net.backbone, images, every, joint.backbone.statistics, lambda done, total: None, task.precision
-    )
-    features = torch.cat([unit(found).half().cpu() for found in chunks]).numpy()
-    (run / "features").mkdir(exist_ok=True)
-    with publish(run / "features/features.npy") as file:
-        np.save(file, features)
-
-    given = np.load(run / "given_labels/labels.npy") != UNRELIABLE
-    scored = scored_images(manifest)
-    scored = scored[~given[scored]]
-    none, no_heads = np.zeros(manifest.n, bool), np.zeros((0, manifest.n), np.int64)
-    result, assigned = _judge(joint, run, net, images, manifest, scored, none, no_heads, torch.zeros(0), progress)
-    images.close()
-    y_true = np.load(run / "data/labels.npy")
-    known = y_true[: manifest.clustered]
-    own_class = np.unique(known[known >= 0])[assigned[scored]] == y_true[scored]
-    result["given_labels"] = {"count": int(given.sum()), "scored": len(scored), "accuracy": float(own_class.mean())}
-    result |= {"seconds": seconds, "reliable": {"count": 0, "fraction": 0.0, "acc": None}}
-    publish_json(run / "spice_semi/eval.json", result["eval"])
-    publish_json(run / "metrics.json", result)
-    return result
-
-
-def _labels_by_head(task: Task, net: scan.ScanNet, images: Images) -> Int[np.ndarray, "H N"]:
-    every = np.arange(images.n)
-    found = inference.outputs(net, images, every, task.backbone.statistics, lambda done, total: None, task.precision)
-    return torch.cat([logits.argmax(2).cpu() for logits in found], 1).numpy()
-
-
-def _judge(
-    task: Task,
-    run: Path,
-    net: ClusterNet | ClassifierNet,
-    images: Images,
-    manifest: Ingested,
-    scored: Int[np.ndarray, " M"],
-    reliable: Bool[np.ndarray, " N"],
-    by_head: Int[np.ndarray, "H N"],
-    loss: Float[Tensor, " H"],
-    progress: Progress,
-) -> tuple[dict[str, Any], Int[np.ndarray, " N"]]:
-    """What every method has in common: leaves `model/` and `assignments.csv`, returns its part of metrics.json and the
-    cluster of each image. Scores are of the images `scored`."""
-    save_model(net, task, run / "model")
-    probs = inference.probabilities(net, images, task.backbone.statistics, progress, task.precision)
-    assigned, confidence = probs.argmax(1), probs.max(1)
-    write_assignments(run / "assignments.csv", read_paths(run / "data"), assigned, confidence, reliable)
+    y_true, scored = true_labels(run), scored_images(manifest)
+    if clustering.given is not None:
+        scored = scored[~clustering.given[scored]]
+    agreement = _agreement(clustering)
     features = np.load(run / "features/features.npy", mmap_mode="r")
-    blind = task.method not in USING_LABELS
-    baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: _pixels(images, index))}
-    if blind:  # no baseline are features that have seen labels
-        baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
-    selection = {
-        "select_loss": float(loss.min()),
-        "agreement": metrics.agreement(by_head) if len(by_head) > 1 else 1.0,
-    } if len(loss) else {}  # fmt: skip
-    y_true = true_labels(run)
-    sizes = metrics.cluster_sizes(assigned, task.clusters)
-    judged = verdict.judge(
-        verdict.Evidence(
-            clusters=task.clusters,
-            nonempty=int((sizes > 0).sum()),
-            largest=float(sizes.max() / len(assigned)),
-            agreement=selection.get("agreement") if len(by_head) > 1 else None,
-            confidence=float(confidence.mean()),
-            below=_better_baseline(task, manifest, features, assigned, baselines.get("kmeans_features")),
-        )
-    )
+    below = _better_baseline(task, manifest, features, labels, baselines) if clustering.choice is None else ""
+    evidence = _evidence(clustering, labels, confidence, agreement, below)
+    judged = verdict.judge(evidence)
     result = {
         "method": task.method,
-        "uses_labels": not blind,
-        "n": len(assigned),
+        "uses_labels": task.method in USING_LABELS,
+        "n": len(labels),
         "k": task.clusters,
-        "nonempty": int((sizes > 0).sum()),
+        "nonempty": evidence.nonempty,
         "verdict": {**asdict(judged), "text": str(judged)},
-        "select": {
-            **selection,
-            "silhouette": metrics.silhouette(features, assigned, seed=task.seed),
-            "mean_confidence": float(confidence.mean()),
-            "size_entropy": metrics.size_entropy(assigned, task.clusters),
-        },
-        "eval": scores(y_true, scored, assigned),
+        **_selection(clustering, features, labels, confidence, agreement),
+        "eval": scores(y_true, scored, labels),
         "baselines": {name: scores(y_true, scored, clusters) for name, clusters in baselines.items()},
-        "heads": [
-            {
-                "select_loss": float(value),
-                "acc": None if y_true is None else metrics.accuracy(y_true[scored], labels[scored]),
-            }
-            for value, labels in zip(loss, by_head, strict=True)
-        ],
+        "heads": _heads(clustering, manifest, labels, y_true, scored),
+        **_given_labels(clustering, manifest, y_true, scored, labels),
+        "seconds": seconds,
+        **clustering.settings,
+        "reliable": _reliable(clustering, manifest, y_true),
     }
-    return result, assigned
+    for stage, labels_of in clustering.stages.items():
+        publish_json(run / stage / "eval.json", None if y_true is None else scores(y_true, scored, labels_of()))
+    if clustering.last:
+        publish_json(run / clustering.last / "eval.json", result["eval"])
+    if "spice_self" in clustering.stages:
+        _write_head_selection(task, run, y_true, manifest.clustered)
+    publish_json(run / "metrics.json", result)
+    return result
+
+
+def result_of(config: Config) -> Callable[[Path, torch.device, Progress, str | None], Clustering]:
+    """What reads the result of a run of these settings: called with the run, the device, progress and last stage."""
+    spice = {
+        "spice_self": partial(spice_result.result, config, config.spice_semi),
+        "spice_graph": partial(graph_result.result, config, config.spice_graph),
+    }
+    return {
+        "spice": spice[config.stage2],
+        "imc_swav": partial(imc_swav.result, config, config.imc_swav),
+        "scan": partial(scan.result, config, config.scan),
+        "fixmatch": partial(given_labels.result, config, config.spice_semi),
+        "supervised": partial(given_labels.result, config, config.spice_semi),
+    }[config.method]
+
+
+def _labels_and_baselines(
+    clustering: Clustering, run: Path, device: torch.device, manifest: Ingested, progress: Progress
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"], dict[str, Int[np.ndarray, " N"]]]:
+    """The cluster of every image, its probability, and the clusters of the baselines by name."""
+    task, choice = clustering.task, clustering.choice
+    if choice is not None:
+        return choice.labels, choice.confidence, choice.baselines
+    images, _ = open_dataset(task, run, device)
+    with closing(images):
+        net = place(clustering.net, device)
+        probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
+        baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: pixels(images, index))}
+    if clustering.given is None:  # features that have learnt from labels are no baseline
+        features = np.load(run / "features/features.npy", mmap_mode="r")
+        baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
+    return probs.argmax(1), probs.max(1), baselines
+
+
+def _agreement(clustering: Clustering) -> float | None:
+    """The mean ARI of clusterings of different starts; None if there are not two."""
+    if clustering.choice is not None and clustering.choice.agreement is not None:
+        return clustering.choice.agreement
+    return metrics.agreement(clustering.by_head) if len(clustering.by_head) > 1 else None
+
+
+def _evidence(
+    clustering: Clustering, labels: Int[np.ndarray, " N"], confidence: Float[np.ndarray, " N"],
+    agreement: float | None, below: str,
+) -> verdict.Evidence:  # fmt: skip
+    sizes = metrics.cluster_sizes(labels, clustering.task.clusters)
+    suggestion = clustering.choice.suggestion if clustering.choice else None
+    return verdict.Evidence(
+        clusters=clustering.task.clusters,
+        nonempty=int((sizes > 0).sum()),
+        largest=float(sizes.max() / len(labels)),
+        agreement=agreement,
+        confidence=float(confidence.mean()),
+        too_few=suggestion is not None and not suggestion.candidates,
+        groups_found=suggestion.found if suggestion else None,
+        suggested=(suggestion.low, suggestion.high) if suggestion and suggestion.found else None,
+        below=below,
+    )
+
+
+def _selection(
+    clustering: Clustering, features: np.ndarray, labels: Int[np.ndarray, " N"], confidence: Float[np.ndarray, " N"],
+    agreement: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The entries of metrics.json that need no true labels."""
+    task, choice = clustering.task, clustering.choice
+    count = clustering.by_head.shape[1]
+    select: dict[str, float] = {}
+    if choice is not None:
+        select |= choice.compared[choice.name]
+    elif clustering.loss is not None and len(clustering.loss):
+        select["select_loss"] = float(clustering.loss.min())
+    if len(clustering.by_head):
+        select["agreement"] = 1.0 if agreement is None else agreement
+    select["silhouette"] = metrics.silhouette(features[:count], labels[:count], seed=task.seed)
+    select["mean_confidence"] = float(confidence.mean())
+    select["size_entropy"] = metrics.size_entropy(labels, task.clusters)
+    if choice is None:
+        return {"select": select}
+    return {
+        "result": choice.name,
+        "select": select,
+        "compared": choice.compared,
+        "suggestion": asdict(choice.suggestion) if choice.suggestion else None,
+        "levels": choice.levels,
+    }
+
+
+def _heads(
+    clustering: Clustering, manifest: Ingested, labels: Int[np.ndarray, " N"], y_true: np.ndarray | None,
+    scored: Int[np.ndarray, " S"],
+) -> list[dict[str, float | None]]:  # fmt: skip
+    """The label-free loss of every head, and its accuracy on the scored images, or on all that it has labels of."""
+    by_head, count = clustering.by_head, clustering.by_head.shape[1]
+    known = scored if count == manifest.n else np.arange(count)
+    losses = clustering.loss
+    if losses is None:
+        losses = [1 - metrics.agreement([head, labels[:count]]) for head in by_head]
+    return [
+        {
+            "select_loss": float(loss),
+            "acc": None if y_true is None else metrics.accuracy(y_true[known], head[known]),
+        }
+        for loss, head in zip(losses, by_head, strict=True)
+    ]
+
+
+def _given_labels(
+    clustering: Clustering, manifest: Ingested, y_true: np.ndarray | None, scored: Int[np.ndarray, " M"],
+    labels: Int[np.ndarray, " N"],
+) -> dict[str, Any]:  # fmt: skip
+    """Of a method that learns from labels: `accuracy` is the share of scored images put into their own class.
+
+    Cluster c is the class of the c-th smallest label, so that no matching is needed as for ACC.
+    """
+    if clustering.given is None:
+        return {}
+    assert y_true is not None, "the method learnt from them"
+    known = y_true[: manifest.clustered]
+    right = np.unique(known[known >= 0])[labels[scored]] == y_true[scored]
+    count = int(clustering.given.sum())
+    return {"given_labels": {"count": count, "scored": len(scored), "accuracy": float(right.mean())}}
+
+
+def _reliable(clustering: Clustering, manifest: Ingested, y_true: np.ndarray | None) -> dict[str, Any]:
+    """How many labels are reliable, of the clustered images, and the share of them that are right."""
+    reliable, clustered = clustering.reliable, slice(0, manifest.clustered)
+    if reliable is None:
+        return {"count": 0, "fraction": 0.0, "acc": None}
+    count = int((reliable.labels != UNRELIABLE).sum())
+    accuracy = None
+    if y_true is not None:
+        accuracy = reliable_accuracy(y_true[clustered], reliable.clusters[clustered], reliable.labels[clustered])
+    return {"count": count, "fraction": count / manifest.clustered, "acc": accuracy, "advice": reliable.advice}
 
 
 def _better_baseline(
-    task: Task, manifest: Ingested, features: np.ndarray, assigned: np.ndarray, baseline: np.ndarray | None
-) -> str:
+    task: Task, manifest: Ingested, features: np.ndarray, labels: Int[np.ndarray, " N"],
+    baselines: dict[str, Int[np.ndarray, " N"]],
+) -> str:  # fmt: skip
     """The name of k-means on the features if a linear classifier recognises its clusters better by MARGIN; or ""."""
-    if baseline is None:
+    if "kmeans_features" not in baselines:
         return ""
-    chosen = np.sort(np.random.default_rng(task.seed).permutation(manifest.clustered)[: objectives.SAMPLE])
-    reference = features[chosen].astype(np.float32)
+    sample = np.sort(np.random.default_rng(task.seed).permutation(manifest.clustered)[: objectives.SAMPLE])
+    reference = features[sample].astype(np.float32)
     ours, theirs = (
-        objectives.generalization(reference, found[chosen], task.clusters, task.seed) for found in (assigned, baseline)
+        objectives.generalization(reference, clusters[sample], task.clusters, task.seed)
+        for clusters in (labels, baselines["kmeans_features"])
     )
     return "k-means on the same features" if theirs > ours + MARGIN else ""
 
 
 def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) -> Scores:
     return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
-
-
-def scored_images(manifest: Ingested) -> np.ndarray:
-    """Which images the scores are of: those held out, or all that are clustered."""
-    return np.arange(manifest.n - manifest.held_out, manifest.n) if manifest.held_out else np.arange(manifest.clustered)
 
 
 def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
@@ -321,24 +301,4 @@ def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.nda
     to_class = metrics.match(y_true[known], assigned[known])
     return float(
         np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[kept], y_true[kept], strict=True)])
-    )
-
-
-def kmeans(manifest: Ingested, task: Task, read: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """k-means labels (N,) of the float32 rows that `read(index)` gives; fitted on the clustered images."""
-    from sklearn.cluster import KMeans
-
-    width = read(np.arange(1)).nbytes
-    order = np.random.default_rng(task.seed).permutation(manifest.clustered)
-    chosen = order[: max(KMEANS_BYTES // width, 10 * task.clusters)]
-    model = KMeans(task.clusters, n_init=10, random_state=task.seed)  # pyright: ignore[reportArgumentType]
-    model.fit(read(np.sort(chosen)))
-    parts = np.array_split(np.arange(manifest.n), -(-manifest.n // inference.CHUNK))
-    return np.concatenate([model.predict(read(part)) for part in parts])
-
-
-def _pixels(images: Images, index: np.ndarray) -> np.ndarray:
-    """(N, C * H * W) float32 in [0, 1]."""
-    return np.concatenate([x.flatten(1).cpu().numpy() for x, _ in images.batches(index, inference.CHUNK)]) / np.float32(
-        255
     )

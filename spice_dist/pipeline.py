@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spice_dist.catalog import USING_LABELS
 from spice_dist.config import Config, override
 from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
@@ -21,12 +20,10 @@ from spice_dist.data.sources import Source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.distributed.worker import Stage as StageCall
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.evaluate import evaluate, evaluate_given_labels, evaluate_imc_swav, evaluate_scan, relabel
-from spice_dist.evaluate_graph import evaluate_graph
+from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import (
     spice_semi,
-    suggested,
 )
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.run_folder import forget_other_clusters, owned, refuse_changes, stage_record, write_stage_record
@@ -179,22 +176,12 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
     """Write assignments, scores and the report of a run whose stages are done; returns the scores."""
     from spice_dist.report import write_report
 
-    config, folder, device, brief = run.config, run.folder, run.device, _with_plain_loader(run)
+    folder = run.folder
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in run.settings}
     relabelled = "data" in finished_before and relabel(folder, run.source)
     if relabelled or finished_before != set(run.settings) or _evaluated_otherwise(run):
         with Bar("evaluate", run.stop) as bar:
-            if config.method == "imc_swav":
-                evaluate_imc_swav(brief, config.imc_swav, folder, device, seconds, bar.show)
-            elif config.method == "scan":
-                evaluate_scan(brief, folder, device, seconds, bar.show)
-            elif config.method in USING_LABELS:
-                evaluate_given_labels(brief, config.spice_semi, folder, device, seconds, bar.show)
-            elif config.stage2 == "spice_graph":
-                known = override(brief, {"clusters": suggested.with_suggested_clusters(brief, folder).clusters})
-                evaluate_graph(known, folder, device, seconds, bar.show)
-            else:
-                evaluate(brief, config.spice_semi, folder, device, seconds, bar.show, list(run.settings)[-1])
+            evaluate(_with_plain_loader(run), folder, run.device, seconds, bar.show, until=list(run.settings)[-1])
     metrics = json.loads((folder / "metrics.json").read_text())
     write_report(folder)
     return metrics

@@ -19,12 +19,12 @@ from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from spice_dist import metrics
+from spice_dist.baselines import kmeans
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import Progress, publish_json
 from spice_dist.data.manifest import Ingested, read_manifest
 from spice_dist.distributed import checkpoint
 from spice_dist.errors import DamagedFile, UserError
-from spice_dist.evaluate import kmeans
 from spice_dist.inference import backbone_features
 from spice_dist.methods.plumbing import open_dataset
 from spice_dist.models.backbone import BackboneConfig

@@ -76,7 +76,6 @@ BLIND = (
 )
 SEEING = (
     "spice_dist.evaluate",
-    "spice_dist.evaluate_graph",
     "spice_dist.metrics",
     "spice_dist.probes",
     "spice_dist.report",

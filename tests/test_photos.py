@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from spice_dist import SpiceClusterer, evaluate_graph
+from spice_dist import SpiceClusterer
 from spice_dist.cli import main
 from spice_dist.config import read_config
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import features, spice_graph
+from spice_dist.evaluate import evaluate
+from spice_dist.methods import features, graph_result, spice_graph
 from spice_dist.models import auto_backbone, hub
 
 FAST = ("--set", "data.size=64", "--set", "stage3=none")
@@ -173,7 +174,7 @@ def test_a_better_baseline_is_the_result_and_its_model(run, tmp_path, photos, ca
     np.random.default_rng(0).shuffle(posterior)  # groups of chance
     np.save(copy / "spice_graph/posterior.npy", posterior)
     seconds = {"spice_graph": 1.0}
-    metrics = evaluate_graph.evaluate_graph(known(run), copy, torch.device("cpu"), seconds)
+    metrics = evaluate(known(run), copy, torch.device("cpu"), seconds, until="spice_graph")
     assert metrics["result"] in ("kmeans_features", "spectral")
     assert metrics["eval"] == metrics["baselines"][metrics["result"]]
     assert "scores better without labels" in capsys.readouterr().err
@@ -200,7 +201,7 @@ SAME = {"generalization": 0.8, "consensus": 0.5}
 def test_which_grouping_goes_out(others, chosen):
     low = {"generalization": 0.1, "consensus": 0.1}
     compared = {"kmeans_features": low, "spectral": low, "spice_graph": SAME, **others}
-    assert evaluate_graph.best(compared) == chosen
+    assert graph_result.best(compared) == chosen
 
 
 def test_labels_choose_nothing(run, tmp_path):
@@ -208,7 +209,7 @@ def test_labels_choose_nothing(run, tmp_path):
     shutil.copytree(run, copy)
     np.save(copy / "data/labels.npy", np.random.default_rng(1).integers(5, size=80))
     wanted = (run / "assignments.csv").read_bytes()
-    evaluate_graph.evaluate_graph(known(run), copy, torch.device("cpu"), read(run)["seconds"])
+    evaluate(known(run), copy, torch.device("cpu"), read(run)["seconds"])
     assert (copy / "assignments.csv").read_bytes() == wanted
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spice_dist import cli, metrics, probes
+from spice_dist.baselines import kmeans
 from spice_dist.config import Config, override
 from spice_dist.data.ingest import ingest
 from spice_dist.data.manifest import read_manifest
@@ -19,7 +20,6 @@ from spice_dist.data.sources import open_source
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
-from spice_dist.evaluate import kmeans
 from spice_dist.methods import moco
 from spice_dist.methods.features import embed
 from spice_dist.models.backbone import Backbone, unit

@@ -9,16 +9,22 @@ of them, once; what training gets holds those of the drawn images and no others.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from spice_dist.data.files import publish
+from spice_dist.clustering import Clustering
+from spice_dist.data.files import Progress, publish
 from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.spice_semi import SpiceSemiConfig
+from spice_dist.inference import outputs
+from spice_dist.methods.plumbing import open_dataset, place
+from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
+from spice_dist.models.backbone import unit
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
@@ -90,6 +96,25 @@ def draw(
             "the test part of a named data set out by --split split"
         )
     return given
+
+
+def result(
+    task: Task, config: SpiceSemiConfig, run: Path, device: torch.device, progress: Progress, until: str | None
+) -> Clustering:
+    """The network of stage 3, without heads; leaves its features as `features/features.npy`."""
+    stage3 = network_task(task, config)
+    net = place(trained_network(stage3, config, run), device)
+    images, manifest = open_dataset(task, run, device)
+    every, statistics = np.arange(images.n), stage3.backbone.statistics
+    chunks = outputs(net.backbone, images, every, statistics, lambda done, total: None, task.precision)
+    features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()
+    images.close()
+    (run / "features").mkdir(exist_ok=True)
+    with publish(run / "features/features.npy") as file:
+        np.save(file, features)
+    given = np.load(run / "given_labels/labels.npy") != UNRELIABLE
+    no_heads = np.zeros((0, manifest.n), np.int64)
+    return Clustering(stage3, net, no_heads, torch.zeros(0), given=given, last="spice_semi")
 
 
 def check(task: Task, config: GivenLabelsConfig, semi: SpiceSemiConfig) -> None:

@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spice_dist import losses
+from spice_dist.clustering import Clustering, scored_images
 from spice_dist.data import augment
+from spice_dist.data.files import Progress
 from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order
 from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, PLAIN, View
@@ -26,6 +28,7 @@ from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
+from spice_dist.inference import outputs
 from spice_dist.methods.plumbing import (
     autocast,
     check_batch,
@@ -391,6 +394,24 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
             net(augment.apply(PLAIN, image, number, (), task.backbone.statistics))
         update_statistics(net)
     net.eval()
+
+
+def result(
+    task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
+) -> Clustering:
+    """The network with the selected classifier; heads are all classifiers of the task's K."""
+    images, manifest = open_dataset(task, run, device)
+    net = place(network(task, run), device)
+    if config.eval_bn == "adapt_on_test":
+        adapt_statistics(net, task, config, images, scored_images(manifest))
+    classifiers, loss = trained_classifiers(run)
+    place(classifiers, device)
+    every, statistics = np.arange(images.n), task.backbone.statistics
+    chunks = outputs(net.backbone, images, every, statistics, lambda done, total: None, task.precision)
+    with torch.no_grad():
+        by_head = torch.cat([classifiers(features).argmax(2).cpu() for features in chunks], 1).numpy()  # H N
+    images.close()
+    return Clustering(task, net, by_head, loss, settings={"eval_bn": config.eval_bn})
 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:

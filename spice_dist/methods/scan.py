@@ -27,7 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist import losses
+from spice_dist.clustering import Clustering
 from spice_dist.data import augment
+from spice_dist.data.files import Progress
 from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.data.views import PLAIN, SCAN_STRONG, View
@@ -294,6 +296,21 @@ def network(task: Task, run: Path) -> ClusterNet:
     net = ClusterNet(backbone, ClusterHeads.holding(named(tensors, "head.")))
     net.load_state_dict(tensors)
     return net
+
+
+def result(
+    task: Task, config: ScanConfig, run: Path, device: torch.device, progress: Progress, until: str | None
+) -> Clustering:
+    """The network after self-labelling; heads are those before it."""
+    scan_net, loss = trained(task, run)
+    images, _ = open_dataset(task, run, device)
+    place(scan_net, device)
+    every, statistics = np.arange(images.n), task.backbone.statistics
+    chunks = outputs(scan_net, images, every, statistics, lambda done, total: None, task.precision)
+    by_head = torch.cat([logits.argmax(2).cpu() for logits in chunks], 1).numpy()
+    images.close()
+    before = by_head[int(loss.argmin())]
+    return Clustering(task, network(task, run), by_head, loss, stages={"scan": lambda: before}, last="self_label")
 
 
 def check(task: Task, config: ScanConfig, num_images: int) -> None:

@@ -35,6 +35,7 @@ from spice_dist.inference import CHUNK, outputs
 from spice_dist.methods.plumbing import (
     autocast,
     by_group,
+    finished,
     load_state,
     new_backbone,
     open_dataset,
@@ -432,6 +433,13 @@ def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
     if config.network in SHAPES:
         set_momentum(backbone, 1 - config.ema)
     return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters, layers=1 if config.network else 2))
+
+
+def trained_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
+    """The averaged network that training has left; `task` is that of `network_task`."""
+    net = new_network(task, config, run)
+    net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
+    return net
 
 
 def images_of_steps(

@@ -257,7 +257,7 @@ def test_the_model_of_a_run_is_the_network_of_stage_three(without_stage, tmp_pat
     config = override(SMALL, WIDE)
     run = without_stage("spice_semi")
     train(config, run)
-    result = evaluate(config, config.spice_semi, run, CPU, {})
+    result = evaluate(config, run, CPU, {})
     assert result["eval"] is not None
     about = json.loads((run / "model/model.json").read_text())
     assert about["backbone"]["name"] == "wrn_28_2"

@@ -1,0 +1,60 @@
+"""The result of SPICE as published: the network of stage 3, or of stage 2 where the run ends before it."""
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from spice_dist.clustering import Clustering, Reliable
+from spice_dist.data.files import Progress
+from spice_dist.inference import probabilities
+from spice_dist.methods import imc_swav
+from spice_dist.methods.plumbing import open_dataset, place
+from spice_dist.methods.spice_self import head_features, load_heads, stage2_network
+from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
+from spice_dist.models.heads import ClusterHeads
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task
+
+CHUNK = 4096  # images that the heads are asked about at once
+
+
+def result(
+    task: Task, config: SpiceSemiConfig, run: Path, device: torch.device, progress: Progress, until: str | None
+) -> Clustering:
+    """The network of the last stage that is done. Heads and reliable labels are those of stage 2."""
+    heads, loss = load_heads(run)
+    by_head = _labels_by_head(heads, run)
+    selected = by_head[int(loss.argmin())]
+    stages: dict[str, Callable[[], Int[np.ndarray, " N"]]] = {"spice_self": lambda: selected}
+    if task.pretext == "imc_swav":
+        stages = {"imc_swav": lambda: _labels_of_pretext(task, run, device), **stages}
+    reliable = Reliable(np.full(len(selected), UNRELIABLE), selected)
+    if until != "spice_self":
+        advice = json.loads((run / "reliable/summary.json").read_text())["advice"]
+        reliable = Reliable(np.load(run / "reliable/labels.npy"), selected, advice)
+    if until not in (None, "spice_semi"):
+        return Clustering(task, stage2_network(task, run), by_head, loss, reliable, stages=stages)
+    stage3 = network_task(task, config)
+    net = trained_network(stage3, config, run)
+    return Clustering(stage3, net, by_head, loss, reliable, stages=stages, last="spice_semi")
+
+
+@torch.no_grad()
+def _labels_by_head(heads: ClusterHeads, run: Path) -> Int[np.ndarray, "H N"]:
+    """By every head, on the features that it was trained on."""
+    features = np.load(head_features(run), mmap_mode="r")
+    chunks = np.array_split(features, -(-len(features) // CHUNK))
+    return np.concatenate([heads(torch.tensor(chunk).float()).argmax(2).numpy() for chunk in chunks], 1)
+
+
+def _labels_of_pretext(task: Task, run: Path, device: torch.device) -> Int[np.ndarray, " N"]:
+    """The clusters that IMC-SwAV found as stage 1."""
+    images, _ = open_dataset(task, run, device)
+    with closing(images):
+        net = place(imc_swav.network(task, run), device)
+        return probabilities(net, images, task.backbone.statistics, precision=task.precision).argmax(1)
