@@ -27,7 +27,7 @@ from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task
 from spice_dist.methods.spice_tune import SpiceTuneConfig
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.folding import folded
-from spice_dist.neighbors import BLOCK_GPU
+from spice_dist.neighbors import STRIP_GPU
 
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
 USED = 0.2  # share of it that training a ResNet reaches
@@ -86,9 +86,9 @@ def spice_self(counting: Counting, config: SpiceSelfConfig) -> Cost:
 def graph(counting: Counting, config: GraphConfig) -> Cost:
     """Neighbours, and the number of clusters that they suggest."""
     images, dim = counting.clustered, counting.backbone.dim
-    memory = (images * (dim + 10 * config.neighbors) + min(BLOCK_GPU, images) ** 2) * FLOAT
+    memory = (images * (dim + 10 * config.neighbors) + min(STRIP_GPU, images**2)) * FLOAT
     suggested = SUGGEST_SECONDS * min(1.0, images / SUGGEST_IMAGES)
-    return Cost((Work(counting.backbone, 0, 0),), float(images) ** 2 * dim, memory, suggested)
+    return Cost((Work(counting.backbone, 0, 0),), _similarities(counting), memory, suggested)
 
 
 def spice_graph(counting: Counting, config: SpiceGraphConfig) -> Cost:
@@ -102,8 +102,8 @@ def spice_graph(counting: Counting, config: SpiceGraphConfig) -> Cost:
 
 
 def reliable(counting: Counting, config: object) -> Cost:
-    block = min(BLOCK_GPU, counting.clustered)
-    memory = (counting.clustered * counting.backbone.dim + block**2) * FLOAT
+    images = counting.clustered
+    memory = (images * counting.backbone.dim + min(STRIP_GPU, images**2)) * FLOAT
     return Cost((Work(counting.backbone, 0, 0),), _similarities(counting), memory)
 
 
@@ -144,8 +144,8 @@ def self_label(counting: Counting, config: SelfLabelConfig) -> Cost:
 
 
 def _similarities(counting: Counting) -> float:
-    """Operations of all similarities of features: they are symmetric, half are computed."""
-    return float(counting.clustered) ** 2 * counting.backbone.dim
+    """Operations of all similarities of features."""
+    return 2 * float(counting.clustered) ** 2 * counting.backbone.dim
 
 
 def measured_speed(

@@ -33,28 +33,28 @@ from spice_dist.task import Task
 
 KINDS = ("knn", "kmeans", "linear")
 NO_LABEL = -1
-BLOCK = 4096  # rows per block of scores: 64 MiB of them
+CHUNK = 4096  # test images whose votes are counted at a time
 
 
 def knn_accuracy(
     train: Float[Tensor, "N D"], train_labels: Int[np.ndarray, " N"],
     test: Float[Tensor, "M D"], test_labels: Int[np.ndarray, " M"],
-    *, k: int = 200, temperature: float = 0.1, block: int = BLOCK,
+    *, k: int = 200, temperature: float = 0.1,
 ) -> float:  # fmt: skip
     """Share of the test images whose class wins the vote of their k nearest train images (all, if there are fewer).
 
-    Features are of unit norm, on one device; a neighbour's vote weighs exp(cosine / temperature). Held at a time:
-    `block` x (`block` + k) scores, never M x N. ValueError for k or a temperature that is not above 0.
+    Features are of unit norm, on one device; a neighbour's vote weighs exp(cosine / temperature). Memory:
+    as of `neighbors.search`, never M x N. ValueError for k or a temperature that is not above 0.
     """
-    return _knn(train, train_labels, test, test_labels, k, temperature, block, leave_one_out=False)
+    return _knn(train, train_labels, test, test_labels, k, temperature, leave_one_out=False)
 
 
 def knn_accuracy_leave_one_out(
     features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"],
-    *, k: int = 200, temperature: float = 0.1, block: int = BLOCK,
+    *, k: int = 200, temperature: float = 0.1,
 ) -> float:  # fmt: skip
     """`knn_accuracy` of a set on itself, N of at least 2: every image is judged by the others."""
-    return _knn(features, labels, features, labels, k, temperature, block, leave_one_out=True)
+    return _knn(features, labels, features, labels, k, temperature, leave_one_out=True)
 
 
 def linear_probe(
@@ -245,7 +245,7 @@ def _probe_linear(features: Float16[np.ndarray, "N D"], known: Labelled, seed: i
 def _knn(
     train: Float[Tensor, "N D"], train_labels: Int[np.ndarray, " N"],
     test: Float[Tensor, "M D"], test_labels: Int[np.ndarray, " M"],
-    k: int, temperature: float, block: int, leave_one_out: bool,
+    k: int, temperature: float, leave_one_out: bool,
 ) -> float:  # fmt: skip
     k = min(k, len(train) - leave_one_out)
     if k < 1 or temperature <= 0:
@@ -253,12 +253,12 @@ def _knn(
     classes, ids = np.unique(train_labels, return_inverse=True)
     ids = torch.from_numpy(ids).to(train.device)
     right = 0
-    for start in range(0, len(test), block):
-        rows = test[start : start + block]
+    for start in range(0, len(test), CHUNK):
+        rows = test[start : start + CHUNK]
         own = torch.arange(start, start + len(rows), device=train.device) if leave_one_out else None
-        cosines, found = search(train, rows, k, own, block)
+        cosines, found = search(train, rows, k, own)
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # over the best one's weight: cannot overflow
         votes = weights.new_zeros(len(rows), len(classes)).scatter_add_(1, ids[found], weights)
         predicted = classes[votes.argmax(1).cpu().numpy()]
-        right += int((predicted == test_labels[start : start + block]).sum())
+        right += int((predicted == test_labels[start : start + CHUNK]).sum())
     return right / len(test)

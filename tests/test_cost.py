@@ -90,7 +90,7 @@ def test_scan_takes_both_views_of_every_step_and_a_look_at_all_images_an_epoch()
     assert list(found) == ["moco", "features", "scan", "self_label"]
     network = counted(CONFIG.backbone, 32, 3)
     views = 50 * (60_000 // 128 * 128) * 2
-    expected = (3 * views + 50 * 60_000) * network.forward + 60_000**2 * network.dim
+    expected = (3 * views + 50 * 60_000) * network.forward + 2 * 60_000**2 * network.dim
     assert found["scan"].operations == pytest.approx(expected)
     assert found["self_label"].operations == pytest.approx(200 * 60_000 * 4 * network.forward)
 

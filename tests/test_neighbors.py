@@ -11,7 +11,10 @@ from spice_dist import neighbors
 from spice_dist.errors import UserError
 from spice_dist.neighbors import label_agreement, nearest, nearest_by_index, search
 
-PRECISIONS = ["fp32", "bf16"]
+
+def in_strips(monkeypatch, rows: int, others: int) -> None:
+    """Let the search take so many rows at a time."""
+    monkeypatch.setattr(neighbors, "STRIP", rows * others)
 
 
 def unit_rows(n: int, dim: int, seed: int = 0) -> Tensor:
@@ -34,85 +37,71 @@ def assert_nearest(features: Tensor, found: Tensor, count: int, rows: range | No
     assert (found.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("block", [1, 7, 16, 50, 64, 1000])
-def test_any_block_size_finds_what_the_whole_matrix_shows(block, precision):
+def test_any_size_of_strips_finds_what_the_whole_matrix_shows(block, monkeypatch):
     features = unit_rows(50, 6)
-    found = nearest(features, 9, precision=precision, block=block)
+    in_strips(monkeypatch, block, 50)
+    found = nearest(features, 9)
     assert torch.equal(found.long(), (features @ features.T).topk(9, dim=1).indices)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("order", ["shuffled", "by cluster", "from far to near"])
-def test_any_order_of_the_rows_and_many_blocks(order, precision):
+def test_any_order_of_the_rows_and_many_strips(order, monkeypatch):
     features = clustered_rows(3001, 32)
     if order != "shuffled":
         key = features @ features[0] if order == "from far to near" else (features @ features[:10].T).argmax(1)
         features = features[key.argsort()]
-    assert_nearest(features, nearest(features, 20, precision=precision, block=250), 20)
+    in_strips(monkeypatch, 250, 3001)
+    assert_nearest(features, nearest(features, 20), 20)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("block", [8, 11, 64])
-def test_every_row_can_be_asked_for(block, precision):
+def test_every_row_can_be_asked_for(block, monkeypatch):
     features = unit_rows(40, 5)
-    assert_nearest(features, nearest(features, 40, precision=precision, block=block), 40)
+    in_strips(monkeypatch, block, 40)
+    assert_nearest(features, nearest(features, 40), 40)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("distinct", [1, 3, 20])
-def test_rows_that_are_equal_fill_their_places_in_any_order(distinct, precision):
+def test_rows_that_are_equal_fill_their_places_in_any_order(distinct, monkeypatch):
     features = unit_rows(distinct, 8).repeat(400 // distinct, 1)
-    assert_nearest(features, nearest(features, 10, precision=precision, block=32), 10)
+    in_strips(monkeypatch, 32, len(features))
+    assert_nearest(features, nearest(features, 10), 10)
 
 
-def test_clusters_tighter_than_the_rounding_of_bfloat16_are_told_apart():
-    features = clustered_rows(600, 16, clusters=2, spread=1e-3)
-    found = nearest(features, 5, precision="bf16", block=64)
-    scores = (features[:, None] * features[found.long()]).sum(2)
-    best = (features @ features.T).topk(5, dim=1).values
-    torch.testing.assert_close(scores, best, rtol=0, atol=1e-6)
-
-
-def test_the_stated_error_of_bfloat16_products_holds():
-    for features in (unit_rows(300, 64), clustered_rows(300, 512), 30 * unit_rows(300, 3)):
-        rough = features.bfloat16() @ features.bfloat16().T
-        error = (rough.double() - features.double() @ features.double().T).abs().max()
-        assert error <= neighbors._largest_error(features) < 0.02 * features.norm(dim=1).max() ** 2
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_features_as_they_lie_on_disk_and_in_views(precision):
+def test_features_as_they_lie_on_disk_and_in_views(monkeypatch):
     features = unit_rows(128, 24).half()
-    assert_nearest(features, nearest(features, 6, precision=precision, block=32), 6)
+    in_strips(monkeypatch, 32, 128)
+    assert_nearest(features, nearest(features, 6), 6)
     strided = unit_rows(200, 48)[::2, 1::2]
-    assert_nearest(strided, nearest(strided, 6, precision=precision, block=32), 6)
+    assert_nearest(strided, nearest(strided, 6), 6)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_column_and_negative_scores(precision):
+def test_one_column_and_negative_scores(monkeypatch):
     features = torch.linspace(-1, 1, 31)[:, None]
-    assert_nearest(features, nearest(features, 31, precision=precision, block=8), 31)
-    assert_nearest(features, nearest(features, 4, precision=precision, block=8), 4)
+    in_strips(monkeypatch, 8, 31)
+    assert_nearest(features, nearest(features, 31), 31)
+    assert_nearest(features, nearest(features, 4), 4)
 
 
 def test_an_image_is_its_own_first_neighbour():
     assert torch.equal(nearest(unit_rows(20, 16), 3)[:, 0].long(), torch.arange(20))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cut", [0, 1, 90, 200, 201])
-def test_two_shares_of_the_rows_make_the_whole(cut, precision):
+def test_two_shares_of_the_rows_make_the_whole(cut, monkeypatch):
     features = clustered_rows(201, 16)
     shares = [range(cut), range(cut, 201)]
-    found = torch.cat([nearest(features, 12, rows, precision, block=32) for rows in shares])
+    in_strips(monkeypatch, 32, 201)
+    found = torch.cat([nearest(features, 12, rows) for rows in shares])
     assert_nearest(features, found, 12)
 
 
 @pytest.mark.parametrize("rows", [range(100), range(30, 71), range(0)])
-def test_progress_rises_and_reaches_all_rows_once(rows):
+def test_progress_rises_and_reaches_all_rows_once(rows, monkeypatch):
     calls = []
-    nearest(unit_rows(100, 4), 3, rows, block=9, progress=lambda *call: calls.append(call))
+    in_strips(monkeypatch, 9, 100)
+    nearest(unit_rows(100, 4), 3, rows, progress=lambda *call: calls.append(call))
     assert calls == sorted(calls)
     assert {total for _, total in calls} == {len(rows)}
     assert [done for done, _ in calls].count(len(rows)) == 1
@@ -123,28 +112,25 @@ def test_wrong_arguments_are_refused():
     for count in (0, 5):
         with pytest.raises(ValueError, match="between 1 and the 4 rows"):
             nearest(features, count)
-    with pytest.raises(ValueError, match="block"):
-        nearest(features, 2, block=0)
     for rows in (range(0, 5), range(-1, 2), range(0, 4, 2)):
         with pytest.raises(ValueError, match="consecutive part of the 4 rows"):
             nearest(features, 2, rows)
-    with pytest.raises(ValueError, match="fp16"):
-        nearest(features, 2, precision="fp16")
     for bad in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(ValueError, match="finite"):
             nearest(features.index_fill(1, torch.tensor([2]), bad), 2)
 
 
 @pytest.mark.parametrize("block", [4, 9, 100])
-def test_search_finds_the_best_rows_of_another_set_and_leaves_out_one_of_each(block):
+def test_search_finds_the_best_rows_of_another_set_and_leaves_out_one_of_each(block, monkeypatch):
+    in_strips(monkeypatch, block, 60)
     features, queries = unit_rows(60, 7), unit_rows(25, 7, seed=1)
     whole = queries @ features.T
-    scores, found = search(features, queries, 8, block=block)
+    scores, found = search(features, queries, 8)
     assert torch.equal(found.long(), whole.topk(8, dim=1).indices)
     torch.testing.assert_close(scores, whole.topk(8, dim=1).values)
 
     skip = whole.argmax(1)
-    scores, found = search(features, queries, 59, skip, block)
+    scores, found = search(features, queries, 59, skip)
     assert not (found == skip[:, None]).any()
     torch.testing.assert_close(scores, whole.topk(60, dim=1).values[:, 1:])
     with pytest.raises(ValueError, match="between 1 and the 59 rows"):
@@ -162,11 +148,13 @@ def test_an_index_finds_nearly_all_of_the_true_neighbours():
     assert torch.equal(nearest_by_index(features, 50, range(100, 200)), found[100:200])
 
 
-def test_an_index_that_visits_every_list_is_exact_and_one_that_visits_few_still_fills_every_place():
+def test_an_index_that_visits_every_list_is_exact_and_one_that_visits_few_still_fills_every_place(monkeypatch):
     pytest.importorskip("faiss")
     features = clustered_rows(400, 8)
-    assert_nearest(features, nearest_by_index(features, 30, probes=400), 30)
-    found = nearest_by_index(features, 399, probes=1)
+    monkeypatch.setattr(neighbors, "PROBES", 400)
+    assert_nearest(features, nearest_by_index(features, 30), 30)
+    monkeypatch.setattr(neighbors, "PROBES", 1)
+    found = nearest_by_index(features, 399)
     assert found.min() >= 0
     assert found.max() < 400
 

@@ -50,11 +50,12 @@ def knn_by_a_loop(train, train_labels, test, test_labels, k: int, temperature: f
 
 @pytest.mark.parametrize("block", [7, 50, 1000])
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.1), (20, 1.0), (500, 0.07)])
-def test_knn_is_the_weighted_vote_of_a_loop(k, temperature, block):
+def test_knn_is_the_weighted_vote_of_a_loop(k, temperature, block, monkeypatch):
+    monkeypatch.setattr(probes, "CHUNK", block)
     rng = np.random.default_rng(0)
     train, test = features(90, seed=1), features(40, seed=2)
     train_labels, test_labels = rng.integers(3, 7, 90) * 10, rng.integers(3, 7, 40) * 10
-    options = {"k": k, "temperature": temperature, "block": block}
+    options = {"k": k, "temperature": temperature}
     assert probes.knn_accuracy(train, train_labels, test, test_labels, **options) == pytest.approx(
         knn_by_a_loop(train, train_labels, test, test_labels, k, temperature, skip_own=False)
     )

@@ -185,7 +185,7 @@ def _adaptive(
     """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
     most = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    neighbors = others(_nearest(task, config, features, most + 1, rows, progress), rows)
+    neighbors = others(_nearest(config, features, most + 1, rows, progress), rows)
     depth = collectives.gather_shares(agreement_depth(labels, neighbors, rows), len(features))
     agreement = collectives.gather_shares(label_agreement(labels, neighbors, rows), len(features))
     k, passing = adaptive_depth(depth, most)
@@ -202,7 +202,7 @@ def _official(
     """Which of N images pass and which are kept, (N,) bool, and numbers for the summary."""
     count = min(len(features), max(2, min(config.neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    own = label_agreement(labels, _nearest(task, config, features, count, rows, progress), rows)
+    own = label_agreement(labels, _nearest(config, features, count, rows, progress), rows)
     agreement = collectives.gather_shares(own, len(features))
     agreeing = reliable_images(agreement, confidence, config.ratio, -1.0)
     passed = kept = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
@@ -213,12 +213,10 @@ def _official(
     return passed, kept, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
 
 
-def _nearest(
-    task: Task, config: ReliableConfig, features: Tensor, count: int, rows: range, progress: Progress
-) -> Tensor:
+def _nearest(config: ReliableConfig, features: Tensor, count: int, rows: range, progress: Progress) -> Tensor:
     if config.search == "index":
         return nearest_by_index(features.cpu(), count, rows, progress=progress).to(features.device)
-    return nearest(features, count, rows, "bf16" if task.precision == "bf16" else "fp32", progress=progress)
+    return nearest(features, count, rows, progress)
 
 
 def others(neighbors: Tensor, rows: range) -> Tensor:
