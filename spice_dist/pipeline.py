@@ -239,7 +239,7 @@ def _train_here(run: OpenRun, stages: list[StageCall]) -> None:
 
 def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
     """Train on the workers of the Ray session: one group goes through all stages, and says when it begins one."""
-    from spice_dist.distributed import ray_elastic, ray_train
+    from spice_dist.distributed import ray_channel, ray_elastic, ray_train
 
     names = [stage.name for stage in stages]
     for name in names:  # before any of them can save: workers go on while this process is held up
@@ -255,7 +255,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
                 reached += 1
                 bar = current.enter_context(_recorded(run, names[reached]))
 
-        def progress(shown: ray_train.Progress) -> None:
+        def progress(shown: ray_channel.Progress) -> None:
             reach(names.index(shown.stage))
             if shown.total:
                 bar.show(shown.done, shown.total, shown.loss)

@@ -18,7 +18,7 @@ import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
 
 from spice_dist import cli
-from spice_dist.distributed import checkpoint, collectives, ray_train
+from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_train
 from spice_dist.distributed.worker import Stage, Worker
 from spice_dist.errors import UserError
 from spice_dist.task import Task
@@ -114,7 +114,7 @@ def looked(_task: Task, name: str, worker: Worker) -> None:
 
 def asking(_task: Task, _config: None, worker: Worker) -> None:
     """A stage that is through when it learns that all shall stop."""
-    (worker.run / ray_train.STOP).touch()
+    (worker.run / ray_channel.STOP).touch()
 
 
 def refused(_task: Task, _config: None, worker: Worker) -> None:
@@ -131,7 +131,7 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
         Stage("single", looked, Task(), "single", shared=False),
         Stage("after", looked, Task(), "after"),
     )
-    shown: list[ray_train.Progress] = []
+    shown: list[ray_channel.Progress] = []
     said: list[str] = []
     job = ray_train.Job(stages, tmp_path, 1, lambda: False, shown.append, said.append)
     with ray_train.session(None, num_cpus=2):
@@ -155,19 +155,18 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
 
 def test_what_workers_say_is_passed_on_once_in_whole_lines_whatever_the_bytes(tmp_path):
     said: list[str] = []
-    job = ray_train.Job((), tmp_path, 1, lambda: False, print, said.append)
-    messages = tmp_path / ray_train.MESSAGES
+    messages = tmp_path / ray_channel.MESSAGES
     messages.parent.mkdir()
     messages.write_bytes(b"one\n\xff two\nha")
-    told = ray_train._tell(job, 0)
+    position = ray_channel.pass_on_messages(tmp_path, 0, said.append)
     assert said == ["one", "\ufffd two"]
     with messages.open("ab") as file:
         file.write(b"lf\n")
-    assert ray_train._tell(job, told) == messages.stat().st_size
+    assert ray_channel.pass_on_messages(tmp_path, position, said.append) == messages.stat().st_size
     assert said[2:] == ["half"]
 
 
-@pytest.mark.parametrize("kind", [ray_train._Lossy, io.FileIO])
+@pytest.mark.parametrize("kind", [ray_channel.LossyFile, io.FileIO])
 def test_a_full_disk_costs_what_a_worker_says_and_not_the_worker(kind):
     full = io.BufferedWriter(kind("/dev/full", "a"))
     outcome = pytest.raises(OSError, match="No space") if kind is io.FileIO else nullcontext()

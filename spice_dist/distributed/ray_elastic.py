@@ -6,7 +6,7 @@ own elastic training takes any number between two; here the group is ended and s
 
 import time
 
-from spice_dist.distributed import ray_nodes
+from spice_dist.distributed import ray_channel, ray_nodes
 from spice_dist.distributed.ray_train import Job, WorkersLost, run_group
 from spice_dist.errors import Interrupted, UserError
 
@@ -74,9 +74,10 @@ class _Growth:
     def possible(self) -> bool:
         if time.monotonic() - self.looked_at < LOOK_SECONDS:
             return False
-        shown = self.job.shown()
-        if shown is None or shown.loss is None:
-            return False  # a group that starts has not taken its seats yet; a stage without a loss cannot stop
+        progress = ray_channel.read_progress(self.job.run)
+        # a group that starts has not taken its seats yet; a stage without a loss cannot stop
+        if progress is None or progress.loss is None:
+            return False
         self.looked_at = time.monotonic()
         room = min(self.size + ray_nodes.free_seats(), ray_nodes.seats())
         larger = (largest(self.sizes, room) or 0) > self.size

@@ -5,37 +5,30 @@ than many a stage.
 """
 
 import contextlib
-import io
-import json
 import logging
 import os
 import secrets
-import shutil
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 from torch import nn
 
-from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_nodes, trackers
+from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_nodes, trackers
+from spice_dist.distributed.ray_channel import Progress
 from spice_dist.distributed.worker import LocalWorker, Stage, Storage
-from spice_dist.errors import Interrupted, UserError, warn_in_one_line
+from spice_dist.errors import Interrupted, UserError
 from spice_dist.run_folder import stage_record
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
-# in the run folder, of a group that runs: Ray's own files, and how the group and we talk
-STOP = ".ray/stop"  # asks every worker to save and stop
-PROGRESS = ".ray/progress.json"  # how far the first worker is
-MESSAGES = ".ray/messages"  # what it says to the user
 PATIENCE = timedelta(days=30)  # with a worker that does a stage alone
 ENDING_SECONDS = 5.0  # that Ray's workers have to end with their cluster
 STALE_SECONDS = 120.0  # twice as long as NFS shows a machine an old listing of a folder, by default
@@ -67,14 +60,11 @@ class RayWorker(LocalWorker):
         (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
 
         def progress(done: int, total: int, loss: float | None) -> None:
-            if self.rank > 0:
-                return
-            with contextlib.suppress(OSError):  # a full disk costs the bar, not the training
-                beside = run / f"{PROGRESS}.new"
-                beside.write_text(json.dumps([stage.name, done, total, loss]))
-                beside.replace(run / PROGRESS)
+            if self.rank == 0:
+                ray_channel.write_progress(run, Progress(stage.name, done, total, loss))
 
-        super().__init__(run, stage.name, ray.train.torch.get_device(), (run / STOP).exists, progress, storage)
+        stop_requested = (run / ray_channel.STOP).exists
+        super().__init__(run, stage.name, ray.train.torch.get_device(), stop_requested, progress, storage)
         progress(0, 0, None)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -161,15 +151,6 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
     return address
 
 
-class Progress(NamedTuple):
-    """How far the first worker is: `done` of `total` steps, or images; both 0 when a stage begins."""
-
-    stage: str
-    done: int
-    total: int
-    loss: float | None  # None: the stage has none
-
-
 @dataclass(frozen=True)
 class Job:
     """Stages for one group of workers, in this order."""
@@ -178,16 +159,9 @@ class Job:
     run: Path
     threads: int  # of the CPU, for each worker
     stop_requested: Callable[[], bool]
-    progress: Callable[[Progress], None]  # told now and then; a short stage may pass between
-    message: Callable[[str], None]  # told what the first worker says to the user, line by line
+    progress: Callable[[Progress], None]  # called now and then; a short stage may pass between
+    message: Callable[[str], None]  # called with each line that the first worker says to the user
     storage: Storage = Storage()  # how often workers save, and where they read images from
-
-    def shown(self) -> Progress | None:
-        """How far the running group is; None before its first stage."""
-        try:
-            return Progress(*json.loads((self.run / PROGRESS).read_bytes()))
-        except (OSError, ValueError):  # on NFS also one that another machine replaces just now
-            return None
 
     def reached(self) -> list[tuple[bool, int]]:
         """Grows with every checkpoint and every finished stage."""
@@ -236,10 +210,7 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
         Interrupted: `stop_requested` came true, and the workers did not stop in STOP_SECONDS; what was saved is intact.
         UserError: the workers reported one; WorkersLost if they did not report at all.
     """
-    ours = (job.run / STOP).parent
-    shutil.rmtree(ours, ignore_errors=True)
-    ours.mkdir(parents=True, exist_ok=True)
-    (job.run / MESSAGES).touch()
+    ray_channel.open_channel(job.run)
     trainer = _trainer(job, workers, max_failures)
     outcome: list[Any] = []
 
@@ -252,34 +223,28 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     # beside the main thread, which stays free to take signals: Ray would answer them by killing the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    asked_at, told = None, 0
+    stop_at, position = None, 0
     try:
         while thread.is_alive():
             thread.join(0.25)
-            if asked_at is None and (job.stop_requested() or leave()):
-                (job.run / STOP).touch()
-                asked_at = time.monotonic()
-            if asked_at is not None and time.monotonic() - asked_at > STOP_SECONDS:
+            if stop_at is None and (job.stop_requested() or leave()):
+                (job.run / ray_channel.STOP).touch()
+                stop_at = time.monotonic() + STOP_SECONDS
+            if stop_at is not None and time.monotonic() > stop_at:
                 raise Interrupted  # workers that never started or hang; what was saved before is intact
-            told = _tell(job, told)
-        _tell(job, told)
+            position = _relay(job, position)
+        _relay(job, position)
     finally:
-        shutil.rmtree(ours, ignore_errors=True)
+        ray_channel.close_channel(job.run)
     return _is_done(outcome[0])
 
 
-def _tell(job: Job, told: int) -> int:
-    """Pass on what the workers say and how far they are; `told` bytes were passed on before, and now so many are."""
-    with contextlib.suppress(OSError), (job.run / MESSAGES).open("rb") as messages:
-        messages.seek(told)
-        for line in messages:
-            if not line.endswith(b"\n"):
-                break  # it is still being written
-            job.message(line.decode(errors="replace").rstrip())
-            told += len(line)
-    if shown := job.shown():
-        job.progress(shown)
-    return told
+def _relay(job: Job, position: int) -> int:
+    """Pass on the messages from byte `position` on and the progress; return where the next call starts."""
+    position = ray_channel.pass_on_messages(job.run, position, job.message)
+    if progress := ray_channel.read_progress(job.run):
+        job.progress(progress)
+    return position
 
 
 def _trainer(job: Job, workers: int, max_failures: int) -> Any:
@@ -303,7 +268,7 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
-            storage_path=str((job.run / STOP).with_name("train")),
+            storage_path=str(job.run / ray_channel.RAY_FILES),
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )  # fmt: skip
@@ -322,7 +287,8 @@ def _train_loop(options: dict[str, Any]) -> str:
     # only the first looks: NFS would remember for the others that later stages had left nothing yet
     first = ray.train.get_context().get_world_rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
-    with _told_to_the_user(run / MESSAGES):
+    # what other workers print goes to Ray's logs
+    with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
         for stage in stages[collectives.broadcast_int(finished, device) :]:
             worker = RayWorker(run, stage, options["storage"])
             if collectives.largest_int(int(worker.stop_requested()), device):
@@ -344,38 +310,6 @@ def _is_finished(run: Path, stage: Stage) -> bool:
     return bool((stage_record(run, stage.name) or {}).get("done"))
 
 
-@contextmanager
-def _told_to_the_user(messages: Path) -> Iterator[None]:
-    """What the first worker prints as an error goes to that file; what others print, to Ray's logs."""
-    import ray.train
-
-    if ray.train.get_context().get_world_rank() > 0:
-        yield
-        return
-    raw = io.BufferedWriter(_Lossy(messages, "a"))
-    with (
-        io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True) as file,
-        contextlib.redirect_stderr(file),
-    ):
-        warn_in_one_line()
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of an axis of one entry
-        yield
-
-
-class _Lossy(io.FileIO):
-    """A file to which a full disk is no error: it costs the words, not the training."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # where NFS tells of a full disk
-            super().close()
-
-
 def _outcome(stage: Stage, worker: LocalWorker, threads: int) -> str:
     try:
         stage.run(worker, threads)
@@ -390,9 +324,9 @@ def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
     """Once all workers are through with a stage: how it ended, and the largest of their steps."""
     if everybody is None:
         return outcome, step
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (outcome, step), group=everybody)
-    outcomes, steps = zip(*told, strict=True)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (outcome, step), group=everybody)
+    outcomes, steps = zip(*reports, strict=True)
     return next((each for each in outcomes if each != "done"), "done"), max(steps)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from spice_dist.cli import _parser
 from spice_dist.config import override
-from spice_dist.distributed import ray_elastic, ray_nodes, ray_train, ray_trainer
+from spice_dist.distributed import ray_channel, ray_elastic, ray_nodes, ray_train, ray_trainer
 from spice_dist.distributed.ray_train import Job, WorkersLost
 from spice_dist.distributed.worker import Stage
 from spice_dist.errors import Interrupted, UserError
@@ -40,7 +40,7 @@ class Cluster:
         return self.ends.pop(0)(leave)
 
     def reaches(self, stage: str, loss: float | None = 1.0) -> None:
-        (self.job.run / ray_train.PROGRESS).write_text(json.dumps([stage, 3, 7, loss]))
+        (self.job.run / ray_channel.PROGRESS).write_text(json.dumps([stage, 3, 7, loss]))
 
     def loses(self, free: int, step: int | None, stage: str = "moco"):
         """A group that ends when only `free` seats are left, after saving `step`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spice_dist.distributed import ray_train
+from spice_dist.distributed import ray_channel
 from tests.slurm.conftest import ELASTIC, SHORT
 from tests.slurm.nodes import REPOSITORY, Nodes, wait_until
 
@@ -185,7 +185,7 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone
 def step(out: Path) -> int:
     """How far the stage that runs has come; 0 if no group is training."""
     try:
-        return json.loads((out / ray_train.PROGRESS).read_text())[1]
+        return json.loads((out / ray_channel.PROGRESS).read_text())[1]
     except (OSError, ValueError):
         return 0
 

@@ -1,0 +1,100 @@
+"""Files in the run folder through which a group of workers and the process that started it talk.
+
+The first worker writes how far it is and what it says to the user; the process asks the group to stop. Files also work
+while Ray's controller is lost. The folder also holds Ray's own files; it is there while a group runs.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spice_dist.errors import warn_in_one_line
+
+FOLDER = ".ray"
+STOP = f"{FOLDER}/stop"  # asks every worker to save and stop
+PROGRESS = f"{FOLDER}/progress.json"  # how far the first worker is
+MESSAGES = f"{FOLDER}/messages"  # what it says to the user
+RAY_FILES = f"{FOLDER}/train"
+
+
+class Progress(NamedTuple):
+    """How far the first worker is: `done` of `total` steps, or images; both 0 when a stage begins."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float | None  # None: the stage has none
+
+
+def open_channel(run: Path) -> None:
+    """Empty the folder, so that nothing of an earlier group is read."""
+    close_channel(run)
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    (run / MESSAGES).touch()
+
+
+def close_channel(run: Path) -> None:
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def write_progress(run: Path, progress: Progress) -> None:
+    """Say how far this worker is. A full disk costs the bar, not the training."""
+    with contextlib.suppress(OSError):
+        temporary = run / f"{PROGRESS}.new"
+        temporary.write_text(json.dumps(progress))
+        temporary.replace(run / PROGRESS)
+
+
+def read_progress(run: Path) -> Progress | None:
+    """How far the running group is; None before its first stage, and on NFS while another machine writes it."""
+    try:
+        return Progress(*json.loads((run / PROGRESS).read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def pass_on_messages(run: Path, position: int, message: Callable[[str], None]) -> int:
+    """Call `message` with each complete line of MESSAGES from byte `position` on; return where the next call starts."""
+    with contextlib.suppress(OSError), (run / MESSAGES).open("rb") as messages:
+        messages.seek(position)
+        for line in messages:
+            if not line.endswith(b"\n"):
+                break  # it is still being written
+            message(line.decode(errors="replace").rstrip())
+            position += len(line)
+    return position
+
+
+@contextmanager
+def errors_as_messages(run: Path) -> Iterator[None]:
+    """Send what this process prints as an error to the user, a warning as one line."""
+    raw = io.BufferedWriter(LossyFile(run / MESSAGES, "a"))
+    with (
+        io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True) as file,
+        contextlib.redirect_stderr(file),
+    ):
+        warn_in_one_line()
+        # DDP, of an axis of one entry
+        warnings.filterwarnings("ignore", "Grad strides do not match")
+        yield
+
+
+class LossyFile(io.FileIO):
+    """A file to which a full disk is no error: it costs the messages, not the training."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+    def close(self) -> None:
+        # where NFS reports a full disk
+        with contextlib.suppress(OSError):
+            super().close()
