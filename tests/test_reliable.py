@@ -25,8 +25,8 @@ from spice_dist.pseudo_labels import (
     reliable_images,
 )
 from spice_dist.recipes import RECIPES
-from spice_dist.report.page import label_free
 from spice_dist.report.run_folder import Run
+from spice_dist.report.sections import label_free
 from spice_dist.task import Task
 
 CPU = torch.device("cpu")

@@ -20,8 +20,9 @@ from PIL import Image
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import open_source
 from spice_dist.errors import DamagedFile, UserError
-from spice_dist.report import charts, gallery, page, read_images, write_report
+from spice_dist.report import charts, gallery, read_images, write_report
 from spice_dist.report.run_folder import Curve, load, read_curves
+from spice_dist.report.text import printable
 
 HOSTILE = [
     '"><img src=x onerror=alert(1)>.png',
@@ -96,7 +97,7 @@ def write_run(folder, with_labels=True):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "spice_self/eval.json").write_text(json.dumps(scores(0.8034)))
     for stage in ("moco", "spice_self", "spice_semi"):
-        lines = [{"step": s, "epoch": s // 10, "loss": 5 / (s + 1), "lr": 0.1, HOSTILE[0]: s} for s in range(500)]
+        lines = [{"step": s, "loss": 5 / (s + 1), "lr": 0.1, HOSTILE[0]: s} for s in range(500)]
         text = "\n".join(map(json.dumps, lines)) + '\n{"step": 500, "lo'
         (folder / stage / "metrics.jsonl").write_text(text)
     if with_labels:
@@ -203,7 +204,7 @@ def test_hostile_names_are_only_text(labelled):
     _, parsed, _ = labelled
     titles = " ".join(a["title"] for t, a in parsed.elements if t == "img")
     for name in HOSTILE:
-        shown = page.printable(name)
+        shown = printable(name)
         assert isinstance(shown, str)
         assert shown in parsed.text or shown in titles
     assert "49" not in "".join(cell for row in parsed.rows for cell in row if "raw" in cell)
@@ -241,8 +242,8 @@ def test_galleries_start_with_the_nearest_to_the_center_and_end_with_the_least_c
             :12
         ].tolist()
         first = index_of(imgs[0])
-        assert imgs[0]["alt"] == page.printable(paths[first])
-        assert imgs[0]["title"] == f"{page.printable(paths[first])} · confidence {confidence[first]:.3f}"
+        assert imgs[0]["alt"] == printable(paths[first])
+        assert imgs[0]["title"] == f"{printable(paths[first])} · confidence {confidence[first]:.3f}"
         assert imgs[0]["class"] == "px"
 
 
@@ -401,7 +402,7 @@ def test_a_page_that_cannot_be_placed_is_a_users_mistake(tmp_path):
 def test_a_step_written_again_after_a_restart_replaces_the_old_one(tmp_path):
     records = [{"step": s, "loss": s, "text": "x", "flag": True} for s in (0, 1, 2, 3)]
     records += [
-        {"step": 2, "loss": 20, "epoch": 1},
+        {"step": 2, "loss": 20},
         {"step": 3, "loss": math.nan},
         {"step": 4, "loss": 40},
         {"loss": 1},
@@ -451,7 +452,7 @@ def test_ticks_are_round_and_short(low, high, texts):
     assert charts.tick_texts(charts.ticks(low, high, 5)) == texts
 
 
-def test_principal_axes_are_those_of_the_covariance():
+def test_principal_axes_are_those_of_the_covariance(monkeypatch):
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(200, 5)) * [5, 3, 1, 1, 1]).astype(np.float32)
     indices, points, share = gallery.principal_axes(features)
@@ -459,7 +460,8 @@ def test_principal_axes_are_those_of_the_covariance():
     assert indices.tolist() == list(range(200))
     np.testing.assert_allclose(points.var(axis=0, ddof=1), variances[:2], rtol=1e-3)
     np.testing.assert_allclose(share, variances[:2] / variances.sum(), rtol=1e-3)
-    sampled, points, _ = gallery.principal_axes(features, sample=50)
+    monkeypatch.setattr(gallery, "MAP_IMAGES", 50)
+    sampled, points, _ = gallery.principal_axes(features)
     assert len(np.unique(sampled)) == 50 == len(points)
 
 

@@ -101,10 +101,9 @@ def line_chart(curve: Curve, name: str, width: int, height: int, beside: Curve |
     return svg(title, width, height, parts)
 
 
-def size_chart(
-    sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray, width: int = 1040, height: int = 250
-) -> Markup:
+def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Markup:
     """One bar per cluster in the given order, its reliable part in the strong colour, each a link to its gallery."""
+    width, height = 1040, 250
     left, right, top, bottom = 50, 10, 22, 34
     highest = max(1.0, float(sizes.max()) * 1.04)
     slot = (width - left - right) / len(order)
@@ -159,8 +158,9 @@ def size_chart(
     return svg(f"Sizes of {len(sizes)} clusters, from {sizes.min():,} to {sizes.max():,} images", width, height, parts)
 
 
-def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool, width: int = 700) -> Markup:
+def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool) -> Markup:
     """Points of shape (n, 2) as small marks by cluster, on equal scales, with the cluster's number at its median."""
+    width = 700
     low, high = points.min(axis=0), points.max(axis=0)
     span = np.maximum(high - low, 1e-9)
     height = int(np.clip(width * span[1] / span[0], width * 0.6, width * 0.8))

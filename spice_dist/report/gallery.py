@@ -17,6 +17,7 @@ ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,
 PAGE_BUDGET = 12_000_000  # bytes of thumbnails with their captions; the rest of the page takes one or two million
 PIXELATED_BELOW = 48  # px; smaller images are kept as they are and shown with hard pixels
 CHUNK = 8192  # rows of features in memory at a time
+MAP_IMAGES = 3000  # of the map of features, at most
 
 
 @dataclass
@@ -86,21 +87,23 @@ def center_similarity(features: np.ndarray, labels: np.ndarray, num_clusters: in
     return similarity
 
 
-def principal_axes(
-    features: np.ndarray, sample: int = 3000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PCA by SVD of a sample: indices (n,), coordinates (n, 2), share of the variance on the two axes."""
+def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Project MAP_IMAGES images at most on the two main directions of their features.
+
+    Returns their indices (n,), coordinates (n, 2), and each direction's share of the variance (2,). The entry of
+    largest size of each direction is positive, so that a map is never mirrored.
+    """
+    from sklearn.decomposition import PCA
+
     indices = np.arange(len(features))
-    if len(indices) > sample:
-        indices = np.sort(np.random.default_rng(seed).choice(len(indices), sample, replace=False))
-    rows = np.asarray(features[indices], dtype=np.float32)
-    rows = rows - rows.mean(axis=0)
-    _, singular, axes = np.linalg.svd(rows, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    points, share = np.zeros((len(rows), 2)), np.zeros(2)
-    points[:, : len(axes)] = rows @ axes.T
-    share[: len(axes)] = singular[:2] ** 2 / max(float((singular**2).sum()), 1e-12)
-    return indices, points, share
+    if len(indices) > MAP_IMAGES:
+        indices = np.sort(np.random.default_rng(0).choice(len(indices), MAP_IMAGES, replace=False))
+    pca = PCA(min(2, features.shape[1]), svd_solver="full")
+    # where all features are equal, shares are 0 / 0
+    with np.errstate(invalid="ignore"):
+        points = pca.fit_transform(np.asarray(features[indices], dtype=np.float32))
+    missing = (0, 2 - points.shape[1])
+    return indices, np.pad(points, ((0, 0), missing)), np.pad(np.nan_to_num(pca.explained_variance_ratio_), missing)
 
 
 def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tuple[list[Gallery], list[str]]:

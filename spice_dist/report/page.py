@@ -1,58 +1,19 @@
-"""Put the page together: words and numbers here, their look in template.html."""
+"""Put the page of a run together: its sections here, their look in template.html."""
 
-import json
-import math
 import os
-import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from markupsafe import Markup
-
-from spice_dist import catalog
 from spice_dist.errors import UserError
-from spice_dist.report import charts
-from spice_dist.report.gallery import (
-    ReadImages,
-    center_similarity,
-    galleries,
-    principal_axes,
-    read_images,
-)
-from spice_dist.report.run_folder import LEARN_FROM_LABELS, SCORES, Run, load, mapping, number
+from spice_dist.report import charts, sections
+from spice_dist.report.gallery import ReadImages, center_similarity, galleries, read_images
+from spice_dist.report.run_folder import Run, load, mapping, number
+from spice_dist.report.text import flatten, percent, printable
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 FOLDER = Path(__file__).parent  # of templates and their parts
-MAX_SMALL_CHARTS = 12  # per stage
-SCORE_TITLES = {
-    "acc": ("ACC", "share of images in the group matched to their class, under the best one-to-one matching"),
-    "nmi": ("NMI", "mutual information of groups and classes, over the arithmetic mean of their entropies"),
-    "ari": ("ARI", "agreement on pairs of images, corrected for chance: 0 is chance"),
-    "nmi_geometric": ("NMI geom.", "the same over the geometric mean, as in the SPICE paper; never lower"),
-    "ami": ("AMI", "mutual information corrected for chance"),
-}
-EXPLANATIONS = {  # the label-free numbers by name; other names are shown with a general remark
-    "generalization": "share of held-out images whose group a linear classifier recognises; higher is better",
-    "consensus": "mean agreement (ARI) with the other groupings of these features; higher is better",
-    "silhouette": "how much closer an image is to its own group than to the next; −1 to 1, higher is better",
-    "size_entropy": "how even the group sizes are; 1 is all equal, 0 is everything in one group",
-    "agreement": "mean agreement (ARI) between the heads; 1 means that all find the same groups",
-    "loss": "the loss by which heads and checkpoints are chosen; lower is better",
-    "select_loss": "loss of the chosen head, the one by which it was chosen; lower is better",
-    "confidence": "mean probability of the chosen group; 1 is certain",
-    "mean_confidence": "mean probability of the chosen group; 1 is certain",
-    "neighbor_agreement": "share of an image's nearest neighbours that are in its group",
-    "neighbour_agreement": "share of an image's nearest neighbours that are in its group",
-    "reliable_fraction": "share of images whose neighbours agree with a confident label",
-    "mutual_information": "information that the prediction carries about the image; higher is better",
-}
-UNPRINTABLE = re.compile(  # controls, lone surrogates, line separators, marks that turn the reading direction
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
 
 
 def write_report(run: Path, out: Path | None = None, images: ReadImages = read_images) -> Path:
@@ -80,30 +41,30 @@ def render(run: Run, images: ReadImages) -> str:
     similarity = None if run.features is None else center_similarity(run.features, run.labels, run.num_clusters)
     shown, notes = galleries(run, similarity, images)
     return template("template.html").render(
-        title=title(run),
+        title=sections.title(run),
         trust=run.trust,
         network=str(run.config.get("network") or ""),
-        summary=summary(run),
+        summary=sections.summary(run),
         labels_note=run.labels_note,
-        facts=facts(run),
-        score_titles=SCORE_TITLES,
-        score_rows=score_rows(run),
-        label_free=label_free(run),
-        heads=heads(run),
-        head_selection=head_selection(run),
+        facts=sections.facts(run),
+        score_titles=sections.SCORE_TITLES,
+        score_rows=sections.score_rows(run),
+        label_free=sections.label_free(run),
+        heads=sections.heads(run),
+        head_selection=sections.head_selection(run),
         reliable_acc=number(mapping(run.metrics.get("reliable")).get("acc")),
-        sizes=sizes(run),
-        curves=curves(run),
-        feature_map=feature_map(run),
-        durations=durations(run),
+        sizes=sections.sizes(run),
+        curves=sections.curves(run),
+        feature_map=sections.feature_map(run),
+        durations=sections.durations(run),
         galleries=shown,
         gallery_notes=notes,
         compact=run.num_clusters > 60,
         by_center=similarity is not None,
         quarantine=run.quarantine,
         num_quarantined=run.num_quarantined,
-        manifest=manifest(run),
-        command=command(run),
+        manifest=sections.manifest(run),
+        command=sections.command(run),
         versions=flatten(mapping(run.config.get("versions"))),
         configuration=flatten(mapping(run.config.get("config"))),
         fingerprint=flatten(mapping(run.config.get("data"))),
@@ -124,268 +85,3 @@ def template(name: str, folder: Path = FOLDER) -> "Template":
     )
     environment.filters |= {"percent": percent, "mark": charts.cluster_mark}
     return environment.get_template(name)
-
-
-def printable(value: object) -> object:
-    """Text with its unprintable characters as escapes, shown instead of obeyed."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), value)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def title(run: Run) -> str:
-    source = run.manifest.get("source") or mapping(run.config.get("data")).get("source")
-    return Path(str(source)).name if source else run.folder.resolve().name
-
-
-def total_seconds(run: Run) -> float:
-    found = map(number, mapping(run.metrics.get("seconds")).values())
-    return math.fsum(value for value in found if value is not None)
-
-
-def reliable_images(run: Run) -> tuple[int, float]:
-    """How many labels were found reliable, and the share of all images; the run's own count where it left one."""
-    noted = mapping(run.metrics.get("reliable"))
-    count, fraction = number(noted.get("count")), number(noted.get("fraction"))
-    if count is None or fraction is None:
-        return int(run.reliable.sum()), float(run.reliable.mean())
-    return int(count), fraction
-
-
-def final_scores(run: Run) -> tuple[str, dict[str, float]] | None:
-    """The last row of the table that has scores, if it is more than a baseline."""
-    rows = [
-        (name, row) for name, row in run.scores.items() if row and ("k-means" not in name or name.endswith("(result)"))
-    ]
-    return rows[-1] if rows else None
-
-
-def summary(run: Run) -> str:
-    """What happened, in one sentence for somebody who has not read the paper."""
-    filled = int((np.bincount(run.labels, minlength=run.num_clusters) > 0).sum())
-    groups = f"{filled} group{'s' if filled != 1 else ''}"
-    if filled < run.num_clusters:
-        groups += f" (of {run.num_clusters} asked for)"
-    images = "1 image was" if len(run.labels) == 1 else f"{len(run.labels):,} images were"
-    text = f"{images} sorted into {groups}"
-    if total_seconds(run) > 0:
-        text += " in " + duration(total_seconds(run)).replace(" ", "\u00a0")
-    final = final_scores(run)
-    if final is None or "acc" not in final[1]:
-        return text + (
-            "; true labels were not given for the result."
-            if run.has_labels
-            else "; there are no true labels, so only label-free numbers can be shown."
-        )
-    scores = final[1]
-    text += f"; compared with the true labels afterwards, {percent(scores['acc'])}\u00a0% of them are in the group "
-    text += "that matches their class"
-    baseline = run.scores.get("Features + k-means") or run.scores.get("Pixels + k-means")
-    kind = "the same features" if run.scores.get("Features + k-means") else "the pixels"
-    if baseline and "acc" in baseline:
-        text += f", where k\u2011means on {kind} reaches {percent(baseline['acc'])}\u00a0%"
-    return text + "."
-
-
-def facts(run: Run) -> list[tuple[str, str, str]]:
-    """The large numbers on top: value, unit, name."""
-    filled = int((np.bincount(run.labels, minlength=run.num_clusters) > 0).sum())
-    found = [(f"{len(run.labels):,}", "", "images")]
-    found.append((str(filled), f"of {run.num_clusters}" if filled < run.num_clusters else "", "groups"))
-    final = final_scores(run)
-    if final and "acc" in final[1]:
-        found += [
-            (percent(final[1][name]), "%", SCORE_TITLES[name][0]) for name in ("acc", "nmi", "ari") if name in final[1]
-        ]
-    else:
-        found.append((percent(float(run.confidence.mean())), "%", "mean confidence"))
-    if reliable_images(run)[0]:  # IMC-SwAV has none
-        found.append((percent(reliable_images(run)[1]), "%", "reliable images"))
-    if total_seconds(run) > 0:
-        value, unit, *rest = duration(total_seconds(run)).split()
-        found.append((value, " ".join([unit, *rest]), "total time"))
-    return found
-
-
-def score_rows(run: Run) -> list[dict]:
-    """Rows for the table, the best value of every column marked."""
-    if not run.has_labels:
-        return []
-    best = {
-        name: max((row[name] for row in run.scores.values() if row and name in row), default=None) for name in SCORES
-    }
-    rows = []
-    for name, row in run.scores.items():
-        cells = [
-            {"value": (row or {}).get(score), "best": (row or {}).get(score) == best[score]} for score in SCORE_TITLES
-        ]
-        rows.append({"name": name, "cells": cells, "baseline": name.startswith(("Pixels", "Features"))})
-    return rows
-
-
-def label_free(run: Run) -> list[tuple[str, str, str]]:
-    found = []
-    advice = mapping(run.metrics.get("reliable")).get("advice")
-    for name, value in mapping(run.metrics.get("select")).items():
-        text = number(value)
-        key = str(name).rsplit("/", 1)[-1]
-        shown = str(name).replace("_", " ")
-        found.append((shown, "–" if text is None else charts.short(text), EXPLANATIONS.get(key, "recorded by the run")))
-    found.append(
-        (
-            "reliable images",
-            f"{reliable_images(run)[0]:,}",
-            "images whose group may teach the whole network: nearly all by agreement of their nearest neighbours"
-            + (f". Advice: {advice}" if isinstance(advice, str) and advice else ""),
-        )
-    )
-    found.append(("mean confidence", charts.short(float(run.confidence.mean())), EXPLANATIONS["mean_confidence"]))
-    names = [name for name, _, _ in found]
-    return [row for place, row in enumerate(found) if row[0] not in names[:place]]
-
-
-def heads(run: Run) -> list[dict]:
-    """Loss and, where there are labels, accuracy of every head; the one with the lowest loss is the chosen one."""
-    content = run.metrics.get("heads")
-    rows = [mapping(head) for head in content] if isinstance(content, list) else []
-    losses = [number(head.get("select_loss")) for head in rows]
-    lowest = min((loss for loss in losses if loss is not None), default=None)
-    chosen = losses.index(lowest) if lowest is not None else None
-    return [
-        {
-            "loss": "–" if loss is None else f"{loss:.4f}",
-            "acc": number(head.get("acc")),
-            "chosen": place == chosen,
-        }
-        for place, (head, loss) in enumerate(zip(rows, losses, strict=True))
-    ]
-
-
-def head_selection(run: Run) -> Markup | None:
-    """How well the loss selects among heads and epochs, where there are labels to tell."""
-    found = run.head_selection
-    if not {"selected", "best"} <= set(found):
-        return None
-    return charts.line_chart(found["selected"], "accuracy of the selected head", 560, 220, beside=found["best"])
-
-
-def sizes(run: Run) -> dict:
-    count = np.bincount(run.labels, minlength=run.num_clusters)
-    reliable = np.bincount(run.labels[run.reliable], minlength=run.num_clusters)
-    by_size = run.num_clusters > 60
-    order = np.argsort(-count, kind="stable") if by_size else np.arange(run.num_clusters)
-    return {
-        "chart": charts.size_chart(count, reliable, order),
-        "by_size": by_size,
-        "even": charts.short(len(run.labels) / run.num_clusters),
-        "empty": np.flatnonzero(count == 0).tolist(),
-    }
-
-
-def curves(run: Run) -> list[dict]:
-    """Per stage: the loss large, every other number small, the ones beyond the limit by name."""
-    stages = []
-    for stage, found in run.curves.items():
-        if not found:
-            continue
-        others = [name for name in found if name != "loss"]
-        name, about = catalog.TITLES[stage]
-        if stage == "spice_semi" and run.labels_note:
-            name, about = LEARN_FROM_LABELS[run.metrics["method"]], "Trains the whole network, from the labels given."
-        steps = max(int(curve.steps[-1]) for curve in found.values())
-        stages.append(
-            {
-                "name": name,
-                "about": about,
-                "steps": f"{steps:,}",
-                "averaged": any(len(curve.steps) > charts.MAX_POINTS for curve in found.values()),
-                "loss": charts.line_chart(found["loss"], "loss", 560, 300) if "loss" in found else None,
-                "small": [
-                    (name, charts.short(float(found[name].values[-1])), charts.line_chart(found[name], name, 270, 132))
-                    for name in others[:MAX_SMALL_CHARTS]
-                ],
-                "left_out": others[MAX_SMALL_CHARTS:],
-            }
-        )
-    return stages
-
-
-def feature_map(run: Run) -> dict | None:
-    if run.features is None or len(run.labels) < 3:
-        return None
-    indices, points, share = principal_axes(run.features)
-    labels = run.labels[indices]
-    named = run.num_clusters <= 40
-    return {
-        "chart": charts.feature_map(points, labels, named),
-        "shown": f"{len(indices):,}",
-        "all": len(indices) == len(run.labels),
-        "share": [percent(float(value), 0) for value in share],
-        "named": named,
-        "clusters": [(k, f"{n:,}") for k, n in enumerate(np.bincount(run.labels, minlength=run.num_clusters).tolist())],
-    }
-
-
-def durations(run: Run) -> list[tuple[str, str, float]]:
-    """Stage, time in words, fraction of the longest."""
-    found = [(str(stage), number(value)) for stage, value in mapping(run.metrics.get("seconds")).items()]
-    known = [(stage, value) for stage, value in found if value is not None and value >= 0]
-    longest = max((value for _, value in known), default=0.0) or 1.0
-    return [(catalog.TITLES.get(stage, (stage,))[0], duration(value), value / longest) for stage, value in known]
-
-
-def manifest(run: Run) -> list[tuple[str, str]]:
-    """What was read: one pair per fact, lists as their length."""
-    found = []
-    for name, shown in (
-        ("source", "Source"),
-        ("size", "Image size"),
-        ("n", "Images"),
-        ("bad", "Set aside"),
-        ("duplicates", "Duplicates"),
-    ):
-        value = run.manifest.get(name)
-        if value is None:
-            continue
-        if name == "size":
-            sides = value if isinstance(value, list) else [value, value]
-            value = " × ".join(map(str, sides)) + " px"
-        elif isinstance(value, list | dict):
-            value = len(value)
-        found.append((shown, f"{value:,}" if isinstance(value, int) else str(value)))
-    return found
-
-
-def command(run: Run) -> str:
-    value = run.config.get("command")
-    return shlex.join(map(str, value)) if isinstance(value, list) else str(value or "")
-
-
-def flatten(content: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings by dotted name, as one would give them to --set."""
-    rows = []
-    for name, value in content.items():
-        dotted = f"{prefix}{name}"
-        if isinstance(value, dict) and value and dotted.count(".") < 20:
-            rows += flatten(value, f"{dotted}.")
-        else:
-            rows.append(
-                (dotted, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-            )
-    return rows

@@ -20,6 +20,7 @@ from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
+MAX_QUARANTINED = 50  # images that are named
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Run:
         return any(self.scores.values())
 
 
-def load(folder: Path, max_quarantined: int = 50) -> Run:
+def load(folder: Path) -> Run:
+    """Read a finished run; UserError if there is none, DamagedFile if a file that the report needs is wrong."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a finished run")
     metrics = read_json(folder / "metrics.json")
@@ -90,7 +92,7 @@ def load(folder: Path, max_quarantined: int = 50) -> Run:
             f"{folder / 'assignments.csv'}: clusters {labels.min()}..{labels.max()}, "
             f"but metrics.json says k = {num_clusters}"
         )
-    quarantine, num_quarantined = read_quarantine(folder / "data" / "quarantine.csv", max_quarantined)
+    quarantine, num_quarantined = read_quarantine(folder / "data" / "quarantine.csv", MAX_QUARANTINED)
     return Run(
         folder=folder,
         config=read_json(folder / "config.json") or {},
@@ -212,7 +214,7 @@ def read_features(path: Path, num_images: int) -> np.ndarray | None:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Every numeric key but step and epoch, against step. A step written again after a restart replaces the old one."""
+    """Every numeric key but step, against step. A step written again after a restart replaces the old one."""
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
     try:
@@ -226,7 +228,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
                 if step is None:
                     continue
                 for name, value in record.items():
-                    if name in ("step", "epoch") or isinstance(value, bool) or not isinstance(value, int | float):
+                    if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                         continue
                     finite = number(value)
                     steps.setdefault(name, array("d")).append(step)

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from spice_dist.data.files import publish
 from spice_dist.objectives import COMBINED, OBJECTIVES, combined, importance, ranks, spearman
 from spice_dist.report import charts
-from spice_dist.report.page import duration, template
+from spice_dist.report.page import template
+from spice_dist.report.text import duration
 from spice_dist.sweep.records import FAILED, FINISHED, RUNNING, STOPPED
 
 Row = dict[str, Any]
