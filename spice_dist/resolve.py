@@ -116,7 +116,7 @@ def named_networks(names: Sequence[str], weights: str | None) -> dict[str, Any]:
     Raises:
         UserError: there is no such network, or weights without a network.
     """
-    from spice_dist.models.backbone import for_pretrained, for_several, for_untrained
+    from spice_dist.models.presets import for_pretrained, for_several, for_untrained
 
     special = [name for name in names if name in (AUTOMATIC, SCRATCH)]
     if special and (len(names) > 1 or weights):

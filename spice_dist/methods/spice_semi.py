@@ -46,9 +46,10 @@ from spice_dist.methods.plumbing import (
 )
 from spice_dist.methods.reliable import ReliableConfig, choose
 from spice_dist.methods.spice_self import stage2_network, view_features
-from spice_dist.models.backbone import for_small_images, unit
+from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold, copy_buffers, follow, slow_copy
+from spice_dist.models.presets import for_small_images
 from spice_dist.models.split_batch_norm import set_momentum, update_statistics
 from spice_dist.models.wide_resnet import SHAPES
 from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr

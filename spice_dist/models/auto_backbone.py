@@ -10,7 +10,7 @@ import torch
 
 from spice_dist.data.files import Progress
 from spice_dist.models import hub
-from spice_dist.models.backbone import for_pretrained
+from spice_dist.models.presets import for_pretrained
 from spice_dist.models.pretrained import HUB_FILE, PACKAGE, PACKAGED, TIMM, find_packaged, published
 
 # DINOv2's images have 518 pixels; at 224 a forward pass costs a sixth, and its authors' scores are of 224 too

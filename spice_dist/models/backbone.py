@@ -4,7 +4,7 @@ The network starts from random weights, from those that timm publishes or a pack
 Several networks make one: their unit features stand side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,9 @@ from spice_dist.models.pretrained import (
     TIMM,
     check_name,
     check_published,
-    find_packaged,
     fingerprint,
     load_packaged,
     load_weights,
-    packaged_file,
     published_data_config,
     published_file,
 )
@@ -117,8 +115,8 @@ class Backbone(nn.Module):
         return self._beside_others(features, images) if self.others else unit(features.float()), peaks(middle)
 
     def _beside_others(self, features: Float[Tensor, "B D"], images: Tensor) -> Float[Tensor, "B D1"]:
-        found = [unit(features.float()), *(unit(network(images).float()) for network in self.others)]
-        return torch.cat(found, 1) / len(found) ** 0.5
+        parts = [unit(features.float()), *(unit(network(images).float()) for network in self.others)]
+        return torch.cat(parts, 1) / len(parts) ** 0.5
 
 
 class OtherNetwork(nn.Module):
@@ -203,87 +201,11 @@ def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Bac
     return Backbone(config, channels, size, pretrained=True)
 
 
-def for_untrained(name: str) -> dict[str, Any]:
-    """The settings, by dotted names, with which a recipe's network is replaced by another."""
-    check_name(name)
-    own: dict[str, Any] = {"backbone.name": name, "backbone.widths": (), "backbone.depths": ()}
-    own |= {"backbone.others": (), "backbone.other_weights": ()}
-    return own if _is_resnet(name) else {**own, "backbone.stem": "native"}
-
-
-def for_small_images(name: str, statistics: Statistics) -> BackboneConfig:
-    """A whole network by its name, from random weights: a ResNet of timm has the small stem, others their own.
-
-    Raises:
-        UserError: there is no such network; it offers near names.
-    """
-    check_name(name)
-    mean, std = statistics
-    return BackboneConfig(name, "small" if _is_resnet(name) else "native", mean=mean, std=std)
-
-
-def _is_resnet(name: str) -> bool:
-    """Whether timm builds it of a stem that can be shrunk and blocks that start with all their branches."""
+def is_resnet(name: str) -> bool:
+    """Whether timm builds the network of a stem that can be shrunk and blocks that start with all their branches."""
     import timm
 
     return name.partition(".")[0] in timm.list_models(module="resnet")
-
-
-def for_pretrained(name: str, weights: str) -> dict[str, Any]:
-    """The settings, by dotted names, that a timm model needs to be used as it was trained, without a stage 1.
-
-    Put what a user asked for on top: another data.size is possible, position embeddings are interpolated to it.
-
-    Raises:
-        UserError: there is no such network, or weights are "package" and no installed package ships them.
-    """
-    size, mean, std = published_data_config(name)
-    return {
-        "pretext": "none",
-        "backbone.name": name,
-        "backbone.weights": _checked(name, weights),
-        "backbone.stem": "native",
-        "backbone.widths": (),
-        "backbone.depths": (),
-        "backbone.mean": mean,
-        "backbone.std": std,
-        "backbone.others": (),
-        "backbone.other_weights": (),
-        "data.size": size,
-    }
-
-
-def for_several(names: Sequence[str], weights: str | None = None) -> dict[str, Any]:
-    """As `for_pretrained`, of several networks whose unit features stand side by side; sizes are those of the first.
-
-    Args:
-        names: timm models; "NAME=WEIGHTS" names the weights of one.
-        weights: of those that name none: "timm", "package" or, for a single one, a file. None: those of an installed
-            package, or else timm's.
-
-    Raises:
-        UserError: as `for_pretrained`, or a network is named twice, or one file is to fill several networks.
-    """
-    given = [(name, own or weights or "") for name, _, own in (text.partition("=") for text in names)]
-    own_file = [name for name, own in given if own == weights and weights not in (TIMM, PACKAGE)]
-    if len(own_file) > 1:
-        raise UserError(f"--weights {weights} cannot fit {' and '.join(own_file)}; give --backbone NAME=FILE for each")
-    if twice := [name for name in dict(given) if [one for one, _ in given].count(name) > 1]:
-        raise UserError(f"--backbone {twice[0]} is given twice; give different networks")
-    first, *others = [(name, own or (PACKAGE if find_packaged(name) else TIMM)) for name, own in given]
-    settings = for_pretrained(*first)
-    for name, _ in others:
-        published_data_config(name)  # UserError if there is no such network
-    settings["backbone.others"] = tuple(name for name, _ in others)
-    settings["backbone.other_weights"] = tuple(_checked(*other) for other in others)
-    return settings
-
-
-def _checked(name: str, weights: str) -> str:
-    """As the configuration keeps it: workers have other folders."""
-    if weights == PACKAGE:
-        packaged_file(name)
-    return weights if weights in (TIMM, PACKAGE) else str(Path(weights).resolve())
 
 
 def weights_fingerprint(config: BackboneConfig) -> str:
@@ -340,7 +262,7 @@ def _create(
         options["channels"] = config.widths
     if config.depths:
         options["layers"] = config.depths
-    if _is_resnet(config.name):
+    if is_resnet(config.name):
         options["zero_init_last"] = False  # as MoCo and SPICE initialise: every block starts with all its branches
     try:
         try:

@@ -198,7 +198,7 @@ def installed(monkeypatch) -> Callable[..., None]:
     def install(*names: str) -> None:
         found = {name: paths[name] for name in names}
         monkeypatch.setattr(auto_backbone, "find_packaged", found.get)
-        monkeypatch.setattr("spice_dist.models.backbone.packaged_file", found.__getitem__)
+        monkeypatch.setattr("spice_dist.models.presets.packaged_file", found.__getitem__)
 
     return install
 

@@ -21,13 +21,11 @@ from spice_dist.errors import UserError
 from spice_dist.models.backbone import (
     Backbone,
     BackboneConfig,
-    for_pretrained,
-    load_weights,
     pretrained_backbone,
-    published_data_config,
     weights_fingerprint,
 )
-from spice_dist.models.pretrained import PACKAGED, find_packaged, packaged_file
+from spice_dist.models.presets import for_pretrained
+from spice_dist.models.pretrained import PACKAGED, find_packaged, load_weights, packaged_file, published_data_config
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d, split_batch_norm
 from spice_dist.recipes import photos
 

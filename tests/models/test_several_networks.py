@@ -23,14 +23,13 @@ from spice_dist.models.backbone import (
     Backbone,
     BackboneConfig,
     check_size,
-    for_several,
-    for_untrained,
     pretrained_backbone,
-    published_data_config,
     unit,
     weights_fingerprint,
 )
 from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.presets import for_several, for_untrained
+from spice_dist.models.pretrained import published_data_config
 from spice_dist.task import Task
 
 NETWORKS = ("test_resnet", "test_vit", "test_efficientnet")  # patches of 16; statistics differ from the others' in one

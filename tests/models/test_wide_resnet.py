@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spice_dist.errors import UserError
-from spice_dist.models.backbone import Backbone, BackboneConfig, for_small_images, for_untrained, published_data_config
+from spice_dist.models.backbone import Backbone, BackboneConfig
 from spice_dist.models.heads import ClusterHeads
+from spice_dist.models.presets import for_small_images, for_untrained
+from spice_dist.models.pretrained import published_data_config
 from spice_dist.models.split_batch_norm import SplitBatchNorm2d
 from spice_dist.models.wide_resnet import Block, WideResNet
 
