@@ -90,8 +90,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         weights = None if self.weights is None else str(self.weights)
         source = _source(X)
         wish = Wish(self.recipe, backbones=backbones, weights=weights, changes=changes)
-        found = resolve(source, wish, run)
-        self.metrics_ = fit(found.config, source, run, Launch(workers=self.workers), network=found.network)
+        resolved = resolve(source, wish, run)
+        self.metrics_ = fit(resolved.config, source, run, Launch(workers=self.workers), network=resolved.network)
         self.n_clusters_ = self.metrics_["k"]
         self.run_ = run
         self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")

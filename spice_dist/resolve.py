@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spice_dist.config import Config, override
+from spice_dist.config import Config, override, read_config
 from spice_dist.data.files import Progress
 from spice_dist.data.sources import Source
 from spice_dist.errors import UserError
-from spice_dist.recipes import recipe, trained
+from spice_dist.recipes import RECIPES, recipe, trained
 from spice_dist.task import AUTO
 
 AUTOMATIC, SCRATCH = "auto", "scratch"
@@ -31,6 +31,7 @@ class Wish:
     backbones: tuple[str, ...] = ()  # timm names, NAME=WEIGHTS, "auto" or "scratch"
     weights: str | None = None
     changes: Mapping[str, Any] | None = None  # settings by dotted name, put on top
+    config: Path | None = None  # a file with a whole configuration, in place of a recipe
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,56 @@ def resolve(
         UserError: a recipe, network or setting does not exist, or they do not go together.
     """
     changes = dict(wish.changes or {})
+    _check_published(source, wish)
+    if wish.config is not None:
+        return Resolved(_from_file(wish.config, wish, changes), "")
     name = wish.recipe or ("digits" if source.name == "digits" else "photos")
     config = recipe(name, len(source.paths), wish.method)
-    asked = wish.backbones or _usual(name, wish, changes)
-    line = ""
-    if asked == (AUTOMATIC,):
-        network, line = _automatic(len(source.paths), run, progress)
+    backbones = wish.backbones or _default_backbones(name, wish, changes)
+    chosen = ""
+    if backbones == (AUTOMATIC,):
+        network, chosen = _automatic(len(source.paths), run, progress)
     else:
-        network = named_networks(asked, wish.weights)
+        network = named_networks(backbones, wish.weights)
     if wish.method == "imc_swav":
         network.pop("pretext", None)  # it goes on from trained weights by itself
     config = override(config, network)
     if name == "photos" and wish.method == "spice":
-        config = trained(config, len(source.paths), shorter_side(source)) if network.get("backbone.weights") else config
-        if changes.get("pretext", "none") != "none":  # its features are not known before it has learnt them
-            config = override(config, {"backbone.intermediate": False})
-        # the neighbours of what stage 1 learns say how many groups there are; with another number the run goes on so
-        graph = changes.setdefault("clusters", AUTO) == AUTO or _began_on_graph(run)
-        if graph and config.stage2 != "spice_graph":
-            config = replace(config, stage2="spice_graph", stage3="none")
+        if network.get("backbone.weights"):
+            config = trained(config, len(source.paths), shorter_side(source))
+        config = _photos(config, changes, run)
     elif name == "photos" and "clusters" not in changes:
-        raise UserError(f"how many clusters? give --clusters, a whole number from 2 up, with --method {wish.method}")
-    return Resolved(override(config, changes), line)
+        raise UserError(
+            f"the number of clusters is missing; give --clusters, a whole number from 2 up, with --method {wish.method}"
+        )
+    return Resolved(override(config, changes), chosen)
+
+
+def _check_published(source: Source, wish: Wish) -> None:
+    """UserError for a published data set without a recipe or a number of clusters."""
+    name, colon, _ = source.name.partition(":")
+    published = name.replace("-", "_")
+    if colon and published in RECIPES and not (wish.recipe or wish.config or "clusters" in (wish.changes or {})):
+        raise UserError(
+            f"{name} has published settings: give --recipe {published}, or --recipe photos for a trained network"
+        )
+
+
+def _from_file(path: Path, wish: Wish, changes: Mapping[str, Any]) -> Config:
+    if wish.recipe or wish.method != "spice":
+        raise UserError("--config is a whole configuration: leave --recipe and --method out")
+    return override(read_config(path), {**named_networks(wish.backbones, wish.weights), **changes})
+
+
+def _photos(config: Config, changes: dict[str, Any], run: Path | None) -> Config:
+    """The recipe `photos` with the stages that suit the changes; `changes` gets AUTO clusters where it has none."""
+    if changes.get("pretext", "none") != "none":  # its features are not known before it has learnt them
+        config = override(config, {"backbone.intermediate": False})
+    # the neighbours of what stage 1 learns say how many groups there are; with another number the run goes on so
+    graph = changes.setdefault("clusters", AUTO) == AUTO or _began_on_graph(run)
+    if graph and config.stage2 != "spice_graph":
+        config = replace(config, stage2="spice_graph", stage3="none")
+    return config
 
 
 def shorter_side(source: Source) -> int | None:
@@ -102,10 +131,10 @@ def _side(source: Source, index: int) -> int | None:
         return None
 
 
-def _usual(name: str, wish: Wish, changes: Mapping[str, Any]) -> tuple[str, ...]:
+def _default_backbones(name: str, wish: Wish, changes: Mapping[str, Any]) -> tuple[str, ...]:
     """The networks of a recipe where none is named: photos take trained ones unless something says otherwise."""
-    if own := changes.get("backbone.name"):
-        return (str(own),)
+    if chosen := changes.get("backbone.name"):
+        return (str(chosen),)
     named = any(setting.startswith(("backbone.", "moco.", "byol.")) for setting in changes) or "pretext" in changes
     return (AUTOMATIC,) if name == "photos" and wish.method == "spice" and not wish.weights and not named else ()
 

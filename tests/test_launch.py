@@ -106,11 +106,11 @@ def test_a_misspelt_field_would_be_found(resources, path):
 
 
 def test_a_kuberay_run_asks_for_a_token_and_runs_a_command_that_exists(resources):
-    from spice_dist.cli import _parser
+    from spice_dist.cli import parser
 
     spec = resources[0]["spec"]
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    options = _parser().parse_args(spec["entrypoint"].split()[1:])
+    options = parser().parse_args(spec["entrypoint"].split()[1:])
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     assert options.workers == (2, 1 + group["maxReplicas"])  # the head is one
     mounted = pods(resources[0])[0]["spec"]["containers"][0]["volumeMounts"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spice_dist.cli import _parser
+from spice_dist.cli import parser
 from spice_dist.config import override
 from spice_dist.distributed import ray_channel, ray_elastic, ray_nodes, ray_train, ray_trainer
 from spice_dist.distributed.ray_train import Job, WorkersLost
@@ -156,7 +156,7 @@ def test_a_number_that_divides_nothing_is_refused(wanted):
 
 def test_the_option_takes_a_number_or_a_range(capsys):
     def parsed(text: str):
-        return _parser().parse_args(["fit", "digits", "--workers", text]).workers
+        return parser().parse_args(["fit", "digits", "--workers", text]).workers
 
     assert (parsed("3"), parsed("2:8")) == (3, (2, 8))
     for text in ("8:2", "0:2", "2:", "many"):

@@ -1,0 +1,73 @@
+"""`spice-dist fit`: the whole pipeline into a run folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spice_dist.command.evaluate import print_scores
+from spice_dist.command.options import (
+    Commands,
+    add_ingest_options,
+    add_launch_options,
+    add_task_options,
+    configuration,
+    launch,
+    open_source,
+)
+
+
+def add(commands: Commands) -> None:
+    command = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
+    command.set_defaults(call=fit)
+    command.add_argument(
+        "data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton"
+    )
+    command.add_argument("--out", type=Path, help="the run folder; the same command resumes a run in it")
+    command.add_argument("--dry-run", action="store_true", help="only tell what the run would cost: hours and memory")
+    command.add_argument(
+        "--until",
+        metavar="STAGE",
+        help="the last stage to run, such as spice_self or spice_graph; assignments, model and report are of it",
+    )
+    add_task_options(command)
+    command.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("mlflow", "wandb"),
+        help="send the metrics of training there too; MLflow is found by MLFLOW_TRACKING_URI",
+    )
+    add_ingest_options(command)
+    add_launch_options(command)
+    command.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="time between two checkpoints, which is what a lost node or worker can cost (60)",
+    )
+
+
+def fit(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.errors import UserError
+
+    out: Path | None = options.out
+    if out is None and not options.dry_run:
+        raise UserError("the run has no folder; give --out, a folder for the run")
+    source = open_source(options)
+    if "torch" not in sys.modules:  # which takes seconds
+        print(f"{len(source.paths):,} images found; loading torch", file=sys.stderr)
+    resolved = configuration(options, source)
+
+    from spice_dist import launching, pipeline
+    from spice_dist.distributed import trackers
+
+    trackers.request(options.track)
+    if options.dry_run or out is None:
+        if resolved.network:
+            print(f"network: {resolved.network}")
+        print(launching.dry_run(resolved.config, source, launch(options)))
+        return
+    command = ["spice-dist", *given]
+    pipeline.fit(resolved.config, source, out, launch(options), command, options.until, resolved.network)
+    print_scores(out)

@@ -1,0 +1,44 @@
+"""`spice-dist pack`: images into one .beton file."""
+
+import argparse
+from pathlib import Path
+
+from spice_dist.command.options import Commands, add_ingest_options, open_source
+
+
+def add(commands: Commands) -> None:
+    command = commands.add_parser("pack", help="check images and pack them into one .beton file, resumable")
+    command.set_defaults(call=pack)
+    command.add_argument("data", help="as for fit")
+    command.add_argument("out", type=Path, help="a new .beton file; OUT.json and lists are written beside it")
+    command.add_argument("--size", type=int, default=256, help="shorter side in pixels (256)")
+    command.add_argument(
+        "--format", choices=("auto", "jpg", "raw"), default="auto", help="raw squares or whole JPEG images"
+    )
+    command.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 (90)")
+    command.add_argument("--processes", type=int, help="decoding processes (default: as many as cores)")
+    add_ingest_options(command)
+
+
+def pack(options: argparse.Namespace, given: list[str]) -> None:
+    from spice_dist.data import ingest
+    from spice_dist.terminal import Bar, StopSignal
+
+    source = open_source(options)
+    with StopSignal() as stop, Bar("pack", stop) as bar:
+        manifest = ingest.pack(
+            source,
+            options.out,
+            size=options.size,
+            jpeg_side=options.size,
+            format=options.format,
+            quality=options.quality,
+            max_bad=0.05 if options.max_bad is None else options.max_bad,
+            drop_duplicates=options.drop_duplicates,
+            workers=options.processes,
+            progress=bar.show,
+        )
+    print(
+        f"wrote {manifest.n} images to {options.out}; {manifest.bad} could not be used, "
+        f"{manifest.duplicates} are copies of others"
+    )
