@@ -7,7 +7,7 @@ import json
 import numbers
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from spice_dist.methods.spice_graph import GraphConfig, SpiceGraphConfig
 from spice_dist.methods.spice_self import SpiceSelfConfig
 from spice_dist.methods.spice_semi import SpiceSemiConfig
 from spice_dist.methods.spice_tune import SpiceTuneConfig
+from spice_dist.settings import setting
 from spice_dist.task import Task
 
 KINDS = {int: numbers.Integral, float: numbers.Real}
@@ -29,18 +30,20 @@ KINDS = {int: numbers.Integral, float: numbers.Real}
 
 @dataclass(frozen=True)
 class Config(Task):
-    moco: MoCoConfig = field(default_factory=MoCoConfig)
-    byol: BYOLConfig = field(default_factory=BYOLConfig)
-    spice_self: SpiceSelfConfig = field(default_factory=SpiceSelfConfig)
-    graph: GraphConfig = field(default_factory=GraphConfig)
-    spice_graph: SpiceGraphConfig = field(default_factory=SpiceGraphConfig)
-    reliable: ReliableConfig = field(default_factory=ReliableConfig)
-    spice_semi: SpiceSemiConfig = field(default_factory=SpiceSemiConfig)
-    spice_tune: SpiceTuneConfig = field(default_factory=SpiceTuneConfig)
-    imc_swav: ImcSwavConfig = field(default_factory=ImcSwavConfig)
-    scan: ScanConfig = field(default_factory=ScanConfig)
-    self_label: SelfLabelConfig = field(default_factory=SelfLabelConfig)
-    given_labels: GivenLabelsConfig = field(default_factory=GivenLabelsConfig)
+    moco: MoCoConfig = setting(MoCoConfig(), "stage 1: MoCo-v2")
+    byol: BYOLConfig = setting(BYOLConfig(), "another stage 1: BYOL")
+    spice_self: SpiceSelfConfig = setting(SpiceSelfConfig(), "stage 2 of SPICE: cluster heads on a frozen backbone")
+    graph: GraphConfig = setting(GraphConfig(), "the nearest neighbours among the features")
+    spice_graph: SpiceGraphConfig = setting(SpiceGraphConfig(), "stage 2 on the neighbour graph")
+    reliable: ReliableConfig = setting(ReliableConfig(), "the labels that stage 3 learns from")
+    spice_semi: SpiceSemiConfig = setting(
+        SpiceSemiConfig(), "stage 3 of SPICE: the whole network learns from reliable labels"
+    )
+    spice_tune: SpiceTuneConfig = setting(SpiceTuneConfig(), "stage 3 in minutes: the last blocks of a trained network")
+    imc_swav: ImcSwavConfig = setting(ImcSwavConfig(), "IMC-SwAV: features and clusters in one stage")
+    scan: ScanConfig = setting(ScanConfig(), "SCAN: clusters from nearest neighbours")
+    self_label: SelfLabelConfig = setting(SelfLabelConfig(), "SCAN's self-labelling, after it")
+    given_labels: GivenLabelsConfig = setting(GivenLabelsConfig(), "the baselines that learn from true labels")
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -1,11 +1,12 @@
 """What every stage has to know: the images, the number of clusters, the network, the seed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from spice_dist import catalog
 from spice_dist.data.dataset import DataConfig
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import BackboneConfig
+from spice_dist.settings import check_ranges, setting
 
 PRECISIONS = ("auto", "bf16", "fp32")
 AUTO = 0  # clusters: as many as the features suggest
@@ -13,16 +14,26 @@ AUTO = 0  # clusters: as many as the features suggest
 
 @dataclass(frozen=True)
 class Task:
-    clusters: int = 10  # K; AUTO: as many as the features suggest, with stage2 "spice_graph"
-    seed: int = 0
-    bn_groups: int = 4  # BatchNorm groups of the global batch; the number of workers divides it
-    precision: str = "auto"  # of the networks: "bf16", "fp32", or "auto": bf16 on a GPU, fp32 on a CPU
-    method: str = "spice"  # or "scan"; "imc_swav", whose one stage is its pretext; or one of catalog.USING_LABELS
-    pretext: str = "moco"  # stage 1: "moco", "byol", "imc_swav", or "none": the backbone's weights as they are
-    stage2: str = "spice_self"  # of SPICE: as published, or "spice_graph": from the neighbours of a trained network
-    stage3: str = "spice_semi"  # of SPICE: the whole network, "spice_tune": its last blocks, or "none"
-    data: DataConfig = field(default_factory=DataConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    clusters: int = setting(10, "K; from 2 up, or 0: as many as the features suggest, with stage2 spice_graph", least=0)
+    seed: int = setting(0, "of all random numbers", least=0)
+    bn_groups: int = setting(4, "BatchNorm groups of the global batch; the number of workers divides it", above=0)
+    precision: str = setting("auto", "of the networks; auto: bf16 on a GPU, fp32 on a CPU", choices=PRECISIONS)
+    method: str = setting(
+        "spice",
+        "imc_swav is one stage, its pretext; fixmatch and supervised learn from some true labels",
+        choices=catalog.METHODS,
+    )
+    pretext: str = setting("moco", "stage 1; none: the backbone's weights as they are", choices=catalog.PRETEXTS)
+    stage2: str = setting(
+        "spice_self",
+        "of SPICE: as published, or spice_graph: from the neighbours of a trained network",
+        choices=catalog.STAGES2,
+    )
+    stage3: str = setting(
+        "spice_semi", "of SPICE: the whole network, spice_tune: its last blocks, or none", choices=catalog.STAGES3
+    )
+    data: DataConfig = setting(DataConfig(), "the images")
+    backbone: BackboneConfig = setting(BackboneConfig(), "the network that makes features")
 
 
 def require_positive(group: str, **values: float) -> None:
@@ -34,17 +45,7 @@ def require_positive(group: str, **values: float) -> None:
 
 def check_task(task: Task) -> None:
     """UserError naming the first setting of these that is out of range."""
-    require_positive("", bn_groups=task.bn_groups)
-    choices_of = {
-        "precision": PRECISIONS,
-        "method": catalog.METHODS,
-        "pretext": catalog.PRETEXTS,
-        "stage2": catalog.STAGES2,
-        "stage3": catalog.STAGES3,
-    }
-    for name, choices in choices_of.items():
-        if (value := getattr(task, name)) not in choices:
-            raise UserError(f'{name} is "{value}"; it can be {", ".join(choices)}')
+    check_ranges("", task, "bn_groups", "precision", "method", "pretext", "stage2", "stage3")
     if task.method == "imc_swav" != task.pretext:
         raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:

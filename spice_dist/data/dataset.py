@@ -3,28 +3,35 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from spice_dist.data.decode import MIN_SIDE
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
-from spice_dist.data.ingest import adopt, ingest, packed_source
+from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
+from spice_dist.data.loaders import LOADERS
 from spice_dist.data.manifest import Ingested, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
 from spice_dist.data.remote import is_remote, remote_source
 from spice_dist.data.sources import Source, is_beton, open_source
 from spice_dist.errors import UserError
+from spice_dist.settings import setting
 
 JPEG_MARGIN = 8 / 7  # a JPEG keeps its shorter side this much larger than the network's input, as 256 is to 224
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    size: int = 32  # pixels, the side of the square that the network sees
-    channels: int = 3  # 3 colours, or 1 for grey
-    loader: str = "auto"  # "ffcv", "torch", or "auto": FFCV where it is installed
-    format: str = "auto"  # "raw" squares of `size`, "jpg" whole images, or "auto": raw up to 128 pixels and 8 GiB
-    quality: int = 90  # of "jpg"
-    max_bad: float = 0.05  # share of unreadable images above which the run is refused
-    drop_duplicates: bool = False  # leave out exact copies of earlier images
+    size: int = setting(32, "pixels, the side of the square that the network sees", least=MIN_SIDE, most=MAX_SIZE)
+    channels: int = setting(3, "3 colours, or 1 for grey")
+    loader: str = setting("auto", "auto: FFCV where it is installed", choices=LOADERS)
+    format: str = setting(
+        "auto",
+        "raw: squares of data.size; jpg: whole images; auto: raw up to 128 pixels and 8 GiB",
+        choices=("auto", "raw", "jpg"),
+    )
+    quality: int = setting(90, "JPEG quality of jpg", least=1, most=100)
+    max_bad: float = setting(0.05, "share of unreadable images above which the run is refused")
+    drop_duplicates: bool = setting(False, "leave out exact copies of earlier images")
 
 
 def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progress | None = None) -> Ingested:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from spice_dist.settings import setting
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -13,29 +15,31 @@ IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)  # MoCo and SPICE take them
 class View:
     """One kind of random view, in the order in which the operations are applied."""
 
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # RandomResizedCrop: share of the area, ratio 3/4 to 4/3; (1, 1) off
-    size: int = 0  # pixels, side of the crop; 0: the image's
-    pad: int = 0  # RandomCrop after this much padding, pixels
-    reflect: bool = False  # pad with mirrored pixels instead of black
-    flip: float = 0.0  # probability of a horizontal flip
-    rotate: float = 0.0  # degrees, uniform in +-rotate
-    shift: float = 0.0  # share of the side, uniform in +-shift, each axis
-    zoom: float = 0.0  # scale uniform in 1 +- zoom, each axis
-    shear: float = 0.0  # tangent, uniform in +-shear
-    operations: int = 0  # how many of SCAN's 14 operations are drawn, with replacement
-    reach: float = 0.1  # of these, tangent of a shear and share of the side of a translation, at most
-    erase: float = 0.0  # largest side of a square painted grey after them, share of the width
-    operations_first: bool = False  # operations and `erase` before the geometry, as FixMatch has it
-    jitter: float = 0.0  # probability of the four below, in random order
-    brightness: float = 0.0  # factor uniform in 1 +- brightness
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # turns, uniform in +-hue
-    grey: float = 0.0  # probability of dropping the colour
-    blur: float = 0.0  # probability of a Gaussian blur
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    noise: float = 0.0  # largest standard deviation of Gaussian pixel noise, uniform in 0..noise per image
-    cutout: float = 0.0  # largest side of an erased square, share of the image; erased to the mean colour
+    crop_scale: tuple[float, float] = setting(
+        (1.0, 1.0), "RandomResizedCrop: share of the area, ratio 3/4 to 4/3; (1, 1): off"
+    )
+    size: int = setting(0, "pixels, side of the crop; 0: the image's")
+    pad: int = setting(0, "RandomCrop after this much padding, pixels")
+    reflect: bool = setting(False, "pad with mirrored pixels instead of black")
+    flip: float = setting(0.0, "probability of a horizontal flip")
+    rotate: float = setting(0.0, "degrees, uniform in +-rotate")
+    shift: float = setting(0.0, "share of the side, uniform in +-shift, each axis")
+    zoom: float = setting(0.0, "scale uniform in 1 +- zoom, each axis")
+    shear: float = setting(0.0, "tangent, uniform in +-shear")
+    operations: int = setting(0, "how many of SCAN's 14 operations are drawn, with replacement")
+    reach: float = setting(0.1, "of these, tangent of a shear and share of the side of a translation, at most")
+    erase: float = setting(0.0, "largest side of a square painted grey after them, share of the width")
+    operations_first: bool = setting(False, "operations and erase before the geometry, as FixMatch has it")
+    jitter: float = setting(0.0, "probability of brightness, contrast, saturation and hue, in random order")
+    brightness: float = setting(0.0, "factor uniform in 1 +- brightness")
+    contrast: float = setting(0.0, "factor uniform in 1 +- contrast")
+    saturation: float = setting(0.0, "factor uniform in 1 +- saturation")
+    hue: float = setting(0.0, "turns, uniform in +-hue")
+    grey: float = setting(0.0, "probability of dropping the colour")
+    blur: float = setting(0.0, "probability of a Gaussian blur")
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "pixels, from least to most")
+    noise: float = setting(0.0, "largest standard deviation of Gaussian pixel noise, uniform in 0..noise per image")
+    cutout: float = setting(0.0, "largest side of an erased square, share of the image; erased to the mean colour")
 
 
 PLAIN = View()

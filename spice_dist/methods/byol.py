@@ -40,7 +40,7 @@ from spice_dist.task import Task
 class BYOLConfig:
     epochs: int = setting(1000, "passes over the images", above=0)
     batch: int = setting(256, "images per optimizer step, all workers together", above=0)
-    lr: float = setting(0.03, "for this global batch; falls to 0 along a cosine", above=0)
+    lr: float = setting(0.03, "learning rate for this global batch; falls to 0 along a cosine", above=0)
     warmup: float = setting(
         0.0, "epochs over which the learning rate rises first; the paper has 10 of its 1,000", least=0
     )

@@ -57,7 +57,7 @@ ADAPT_BATCHES = 50  # at most, of the authors' evaluation
 class ImcSwavConfig:
     epochs: int = setting(500, "passes over the images", above=0)
     batch: int = setting(256, "images per optimizer step, all workers together", above=0)
-    lr: float = setting(5e-4, "of Adam", above=0)
+    lr: float = setting(5e-4, "learning rate of Adam", above=0)
     milestones: tuple[float, ...] = setting(
         (0.3, 0.6, 0.8),
         "shares of the epochs at which the learning rate falls",

@@ -43,7 +43,9 @@ KEY, QUERY = 2, 3  # streams of random numbers that shuffle a view's images; 0 a
 class MoCoConfig:
     epochs: int = setting(1000, "passes over the images", above=0)
     batch: int = setting(128, "images per optimizer step, all workers together", above=0)
-    lr: float = setting(0.015, "for this global batch; falls to 0 along a cosine, epoch by epoch", above=0)
+    lr: float = setting(
+        0.015, "learning rate for this global batch; falls to 0 along a cosine, epoch by epoch", above=0
+    )
     warmup: float = setting(
         0.0, "epochs over which the learning rate rises first; as published there are none", least=0
     )
@@ -51,8 +53,10 @@ class MoCoConfig:
         "sgd", "lars is for batches of thousands", choices=("sgd", "lars"), remedy="it can be sgd or lars"
     )
     weight_decay: float = setting(1e-4, "on every parameter; of lars on kernels only", least=0)
-    momentum: float = setting(0.999, "mu, of the key network", least=0, most=1, remedy="give 0 to 1, such as 0.999")
-    temperature: float = setting(0.2, "tau", above=0)
+    momentum: float = setting(
+        0.999, "mu, of the moving average that is the key network", least=0, most=1, remedy="give 0 to 1, such as 0.999"
+    )
+    temperature: float = setting(0.2, "tau, of the loss", above=0)
     symmetric: bool = setting(False, "add the loss with the views' roles exchanged; their keys enter the queue too")
     queue: int = setting(12800, "N_q, from the batch (twice, if symmetric) to the number of images", above=0)
     dim: int = setting(128, "width of the projection", above=0)

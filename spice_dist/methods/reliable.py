@@ -55,7 +55,7 @@ FEW = 0.05  # share of reliable labels below which advice is given
 class ReliableConfig:
     rule: str = setting(
         "adaptive",
-        "of the choice; official: as published, with ratio=0.96, min_confidence=0, balance=False as the paper has it",
+        "official: as published, and with ratio=0.96, min_confidence=0, balance=False as in the paper",
         choices=("adaptive", "official"),
     )
     search: str = setting(

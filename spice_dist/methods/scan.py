@@ -72,7 +72,7 @@ class ScanConfig:
     batch: int = setting(
         128, "images per optimizer step, all workers together; as many neighbours beside them", above=0
     )
-    lr: float = setting(1e-4, "of Adam", above=0)
+    lr: float = setting(1e-4, "learning rate of Adam", above=0)
     weight_decay: float = setting(1e-4, "on every parameter, as part of the gradient", least=0)
     neighbors: int = setting(
         20, "of each image, itself included", least=2, remedy="give 2 or more: the nearest one is the image itself"
@@ -86,7 +86,7 @@ class ScanConfig:
 class SelfLabelConfig:
     epochs: int = setting(200, "passes over the images", above=0)
     batch: int = setting(1000, "images per optimizer step, all workers together", above=0)
-    lr: float = setting(1e-4, "of Adam", above=0)
+    lr: float = setting(1e-4, "learning rate of Adam", above=0)
     weight_decay: float = setting(1e-4, "on every parameter, as part of the gradient", least=0)
     threshold: float = setting(0.99, "probability above which a prediction is taken as a label", least=0, below=1)
     view: View = setting(SCAN_STRONG, "that learns this label")

@@ -64,7 +64,7 @@ class SpiceGraphConfig:
     epochs: int = setting(4, "passes over the images in an M-step, at least", above=0)
     steps: int = setting(300, "of the optimizer in an M-step, at least: few images are passed over more often", above=0)
     minibatch: int = setting(256, "images per optimizer step", above=0)
-    lr: float = setting(1e-3, "of AdamW", above=0)
+    lr: float = setting(1e-3, "learning rate of AdamW", above=0)
     weight_decay: float = setting(1e-3, "of AdamW", least=0)
     anchor: float = setting(0.25, "share of the start in what a head learns", least=0, most=1)
 

@@ -85,7 +85,7 @@ class SpiceSelfConfig:
     )
     repeats: int = setting(8, "R, passes over the labels of one E-step", above=0)
     minibatch: int = setting(128, "labelled images per head and Adam step", above=0)
-    lr: float = setting(0.005, "of Adam", above=0)
+    lr: float = setting(0.005, "learning rate of Adam", above=0)
     score_view: str = setting("weak", "the view that confidence comes from", choices=("weak", "strong"))
     learn_view: str = setting("strong", "the view that the heads learn from", choices=("weak", "strong"))
     view_epochs: int = setting(0, "epochs after which earlier views come again, from memory; 0: never", least=0)

@@ -83,7 +83,7 @@ class SpiceSemiConfig:
         0.95, "eta of the fixed rule, confidence from which a prediction is taken as a label", least=0, most=1
     )
     threshold_momentum: float = setting(0.999, "lambda of the adaptive rule", least=0, most=1)
-    lr: float = setting(0.03, "of SGD; falls along a cosine")
+    lr: float = setting(0.03, "learning rate of SGD; falls along a cosine")
     weight_decay: float = setting(5e-4, "on kernels only")
     ema: float = setting(0.999, "momentum of the evaluated network")
     balanced_draw: bool = setting(

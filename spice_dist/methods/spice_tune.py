@@ -69,8 +69,8 @@ class SpiceTuneConfig:
     blocks: int = setting(
         0, "last blocks that are tuned; 0: as many as are 15 % of the forward pass, or one", least=0, below=math.inf
     )
-    lr: float = setting(1e-3, "of the last layer of the network, AdamW's", above=0)
-    head_lr: float = setting(1e-3, "of the clustering head", least=0, below=math.inf)
+    lr: float = setting(1e-3, "learning rate of the last layer of the network, AdamW's", above=0)
+    head_lr: float = setting(1e-3, "learning rate of the clustering head", least=0, below=math.inf)
     layer_decay: float = setting(
         0.7,
         "factor on the rate from one layer to the one before it",
@@ -82,14 +82,16 @@ class SpiceTuneConfig:
     weight_decay: float = setting(0.05, "on kernels only", least=0, below=math.inf)
     ema: float = setting(0.98, "momentum of the evaluated network", least=0, most=1)
     head_steps: int = setting(
-        300, "in which the head alone is fitted before; 0: its temperature only", least=0, below=math.inf
+        300, "steps in which the head alone is fitted before; 0: its temperature only", least=0, below=math.inf
     )
-    neighbors: int = setting(15, "that soft labels are averaged with; 0: none", least=0, below=math.inf)
+    neighbors: int = setting(15, "neighbours that soft labels are averaged with; 0: none", least=0, below=math.inf)
     threshold: float = setting(0.8, "confidence from which a prediction is taken as a label", least=0, most=1)
     regroup: bool = setting(True, "find the clusters again among the tuned features; False: the tuned head's own")
-    guard_steps: int = setting(20, "between two looks of the guard; 0: no guard", least=0, below=math.inf)
-    retries: int = setting(2, "at a third of the rate before; then stage 2's network is kept", least=0, below=math.inf)
-    max_rise: float = setting(1.5, "of the smoothed loss over that of the first steps", above=0)
+    guard_steps: int = setting(20, "steps between two looks of the guard; 0: no guard", least=0, below=math.inf)
+    retries: int = setting(
+        2, "attempts at a third of the rate before; then stage 2's network is kept", least=0, below=math.inf
+    )
+    max_rise: float = setting(1.5, "largest ratio of the smoothed loss to that of the first steps", above=0)
     min_size: float = setting(0.2, "share of a cluster's images that it must keep", least=0, most=1)
     min_agreement: float = setting(
         0.8, "share of the agreement with reliable labels, at the start, that must be kept", least=0, most=1

@@ -33,6 +33,7 @@ from spice_dist.models.pretrained import (
 )
 from spice_dist.models.split_batch_norm import split_batch_norm
 from spice_dist.models.wide_resnet import SHAPES, WideResNet
+from spice_dist.settings import setting
 
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "small": nn.Identity,  # as for CIFAR: 32 pixels and below
@@ -43,22 +44,31 @@ POOLINGS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    name: str = "resnet18"  # any timm model, with or without the tag of its weights, or one of wide_resnet.SHAPES
-    stem: str = (
-        "small"  # "small": a 3x3 stride-1 first convolution; "pooled", "halved": 2x2 pooling after it; "native": timm's
+    name: str = setting(
+        "resnet18",
+        f"any timm model, with or without the tag of its weights, or one of {', '.join(SHAPES)}",
     )
-    widths: tuple[int, ...] = ()  # channels of the four stages of a timm ResNet; empty keeps the model's own
-    depths: tuple[int, ...] = ()  # blocks of the four stages; empty keeps the model's own
-    mean: tuple[float, ...] = IMAGENET_MEAN  # of the images it is made for, on values in [0, 1]
-    std: tuple[float, ...] = IMAGENET_STD
-    # to start from: "" random ones, "timm" those timm publishes, "package" those of an installed package, otherwise a
-    # file of tensors
-    weights: str = ""
-    others: tuple[str, ...] = ()  # further timm models, whose features stand beside those of the first
-    other_weights: tuple[str, ...] = ()  # as `weights`, for each of the others; empty: as the first
-    # a middle stage's features beside the final ones, of networks that have stages; the images' neighbours say how much
-    # they count
-    intermediate: bool = False
+    stem: str = setting(
+        "small",
+        "small: a 3x3 stride-1 first convolution; pooled, halved: 2x2 pooling after it; native: timm's",
+        choices=(*POOLINGS, "native"),
+    )
+    widths: tuple[int, ...] = setting((), "channels of the four stages of a timm ResNet; empty: the model's own")
+    depths: tuple[int, ...] = setting((), "blocks of the four stages; empty: the model's own")
+    mean: tuple[float, ...] = setting(IMAGENET_MEAN, "of the images it is made for, on values in [0, 1]")
+    std: tuple[float, ...] = setting(IMAGENET_STD, "standard deviation of these images")
+    weights: str = setting(
+        "",
+        "to start from; empty: random ones; timm: those that timm publishes; package: those of an installed package; "
+        "otherwise a file of tensors",
+    )
+    others: tuple[str, ...] = setting((), "further timm models, whose features stand beside those of the first")
+    other_weights: tuple[str, ...] = setting((), "as weights, for each of the others; empty: as the first")
+    intermediate: bool = setting(
+        False,
+        "a middle stage's features beside the final ones, of networks that have stages; the images' neighbours say "
+        "how much they count",
+    )
 
     @property
     def statistics(self) -> Statistics:
