@@ -28,6 +28,7 @@ from spice_dist.methods import (
     scan,
     spice_graph,
     spice_self,
+    spice_self_joint,
     spice_semi,
     spice_tune,
     suggested,
@@ -73,6 +74,10 @@ class Stage:
         return getattr(config, self.settings) if self.settings else None
 
 
+def _train_heads(task: Config, settings: Any, worker: Any) -> None:
+    spice_self_joint.loop_of(settings)(task, settings, worker)
+
+
 def _check_given_labels(config: Config, images: Images) -> None:
     spice_semi.check(config, config.spice_semi)  # first: their number is compared with a batch of stage 3
     given_labels.check(config, config.given_labels, config.spice_semi)
@@ -96,7 +101,7 @@ TABLE = (
         plain_loader=True,
     ),
     Stage(
-        "spice_self", spice_self.train, "spice_self", depends=("seed", "clusters"), cost=cost.spice_self,
+        "spice_self", _train_heads, "spice_self", depends=("seed", "clusters"), cost=cost.spice_self,
         shared=lambda config, many: many and not config.spice_self.encodes_anew, plain_loader=True, clusters=True,
         check=lambda config, images: spice_self.check(config, config.spice_self, images.clustered),
     ),

@@ -1,16 +1,18 @@
 """What every training loop calls and no paper mentions: devices, precision, and the state of a checkpoint."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist.data import augment
+from spice_dist.data.crops import Key
 from spice_dist.data.images import Images
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import Ingested, read_manifest
@@ -27,6 +29,7 @@ from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
+VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
 MIXTURE = "features/mixture.json"  # in a run: how a middle stage's features stand beside the final ones
 
 
@@ -144,6 +147,27 @@ def view_lists(
             yield from (parts for parts, _ in drawn)
 
 
+@torch.no_grad()
+def view_features(
+    task: Task,
+    images: Images,
+    index: Int[np.ndarray, " M"],
+    views: Sequence[tuple[View, Key]],
+    functions: Sequence[Callable[[Float[Tensor, "B C H W"]], Tensor]],
+) -> list[Tensor]:
+    """What each function makes of its kind of random view of these images, (M, ...); an image is read once.
+
+    Every worker computes its share and gets all.
+    """
+    share = collectives.share(len(index))
+    results: list[list[Tensor]] = [[] for _ in views]
+    index_of_share = index[share.start : share.stop]
+    for batch, _ in augment.view_batches(images, index_of_share, VIEWS_AT_ONCE, views, task.backbone.statistics):
+        for result, function, view in zip(results, functions, batch, strict=True):
+            result.append(function(view))
+    return [collectives.gather_shares(torch.cat(result), len(index)) for result in results]
+
+
 def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:
     """UserError if a pretext cannot train on batches of this size."""
     if batch > num_images:
@@ -190,9 +214,13 @@ def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:
+def load_modules(parts: dict[str, nn.Module], saved: Checkpoint) -> None:
     for name, module in parts.items():
         module.load_state_dict(saved.tensors(name))
+
+
+def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:
+    load_modules(parts, saved)
     load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
 
 

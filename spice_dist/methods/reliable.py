@@ -33,7 +33,7 @@ from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods import spice_graph
-from spice_dist.methods.spice_self import head_features, load_heads
+from spice_dist.methods.stage2 import head_features, load_heads
 from spice_dist.neighbors import distinct, label_agreement, nearest, nearest_by_index
 from spice_dist.pseudo_labels import (
     UNRELIABLE,

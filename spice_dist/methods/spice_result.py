@@ -14,8 +14,8 @@ from spice_dist.data.files import Progress
 from spice_dist.inference import probabilities
 from spice_dist.methods import imc_swav
 from spice_dist.methods.plumbing import open_dataset, place
-from spice_dist.methods.spice_self import head_features, load_heads, stage2_network
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
+from spice_dist.methods.stage2 import head_features, load_heads, stage2_network
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task

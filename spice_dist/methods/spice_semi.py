@@ -43,9 +43,10 @@ from spice_dist.methods.plumbing import (
     passes_per_step,
     place,
     state_of,
+    view_features,
 )
 from spice_dist.methods.reliable import ReliableConfig, choose
-from spice_dist.methods.spice_self import stage2_network, view_features
+from spice_dist.methods.stage2 import stage2_network
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold, copy_buffers, follow, slow_copy

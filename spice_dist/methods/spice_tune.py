@@ -36,8 +36,8 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, load_state, open_dataset, place, state_of
 from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings
-from spice_dist.methods.spice_self import stage2_network
 from spice_dist.methods.spice_semi import best_temperature
+from spice_dist.methods.stage2 import stage2_network
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.folding import folded
 from spice_dist.models.heads import ClusterHeads, ClusterNet

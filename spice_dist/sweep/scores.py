@@ -14,7 +14,7 @@ from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods.plumbing import named, open_dataset
-from spice_dist.methods.spice_self import outputs
+from spice_dist.methods.spice_self import head_outputs
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.objectives import generalization
 from spice_dist.pseudo_labels import UNRELIABLE, quotas, selection_loss
@@ -55,7 +55,7 @@ class Scorer:
             sizes = quotas(self.num_images, self.config.clusters, self.prior)
             head, share = heads.select(chosen), self.center_fraction
             with torch.no_grad():
-                comparable = selection_loss(x, outputs(head, x), sizes, share, double_softmax_cross_entropy)
+                comparable = selection_loss(x, head_outputs(head, x), sizes, share, double_softmax_cross_entropy)
             scores["select_loss"] = float(comparable)
         return by_head[chosen], scores
 

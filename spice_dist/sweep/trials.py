@@ -30,9 +30,9 @@ from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import LocalWorker, Stage
 from spice_dist.errors import UserError
-from spice_dist.methods import reliable, spice_self
+from spice_dist.methods import reliable, spice_self_joint
 from spice_dist.methods.features import embed
-from spice_dist.methods.spice_self import load_heads
+from spice_dist.methods.stage2 import load_heads
 from spice_dist.run_folder import owned
 from spice_dist.stages import check_settings, pretext_stages
 from spice_dist.sweep.records import (
@@ -137,7 +137,8 @@ def _run_stages(trial: Trial) -> Scores:
         _train(trial, Stage("features", embed, config, None))
     if plan.start.trains_heads:
         at_rung = None if plan.start.trains_backbone else scorer.heads_at_rung
-        _train(trial, Stage("spice_self", spice_self.train, config, config.spice_self), at_rung)
+        train = spice_self_joint.loop_of(config.spice_self)
+        _train(trial, Stage("spice_self", train, config, config.spice_self), at_rung)
     features = np.load(folder / "features/features.npy", mmap_mode="r")[: scorer.num_images]
     heads, loss = load_heads(folder)
     clusters, scores = scorer.of_heads(heads, loss, features)

@@ -40,7 +40,7 @@ from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy
 from spice_dist.methods import spice_self
 from spice_dist.methods.plumbing import load_backbone, new_backbone, open_dataset
-from spice_dist.methods.spice_self import ORDER, SHUFFLE, STRONG, WEAK, SpiceSelfConfig, m_step, outputs
+from spice_dist.methods.spice_self import ORDER, SHUFFLE, STRONG, WEAK, SpiceSelfConfig, head_outputs, m_step
 from spice_dist.models.backbone import BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.pseudo_labels import Loss, prototype_labels, quotas, selection_loss
@@ -176,7 +176,7 @@ def published_epoch(config: Config, run: Path) -> tuple[ClusterHeads, Tensor]:
         ((weak, strong), _), *_ = augment.view_batches(images, chosen, batch, views)
         disjoint = settings.assignment == "disjoint"
         labelled = published.labels(features[chosen], published.encode(weak), disjoint)
-        for positions in spice_self._shuffles(settings, len(labelled[0][0]), (config.seed, step, SHUFFLE)):
+        for positions in spice_self.shuffles(settings, len(labelled[0][0]), (config.seed, step, SHUFFLE)):
             published.minibatch(strong, labelled, positions)
     images.close()
     return together(published.heads), published.select(features, features)
@@ -228,7 +228,7 @@ def time_published(
     ((weak, strong), _), *_ = augment.view_batches(images, np.arange(num_images), num_images, views)
     labelled = published.labels(features, published.encode(weak))
     once = time.perf_counter() - started
-    order = spice_self._shuffles(own, len(labelled[0][0]), (0, 0, SHUFFLE))
+    order = spice_self.shuffles(own, len(labelled[0][0]), (0, 0, SHUFFLE))
     seconds = []
     for positions in order[: None if steps is None else steps + 1]:
         seconds.append(timed(partial(published.minibatch, strong, labelled, positions))[1])
@@ -309,12 +309,12 @@ def bench_large(steps: int) -> None:
 
         @torch.no_grad()
         def e_step() -> tuple[Tensor, Tensor]:
-            probs = outputs(heads, scored, torch.softmax)
+            probs = head_outputs(heads, scored, torch.softmax)
             return prototype_labels(similar, probs, quotas(batch, clusters), own.center_fraction)
 
         (members, labels), expecting = timed(e_step)
         print(f"E-step {expecting:.0f} s", flush=True)
-        order = spice_self._shuffles(own, members.shape[1], (0, 0, SHUFFLE))
+        order = spice_self.shuffles(own, members.shape[1], (0, 0, SHUFFLE))
         learn = partial(m_step, heads, adam, scored.__getitem__, members, labels, loss=double_softmax_cross_entropy)
         _, part = timed(partial(learn, order[:steps]))
         learning = part / len(order[:steps]) * len(order)
@@ -324,7 +324,7 @@ def bench_large(steps: int) -> None:
         def select() -> Tensor:
             whole = quotas(images, clusters)
             return selection_loss(
-                features, outputs(heads, features), whole, own.center_fraction, double_softmax_cross_entropy
+                features, head_outputs(heads, features), whole, own.center_fraction, double_softmax_cross_entropy
             )
 
         _, selecting = timed(select)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import byol, features, imc_swav, moco, reliable, scan, spice_self, spice_semi
+from spice_dist.methods import byol, features, imc_swav, moco, reliable, scan, spice_self_joint, spice_semi
 from spice_dist.recipes import digits
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ TRAIN: dict[str, Callable[[Config, Worker], None]] = {
     "moco": lambda config, worker: moco.train(config, config.moco, worker),
     "byol": lambda config, worker: byol.train(config, config.byol, worker),
     "imc_swav": lambda config, worker: imc_swav.train(config, config.imc_swav, worker),
-    "spice_self": lambda config, worker: spice_self.train(config, config.spice_self, worker),
+    "spice_self": lambda config, worker: spice_self_joint.loop_of(config.spice_self)(config, config.spice_self, worker),
     "spice_semi": lambda config, worker: spice_semi.train(config, config.spice_semi, worker),
     "scan": lambda config, worker: scan.train(config, config.scan, worker),
     "self_label": lambda config, worker: scan.self_label(config, config.self_label, worker),

@@ -12,20 +12,15 @@ import torch
 
 from spice_dist.config import Config, override
 from spice_dist.data.loaders import open_images
+from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods import spice_self
-from spice_dist.methods.plumbing import finished, load_backbone
-from spice_dist.methods.spice_self import (
-    Selection,
-    SpiceSelfConfig,
-    check,
-    head_features,
-    load_heads,
-    m_step,
-    stage2_network,
-)
+from spice_dist.methods import spice_self, stored_views
+from spice_dist.methods.plumbing import finished, load_backbone, view_features
+from spice_dist.methods.spice_self import Selection, SpiceSelfConfig, check, m_step
+from spice_dist.methods.spice_self_joint import JointSelection
+from spice_dist.methods.stage2 import head_features, load_heads, stage2_network
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.task import Task
@@ -125,8 +120,8 @@ def stop_at(step: int) -> Callable[[], bool]:
 
 def test_kept_views_come_again_and_cost_no_forward_pass(without_stage, monkeypatch):
     encoded = []
-    real = spice_self.view_features
-    monkeypatch.setattr(spice_self, "view_features", lambda *args: encoded.append(len(args[2])) or real(*args))
+    real = stored_views.view_features
+    monkeypatch.setattr(stored_views, "view_features", lambda *args: encoded.append(len(args[2])) or real(*args))
     config = changed({"view_epochs": 1, "epochs": 4})
     TRAIN["spice_self"](config, LocalWorker(without_stage("spice_self"), "spice_self", CPU))
     assert encoded == [200]
@@ -143,9 +138,9 @@ def test_batchnorm_in_train_mode_moves_its_statistics_and_no_weight(small_run, w
     assert all("running" in name for name in moved)
     # the heads were made for the features of that backbone
     images = open_images(run / "data", device=CPU, size=8, channels=1)
-    plain = [(spice_self.PLAIN, (0, 0, 0))]
+    plain = [(PLAIN, (0, 0, 0))]
     encode = lambda view: unit(net.backbone.eval()(view).detach())  # noqa: E731
-    (features,) = spice_self.view_features(config, images, np.arange(200), plain, [encode])
+    (features,) = view_features(config, images, np.arange(200), plain, [encode])
     np.testing.assert_allclose(np.load(head_features(run)).astype(np.float32), features.numpy(), atol=1e-3)
     assert head_features(small_run) == small_run / "features/features.npy"
 
@@ -175,7 +170,7 @@ def test_the_course_of_the_selection_is_kept(small_run):
 def test_selection_keeps_the_best_moment_of_each_head_or_of_a_changing_backbone(small_run):
     backbone = load_backbone(SMALL, small_run)
     heads = ClusterHeads(2, 32, 10)
-    selection = Selection(heads, backbone, 3, 5)
+    selection = JointSelection(heads, backbone, 3, 5)
     labels = torch.zeros(2, 5, dtype=torch.long)
     for epoch, loss in enumerate([[3.0, 2.0], [1.0, 4.0], [2.0, 1.5]]):
         for parameter in [*heads.parameters(), *backbone.parameters()]:
@@ -183,13 +178,12 @@ def test_selection_keeps_the_best_moment_of_each_head_or_of_a_changing_backbone(
         selection.update(epoch, heads, backbone, torch.tensor(loss), labels)
     assert selection.loss.tolist() == [1.0, 4.0]
     assert selection.best.biases[1][:, 0, 0].tolist() == [1.0, 1.0], "heads of another moment saw another network"
-    assert selection.backbone is not None
     assert all((parameter == 1).all() for parameter in selection.backbone.parameters())
-    frozen = Selection(heads, None, 2, 5)
+    frozen = Selection(heads, 2, 5)
     for epoch, loss in enumerate([[1.0, 2.0], [3.0, 1.5]]):
         for parameter in heads.parameters():
             parameter.data.fill_(epoch)
-        frozen.update(epoch, heads, backbone, torch.tensor(loss), labels)
+        frozen.update(epoch, heads, torch.tensor(loss), labels)
     assert frozen.loss.tolist() == [1.0, 1.5]
     assert frozen.best.biases[1][:, 0, 0].tolist() == [0.0, 1.0]
 
@@ -199,7 +193,7 @@ def test_the_entropy_term_is_on_from_a_hundred_clusters():
     labels = torch.zeros(1, 8, dtype=torch.long)
     config = SpiceSelfConfig()
     values = {
-        (clusters, weight): spice_self._loss_of(Task(clusters=clusters), replace(config, entropy_weight=weight))(
+        (clusters, weight): spice_self.loss_of(Task(clusters=clusters), replace(config, entropy_weight=weight))(
             logits, labels
         ).item()
         for clusters in (99, 100)

@@ -20,8 +20,8 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.inference import outputs, probabilities
 from spice_dist.methods import spice_tune
 from spice_dist.methods.plumbing import finished
-from spice_dist.methods.spice_self import stage2_network
 from spice_dist.methods.spice_tune import Guard, SpiceTuneConfig, chosen_images, draw, soft_labels
+from spice_dist.methods.stage2 import stage2_network
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.tail import SplitNetwork, split

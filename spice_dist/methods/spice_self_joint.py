@@ -1,0 +1,176 @@
+"""Stage 2 of SPICE with a backbone that changes: the published code's BatchNorm, and the paper's ablation.
+
+The published code encodes the strong images of every head in every minibatch, with the backbone in train mode, so that
+BatchNorm takes the batch's statistics and its running ones drift away from those that the features were made with: it
+costs (2 + R H) N forward passes an epoch, where `spice_self` costs 2 N. `backbone_bn="train"` does that. `joint` trains
+the backbone too, as the paper's ablation does. Both compute confidence with the backbone as it is now and similarity on
+the features of stage 1, in one process.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from spice_dist.data.files import publish
+from spice_dist.data.images import Images
+from spice_dist.data.views import PLAIN
+from spice_dist.distributed.worker import Worker
+from spice_dist.errors import UserError
+from spice_dist.methods import spice_self
+from spice_dist.methods.plumbing import load_backbone, load_state, open_dataset, place, state_of, view_features
+from spice_dist.methods.spice_graph import read_features
+from spice_dist.methods.spice_self import (
+    FOLLOWED,
+    ROUND,
+    SHUFFLE,
+    SpiceSelfConfig,
+    check,
+    drawn_images,
+    drawn_views,
+    encode_view,
+    followed_images,
+    head_optimizer,
+    head_outputs,
+    loss_of,
+    m_step,
+    plain_loss,
+    shuffles,
+)
+from spice_dist.models.backbone import Backbone
+from spice_dist.models.heads import ClusterHeads
+from spice_dist.models.split_batch_norm import set_groups, update_statistics
+from spice_dist.pseudo_labels import prototype_labels, quotas, selection_loss
+from spice_dist.task import Task
+
+
+def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
+    """As `spice_self.train`, with a backbone that changes within an E-step.
+
+    Leaves also `spice_self/features.npy`, of the backbone at the moment of the selected heads.
+    """
+    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    num_images = manifest.clustered
+    check(task, config, num_images)
+    if worker.world > 1:
+        raise UserError("a backbone that changes in stage 2 is trained by one worker: use --workers 0")
+    features = torch.from_numpy(read_features(worker.run, num_images)).to(worker.device)
+    batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
+    sizes, sizes_of_all = (quotas(count, task.clusters, config.prior) for count in (batch, num_images))
+    steps_per_epoch = num_images // batch
+    total = config.epochs * steps_per_epoch
+
+    backbone = place(load_backbone(task, worker.run), worker.device).eval()
+    torch.manual_seed(task.seed)
+    heads = ClusterHeads(config.heads, backbone.dim, task.clusters, config.layers).to(worker.device)
+    selection = JointSelection(heads, backbone, config.epochs, min(num_images, FOLLOWED))
+    optimizer = head_optimizer(task, config, [*heads.parameters(), *(backbone.parameters() if config.joint else ())])
+    parts: dict[str, nn.Module] = {"heads": heads, "select": selection, "backbone": backbone}
+    start = 0
+    if saved := worker.resume():
+        start = saved.step
+        load_state(parts, optimizer, saved)
+
+    encode = partial(encode_view, task, backbone)
+    learning_loss = loss_of(task, config)
+    followed = followed_images(task, num_images, selection.followed.shape[2])
+    for step in range(start, total):
+        epoch = step // steps_per_epoch
+        chosen = drawn_images(task, step, num_images)[:batch]
+        views = view_features(task, images, chosen, drawn_views(task, config, epoch), [encode, lambda view: view])
+        scored, strong_images = (view.to(worker.device).float() for view in views)
+
+        with torch.no_grad():  # E-step
+            probs = head_outputs(heads, scored, torch.softmax)
+            overlap = config.assignment == "overlap"
+            members, labels = prototype_labels(features[chosen], probs, sizes, config.center_fraction, overlap)
+
+        order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
+        inputs = partial(encode_again, task, config, backbone, strong_images)
+        losses = torch.zeros(len(heads), device=worker.device)
+        for minibatches in order.split(ROUND):  # M-step
+            loss = m_step(heads, optimizer, inputs, members, labels, minibatches, learning_loss, task.precision)
+            losses += loss * len(minibatches)
+
+        if (step + 1) % steps_per_epoch == 0:
+            # the heads see what the backbone makes of the images now
+            (now,) = view_features(task, images, np.arange(num_images), [(PLAIN, (0, 0, 0))], [encode])
+            with torch.no_grad():
+                outputs, plain = head_outputs(heads, now), plain_loss(config)
+                loss = selection_loss(features, outputs, sizes_of_all, config.center_fraction, plain)
+                labels = heads(now[followed]).argmax(2)
+            selection.update(epoch, heads, backbone, loss, labels)
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        mean = losses.sum() / len(order) / config.heads
+        worker.report(step + 1, total, {"loss": mean}, lambda: state_of(parts, optimizer), probes, every=1)
+    write_features(task, selection.backbone, images, worker.run / "spice_self/features.npy")
+    images.close()
+
+
+class JointSelection(nn.Module):
+    """Holds all heads and the backbone at the moment of the lowest label-free loss of all, and the course of epochs.
+
+    Heads of different moments would see the features of different networks.
+    """
+
+    def __init__(self, heads: ClusterHeads, backbone: Backbone, epochs: int, followed: int):
+        super().__init__()
+        count, device = len(heads), heads.biases[0].device
+        self.best = heads.part(0, count).requires_grad_(False)
+        self.backbone = deepcopy(backbone).requires_grad_(False)
+        self.loss: Tensor
+        self.register_buffer("loss", torch.full((count,), torch.inf, device=device))
+        self.losses: Tensor  # of every epoch and head
+        self.register_buffer("losses", torch.full((epochs, count), torch.inf, device=device))
+        self.followed: Tensor  # labels of some images by every epoch's heads
+        self.register_buffer("followed", torch.zeros(epochs, count, followed, dtype=torch.int32, device=device))
+
+    @torch.no_grad()
+    def update(
+        self,
+        epoch: int,
+        heads: ClusterHeads,
+        backbone: Backbone,
+        loss: Float[Tensor, " H"],
+        labels: Int[Tensor, "H S"],
+    ) -> None:
+        self.losses[epoch], self.followed[epoch] = loss, labels
+        if loss.min() < self.loss.min():
+            self.loss.copy_(loss)
+            self.best.load_state_dict(heads.state_dict())
+            self.backbone.load_state_dict(backbone.state_dict())
+
+
+def encode_again(
+    task: Task,
+    config: SpiceSelfConfig,
+    backbone: Backbone,
+    images: Float[Tensor, "M C H W"],
+    rows: Int[Tensor, "heads B"],
+) -> Float[Tensor, "heads B D"]:
+    """The features of each head's images by the backbone as it is now; all heads' images are one BatchNorm batch."""
+    set_groups(backbone, 1)
+    backbone.train(config.backbone_bn == "train")
+    with torch.set_grad_enabled(config.joint):
+        features = encode_view(task, backbone, images[rows.flatten()])
+    update_statistics(backbone)
+    backbone.eval()
+    return features.unflatten(0, rows.shape)
+
+
+def write_features(task: Task, backbone: Backbone, images: Images, path: Path) -> None:
+    """Leave the features (N, D), float16, that this backbone makes of all images as they are."""
+    encode = partial(encode_view, task, backbone.eval())
+    (features,) = view_features(task, images, np.arange(images.n), [(PLAIN, (0, 0, 0))], [encode])
+    with publish(path) as file:
+        np.save(file, features.half().cpu().numpy())
+
+
+def loop_of(config: SpiceSelfConfig) -> Callable[[Task, SpiceSelfConfig, Worker], None]:
+    """The loop that these settings train with: this one, or that of the paper, with a frozen backbone."""
+    return train if config.encodes_anew else spice_self.train

@@ -1,0 +1,34 @@
+"""What stage 2 left in a run folder: its heads, the features that these were made for, its network."""
+
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spice_dist.methods import spice_graph
+from spice_dist.methods.plumbing import finished, load_backbone, named
+from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.task import Task
+
+
+def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:
+    """Every head at its best moment, and their label-free losses: the lowest one is the one to use."""
+    saved = finished(run / "spice_self").tensors("select")
+    return ClusterHeads.holding(named(saved, "best.")), saved["loss"]
+
+
+def head_features(run: Path) -> Path:
+    """The file of the features that the heads of stage 2 were made for: stage 1's, unless the backbone changed."""
+    changed = run / "spice_self/features.npy"
+    return changed if changed.exists() else run / "features/features.npy"
+
+
+def stage2_network(task: Task, run: Path) -> ClusterNet:
+    """The backbone of stage 1, or what stage 2 made of it, with the selected head or with the head of a consensus."""
+    if task.stage2 == "spice_graph":
+        return spice_graph.network(task, run)
+    backbone = load_backbone(task, run)
+    if changed := named(finished(run / "spice_self").tensors("select"), "backbone."):
+        backbone.load_state_dict(changed)
+    heads, loss = load_heads(run)
+    return ClusterNet(backbone, heads.select(int(loss.argmin())))
