@@ -26,7 +26,8 @@ from spice_dist.methods import (
     spice_semi,
 )
 from spice_dist.methods.plumbing import new_backbone
-from spice_dist.run_folder import forget_other_clusters, owned, refuse_changes, stage_record, write_stage_record
+from spice_dist.ownership import owned
+from spice_dist.stage_records import forget_other_clusters, refuse_changes, stage_record, write_stage_record
 from spice_dist.stages import Stage, check_settings, images_of, stage_settings, stages_of
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal

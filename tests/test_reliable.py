@@ -25,7 +25,7 @@ from spice_dist.pseudo_labels import (
     reliable_images,
 )
 from spice_dist.recipes import RECIPES
-from spice_dist.report.run_folder import Run
+from spice_dist.report.reading import Run
 from spice_dist.report.sections import label_free
 from spice_dist.task import Task
 

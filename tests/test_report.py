@@ -21,7 +21,7 @@ from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import open_source
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.report import charts, gallery, read_images, write_report
-from spice_dist.report.run_folder import Curve, load, read_curves
+from spice_dist.report.reading import Curve, load, read_curves
 from spice_dist.report.text import printable
 
 HOSTILE = [

@@ -26,7 +26,7 @@ from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channe
 from spice_dist.distributed.ray_channel import Progress
 from spice_dist.distributed.worker import LocalWorker, Stage, Storage
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.run_folder import stage_record
+from spice_dist.stage_records import stage_record
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
 PATIENCE = timedelta(days=30)  # with a worker that does a stage alone

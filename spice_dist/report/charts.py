@@ -8,7 +8,7 @@ import math
 import numpy as np
 from markupsafe import Markup
 
-from spice_dist.report.run_folder import Curve
+from spice_dist.report.reading import Curve
 
 NUM_COLOURS = 8  # .c0 .. .c7 in template.html, told apart by people who are colour-blind too
 SHAPES = ("circle", "square", "triangle", "diamond")  # clusters 8.. take the next shape

@@ -10,7 +10,7 @@ import numpy as np
 
 from spice_dist.assignments import read_names
 from spice_dist.errors import DamagedFile, UserError
-from spice_dist.report.run_folder import Run
+from spice_dist.report.reading import Run
 
 ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,) -> uint8 (n, H, W, 3)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from spice_dist.errors import UserError
 from spice_dist.report import charts, sections
 from spice_dist.report.gallery import ReadImages, center_similarity, galleries, read_images
-from spice_dist.report.run_folder import Run, load, mapping, number
+from spice_dist.report.reading import Run, load, mapping, number
 from spice_dist.report.text import flatten, percent, printable
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from spice_dist import catalog
 from spice_dist.report import charts
 from spice_dist.report.gallery import principal_axes
-from spice_dist.report.run_folder import LEARN_FROM_LABELS, SCORES, Run, mapping, number
+from spice_dist.report.reading import LEARN_FROM_LABELS, SCORES, Run, mapping, number
 from spice_dist.report.text import duration, percent
 
 MAX_SMALL_CHARTS = 12  # per stage

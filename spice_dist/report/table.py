@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from spice_dist.errors import UserError
-from spice_dist.report.run_folder import SCORES, load
+from spice_dist.report.reading import SCORES, load
 
 WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}

@@ -29,8 +29,9 @@ from spice_dist.errors import DamagedFile, UserError
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
 from spice_dist.objectives import COMBINED, OBJECTIVES, SHOWN
+from spice_dist.ownership import owned
 from spice_dist.pipeline import fit_until
-from spice_dist.run_folder import owned, refuse_changes, stage_record
+from spice_dist.stage_records import refuse_changes, stage_record
 from spice_dist.stages import check_settings, images_of, pretext_stages, stage_settings
 from spice_dist.sweep import ray_tune
 from spice_dist.sweep.ray_tune import Round, Search

@@ -33,7 +33,7 @@ from spice_dist.errors import UserError
 from spice_dist.methods import reliable, spice_self_joint
 from spice_dist.methods.features import embed
 from spice_dist.methods.stage2 import load_heads
-from spice_dist.run_folder import owned
+from spice_dist.ownership import owned
 from spice_dist.stages import check_settings, pretext_stages
 from spice_dist.sweep.records import (
     FAILED,

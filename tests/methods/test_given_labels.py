@@ -22,7 +22,7 @@ from spice_dist.methods.given_labels import GivenLabelsConfig, draw
 from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.recipes import recipe
-from spice_dist.report.run_folder import load
+from spice_dist.report.reading import load
 from spice_dist.report.table import format_scores
 from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, weights

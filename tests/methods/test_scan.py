@@ -29,7 +29,7 @@ from spice_dist.methods.plumbing import finished, load_backbone
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.pipeline import fit
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.report.run_folder import load
+from spice_dist.report.reading import load
 from spice_dist.report.table import format_scores
 from tests.methods.conftest import CPU, SMALL, TRAIN, kept_above
 from tests.methods.test_methods import Recorder, assert_same_bits, weights

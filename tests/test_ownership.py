@@ -20,14 +20,15 @@ from typing import Any
 import psutil
 import pytest
 
-from spice_dist import run_folder
+from spice_dist import ownership
 from spice_dist.errors import DamagedFile, UserError
-from spice_dist.run_folder import OWNER, owned, refuse_changes, stage_record, write_stage_record
+from spice_dist.ownership import OWNER, owned
+from spice_dist.stage_records import refuse_changes, stage_record, write_stage_record
 
 HOLDER = """
 import sys
 from pathlib import Path
-from spice_dist.run_folder import owned
+from spice_dist.ownership import owned
 
 with owned(Path(sys.argv[1])):
     print("owned", flush=True)
@@ -54,7 +55,7 @@ def left(run: Path) -> list[str]:
 
 def identity(**changed: object) -> dict[str, Any]:
     """This process as it would write itself down, with changes."""
-    return {**run_folder._identity(), "beat": "000000000", **changed}
+    return {**ownership._identity(), "beat": "000000000", **changed}
 
 
 def write_owner(run: Path, content: dict[str, Any] | str | bytes) -> None:
@@ -64,8 +65,8 @@ def write_owner(run: Path, content: dict[str, Any] | str | bytes) -> None:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr(run_folder, "WRITING_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(ownership, "WRITING_SECONDS", 0.1)
 
 
 def test_the_owner_file_says_who_and_is_gone_at_the_end(tmp_path):
@@ -113,7 +114,7 @@ def test_if_the_dead_were_thought_alive_a_killed_owner_would_block_the_folder(tm
     with another_process(tmp_path) as first:
         first.kill()
         first.wait()
-    monkeypatch.setattr(run_folder, "_alive", lambda *_: True)
+    monkeypatch.setattr(ownership, "_alive", lambda *_: True)
     with pytest.raises(UserError, match="in use"), owned(tmp_path):
         pass
 
@@ -143,7 +144,7 @@ def test_an_owner_that_is_just_writing_its_file_is_waited_for(tmp_path):
 
 
 def test_without_waiting_a_file_being_written_would_be_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "WRITING_SECONDS", 0.0)
+    monkeypatch.setattr(ownership, "WRITING_SECONDS", 0.0)
     write_owner(tmp_path, "")
     with owned(tmp_path):
         pass
@@ -201,7 +202,7 @@ def test_a_container_of_the_same_host_name_is_not_judged_by_process_id(tmp_path,
     """Its processes cannot be seen from here: only its heartbeat tells."""
     write_owner(tmp_path, identity(machine="the same boot, other processes", pid=2**22 + 1))
     looks = []
-    monkeypatch.setattr(run_folder, "_started", lambda pid: looks.append(pid) or 1.0)
+    monkeypatch.setattr(ownership, "_started", lambda pid: looks.append(pid) or 1.0)
     with owned(tmp_path):
         pass
     assert 2**22 + 1 not in looks
@@ -239,12 +240,12 @@ RACE = r"""
 import json, os, random, sys, time
 from pathlib import Path
 
-from spice_dist import run_folder
+from spice_dist import ownership
 from spice_dist.errors import UserError
 
-run_folder.WRITING_SECONDS = 0.05
+ownership.WRITING_SECONDS = 0.05
 root, claimants = Path(sys.argv[1]), 6
-alive = run_folder._alive
+alive = ownership._alive
 
 
 def alive_then_sleep(path, holder):
@@ -258,11 +259,11 @@ def claim_by_unlinking(path, identity):
     while True:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            run_folder._write(descriptor, identity, 0)
+            ownership._write(descriptor, identity, 0)
             return descriptor
         except FileExistsError:
-            holder = run_folder._read(path)
-            if holder and run_folder._alive(path, holder):
+            holder = ownership._read(path)
+            if holder and ownership._alive(path, holder):
                 raise UserError("in use")
             path.unlink(missing_ok=True)
 
@@ -271,7 +272,7 @@ def claim(run, begin, pipe, end):
     random.seed(os.getpid())
     time.sleep(max(0, begin - time.monotonic()))
     try:
-        with run_folder.owned(run):
+        with ownership.owned(run):
             os.write(pipe, b"w")
             os.read(end, 1)  # hold it until everybody has tried
     except UserError as error:
@@ -303,14 +304,14 @@ def race(run, owner):
 
 child = os.fork()
 if child == 0:
-    (root / "dead").write_text(json.dumps({**run_folder._identity(), "beat": "000000000"}))
+    (root / "dead").write_text(json.dumps({**ownership._identity(), "beat": "000000000"}))
     os._exit(0)
 os.waitpid(child, 0)
 dead = (root / "dead").read_text()
-run_folder._alive = alive_then_sleep
+ownership._alive = alive_then_sleep
 owners = {"none": None, "dead": dead, "torn": ""}
 report = {name: [race(root / f"{name}{i}", owner) for i in range(8)] for name, owner in owners.items()}
-run_folder._claim = claim_by_unlinking
+ownership._claim = claim_by_unlinking
 report["undefended"] = [race(root / f"undefended{i}", dead) for i in range(4)]
 print(json.dumps(report))
 """

@@ -19,6 +19,7 @@ from spice_dist.data.files import unguard
 from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
+SHOWN_QUARANTINED = 50  # names and reasons of unreadable images
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 MAX_QUARANTINED = 50  # images that are named
 

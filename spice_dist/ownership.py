@@ -1,14 +1,12 @@
-"""The run folder: who owns it, which stages are finished, and whether a configuration still fits them."""
+"""Who owns a run folder: one process at a time, on any host that shares it."""
 
 import _thread
 import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -19,8 +17,7 @@ from typing import Any
 
 import psutil
 
-from spice_dist.data.files import publish_json
-from spice_dist.errors import DamagedFile, UserError
+from spice_dist.errors import UserError
 
 OWNER = ".owner.json"
 HEARTBEAT_SECONDS = 5.0
@@ -29,10 +26,10 @@ WRITING_SECONDS = 1.0  # longer than anybody takes to fill the owner file after 
 
 @contextmanager
 def owned(run: Path) -> Iterator[None]:
-    """Make the folder ours for the block. UserError if another live process has it, or it cannot be written.
+    """Owns the folder for the block. UserError if another live process owns it, or it cannot be written.
 
-    The owner file holds host, process and its start time: on this machine a dead owner is recognised by its process.
-    One elsewhere counts as alive while its heartbeat moves, which is watched for three beats before taking over.
+    The owner file holds the host, the process and its start time. On this machine a dead owner is recognised by its
+    process. An owner elsewhere counts as alive while its heartbeat moves, which is watched for three beats.
     """
     owner, identity = run / OWNER, _identity()
     try:
@@ -55,10 +52,10 @@ def owned(run: Path) -> Iterator[None]:
 
 
 def _claim(path: Path, identity: dict[str, Any]) -> int:
-    """Make `path` hold our identity; returns it open. UserError if a live process holds it.
+    """Writes this process's identity to `path` and returns it open. UserError if a live process holds it.
 
-    A dead holder is replaced under a second claim, on a name of its own: two that find the same dead one cannot both
-    replace it, and none can replace its successor by mistake.
+    A dead holder is replaced under a second claim, on a file named after that holder: two processes that see the same
+    dead holder cannot both replace it, and none can replace its successor by mistake.
     """
     while True:
         with contextlib.suppress(FileExistsError):
@@ -71,9 +68,10 @@ def _claim(path: Path, identity: dict[str, Any]) -> int:
                 raise
             if _is_open_as(descriptor, path):
                 return descriptor
-            os.close(descriptor)  # we were asleep for so long that another took us for dead
+            # this process was suspended for so long that another took the file over
+            os.close(descriptor)
             continue
-        with contextlib.suppress(FileNotFoundError):  # its holder has just finished: once more
+        with contextlib.suppress(FileNotFoundError):  # the holder has just finished: the loop tries again
             holder = _read(path)
             if holder and _alive(path, holder):
                 raise UserError(
@@ -97,7 +95,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """The same for processes that see each other: one boot of one host, one process namespace of containers."""
+    """Identifies one boot of one host and one process namespace of containers: processes there see each other."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -105,7 +103,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """Seconds from boot to the start of a process, which setting the clock does not change; None if it is dead."""
+    """Seconds from boot to the start of a process, None if it is dead; setting the clock does not change it."""
     try:
         process = psutil.Process(pid)
         dead = process.status() == psutil.STATUS_ZOMBIE
@@ -126,7 +124,7 @@ def _alive(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds the file; None if that is unreadable. One who is just writing it is waited for."""
+    """The identity in the file, None if it is unreadable; waits for a holder that is just writing it."""
     deadline = time.monotonic() + WRITING_SECONDS
     while True:
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -144,7 +142,7 @@ def _is_identity(holder: Any) -> bool:
 
 
 def _write(descriptor: int, identity: dict[str, Any], beat: int) -> None:
-    """In place and of constant length: a beat needs no room on a full disk and never replaces another's file."""
+    """Writes in place and at constant length: a beat needs no space on a full disk and replaces nobody else's file."""
     os.pwrite(descriptor, json.dumps({**identity, "beat": f"{beat:09d}"}).encode(), 0)
     os.fsync(descriptor)
 
@@ -166,79 +164,3 @@ def _beat(owner: Path, descriptor: int, identity: dict[str, Any], stop: threadin
                 _thread.interrupt_main(signal.SIGTERM)  # nothing if nobody handles it
                 return
             _write(descriptor, identity, number)
-
-
-def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
-    """What was noted when the stage began: {"settings", "done", "seconds"}; None if it never did."""
-    path = run / stage / "stage.json"
-    try:
-        record = json.loads(path.read_bytes())
-        return {"settings": dict(record["settings"]), "done": record["done"], "seconds": record["seconds"]}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged; remove {path.parent} to do this stage again") from error
-
-
-def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bool, seconds: float) -> None:
-    (run / stage).mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "done": done, "seconds": round(seconds, 2)}
-    publish_json(run / stage / "stage.json", record)
-
-
-def refuse_changes(
-    run: Path, stage: str, settings: dict[str, Any], remedy: str = "give another --out or the same settings"
-) -> None:
-    """UserError, with the difference, if the stage has left anything that was made with other settings than these."""
-    record = stage_record(run, stage)
-    trained = any((run / stage).glob("checkpoints/*"))
-    if record is None:
-        if trained:
-            raise UserError(
-                f"{run / stage} has checkpoints but no stage.json, which says what they were made with; "
-                f"remove {run / stage} to do this stage again"
-            )
-        return
-    if not record["done"] and not trained:
-        return
-    then, now = record["settings"], json.loads(json.dumps(settings))
-    changed = [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]
-    if changed:
-        shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
-        more = f" and {len(changed) - 3} more" * (len(changed) > 3)
-        raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
-
-
-def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """Remove what was made for another number of clusters, or other settings of stage 2 on the neighbour graph.
-
-    The features and neighbours stay, from which it is made in seconds; one line says so.
-    """
-    names = list(settings)
-    if "spice_graph" not in names:
-        return
-    record = stage_record(run, "spice_graph")
-    now = json.loads(json.dumps(settings["spice_graph"]))
-    own = ("clusters", "spice_graph.")
-    earlier = {
-        name: value for name, value in (record or {"settings": now})["settings"].items() if not name.startswith(own)
-    }
-    if (
-        record is None
-        or record["settings"] == now
-        or earlier != {k: v for k, v in now.items() if not k.startswith(own)}
-    ):
-        return
-    was = record["settings"].get("clusters") or "suggested"
-    print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
-    for name in (*names[names.index("spice_graph") :], "spice_tune", "model"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("assignments.csv", "levels.csv", "metrics.json", "report.html"):  # they would describe other groups
-        (run / name).unlink(missing_ok=True)
-
-
-def _short(settings: dict[str, Any], name: str) -> str:
-    if name not in settings:
-        return "absent"
-    text = json.dumps(settings[name])
-    return text if len(text) <= 60 else text[:57] + "..."

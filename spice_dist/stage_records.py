@@ -1,0 +1,83 @@
+"""The record of a stage, `STAGE/stage.json`: whether it is done, and the settings that its files were made with."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from spice_dist.data.files import publish_json
+from spice_dist.errors import DamagedFile, UserError
+
+
+def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
+    """{"settings", "done", "seconds"} of a stage; None if it never began."""
+    path = run / stage / "stage.json"
+    try:
+        record = json.loads(path.read_bytes())
+        return {"settings": dict(record["settings"]), "done": record["done"], "seconds": record["seconds"]}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged; remove {path.parent} to do this stage again") from error
+
+
+def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bool, seconds: float) -> None:
+    (run / stage).mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "done": done, "seconds": round(seconds, 2)}
+    publish_json(run / stage / "stage.json", record)
+
+
+def refuse_changes(
+    run: Path, stage: str, settings: dict[str, Any], remedy: str = "give another --out or the same settings"
+) -> None:
+    """UserError, with the difference, if the stage has left anything that was made with other settings than these."""
+    record = stage_record(run, stage)
+    trained = any((run / stage).glob("checkpoints/*"))
+    if record is None:
+        if trained:
+            raise UserError(
+                f"{run / stage} has checkpoints but no stage.json, which says what they were made with; "
+                f"remove {run / stage} to do this stage again"
+            )
+        return
+    if not record["done"] and not trained:
+        return
+    then, now = record["settings"], json.loads(json.dumps(settings))
+    changed = [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
+        more = f" and {len(changed) - 3} more" * (len(changed) > 3)
+        raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
+
+
+def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Remove what was made for another number of clusters, or other settings of stage 2 on the neighbour graph.
+
+    The features and neighbours stay, from which it is made in seconds; one line says so.
+    """
+    names = list(settings)
+    record = stage_record(run, "spice_graph") if "spice_graph" in names else None
+    if record is None:
+        return
+    then, now = record["settings"], json.loads(json.dumps(settings["spice_graph"]))
+    if then == now or _of_earlier_stages(then) != _of_earlier_stages(now):
+        return
+    was = then.get("clusters") or "suggested"
+    print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
+    for name in (*names[names.index("spice_graph") :], "spice_tune", "model"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("assignments.csv", "levels.csv", "metrics.json", "report.html"):  # they would describe other groups
+        (run / name).unlink(missing_ok=True)
+
+
+def _of_earlier_stages(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the stage `spice_graph` without its own."""
+    return {name: value for name, value in settings.items() if not name.startswith(("clusters", "spice_graph."))}
+
+
+def _short(settings: dict[str, Any], name: str) -> str:
+    if name not in settings:
+        return "absent"
+    text = json.dumps(settings[name])
+    return text if len(text) <= 60 else text[:57] + "..."
