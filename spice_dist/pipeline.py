@@ -17,8 +17,7 @@ from spice_dist.config import Config, override
 from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
 from spice_dist.data.sources import Source
-from spice_dist.distributed.worker import LocalWorker
-from spice_dist.distributed.worker import Stage as StageCall
+from spice_dist.distributed.worker import LocalWorker, StageCall
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan

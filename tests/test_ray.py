@@ -19,7 +19,7 @@ import ray  # noqa: F401  as in a notebook, before any token is set: with that, 
 
 from spice_dist import cli
 from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_train
-from spice_dist.distributed.worker import Stage, Worker
+from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
 from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
@@ -126,22 +126,24 @@ def refused(_task: Task, _config: None, worker: Worker) -> None:
 @pytest.mark.timeout(240)
 def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker_has_left_the_one_before(tmp_path):
     stages = (
-        Stage("late", late, Task(), None),
-        Stage("together", looked, Task(), "together"),
-        Stage("single", looked, Task(), "single", shared=False),
-        Stage("after", looked, Task(), "after"),
+        StageCall("late", late, Task(), None),
+        StageCall("together", looked, Task(), "together"),
+        StageCall("single", looked, Task(), "single", shared=False),
+        StageCall("after", looked, Task(), "after"),
     )
     shown: list[ray_channel.Progress] = []
     said: list[str] = []
     job = ray_train.Job(stages, tmp_path, 1, lambda: False, shown.append, said.append)
     with ray_train.session(None, num_cpus=2):
         ray_train.train_on_workers(job, 2)
-        stopped = replace(job, stages=(Stage("asking", asking, Task(), None), Stage("never", looked, Task(), "never")))
+        stopped = replace(
+            job, stages=(StageCall("asking", asking, Task(), None), StageCall("never", looked, Task(), "never"))
+        )
         assert not ray_train.run_group(stopped, 2, max_failures=0)
         assert shown[-1].stage == "never", "the stage before is done"
         began = time.monotonic()
         with pytest.raises(UserError, match="no room"):
-            ray_train.run_group(replace(job, stages=(Stage("refused", refused, Task(), None),)), 2, max_failures=0)
+            ray_train.run_group(replace(job, stages=(StageCall("refused", refused, Task(), None),)), 2, max_failures=0)
         assert time.monotonic() - began < 120, "the other worker must not wait for its collective to time out"
     notes = {path.name: path.read_text().split() for path in tmp_path.glob("*.[01]")}
     processes = {notes[f"together.{rank}"][3] for rank in (0, 1)}

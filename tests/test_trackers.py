@@ -13,7 +13,7 @@ import torch
 
 from spice_dist.distributed import trackers
 from spice_dist.distributed.trackers import Tracker
-from spice_dist.distributed.worker import LocalWorker, MetricLog, Stage, Worker
+from spice_dist.distributed.worker import LocalWorker, MetricLog, StageCall, Worker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.task import Task
 
@@ -261,7 +261,7 @@ def test_the_first_of_two_ray_workers_reports(mlflow, tmp_path):
 
     with session(None, num_cpus=2):
         trackers.request(["mlflow"])  # after Ray has started, so that its workers do not just inherit it
-        job = Job((Stage("moco", train_one_step, Task(), None),), tmp_path / "cats", 1, lambda: False, print, print)
+        job = Job((StageCall("moco", train_one_step, Task(), None),), tmp_path / "cats", 1, lambda: False, print, print)
         train_on_workers(job, 2)
     (found,) = mlflow_runs(mlflow)
     assert found.info.status == "FINISHED"

@@ -24,7 +24,7 @@ from torch import nn
 
 from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_nodes, trackers
 from spice_dist.distributed.ray_channel import Progress
-from spice_dist.distributed.worker import LocalWorker, Stage, Storage
+from spice_dist.distributed.worker import LocalWorker, StageCall, Storage
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.stage_records import stage_record
 
@@ -51,7 +51,7 @@ RAY_SETTINGS = {
 class RayWorker(LocalWorker):
     """One of several workers of a Ray Train job."""
 
-    def __init__(self, run: Path, stage: Stage, storage: Storage):
+    def __init__(self, run: Path, stage: StageCall, storage: Storage):
         import ray.train
         import ray.train.torch
 
@@ -155,7 +155,7 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
 class Job:
     """Stages for one group of workers, in this order."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageCall, ...]
     run: Path
     threads: int  # of the CPU, for each worker
     stop_requested: Callable[[], bool]
@@ -306,11 +306,11 @@ def _train_loop(options: dict[str, Any]) -> str:
     return "done"
 
 
-def _is_finished(run: Path, stage: Stage) -> bool:
+def _is_finished(run: Path, stage: StageCall) -> bool:
     return bool((stage_record(run, stage.name) or {}).get("done"))
 
 
-def _outcome(stage: Stage, worker: LocalWorker, threads: int) -> str:
+def _outcome(stage: StageCall, worker: LocalWorker, threads: int) -> str:
     try:
         stage.run(worker, threads)
     except Interrupted:

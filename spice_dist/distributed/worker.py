@@ -41,8 +41,8 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of a run that keeps what it makes in a folder of its name: `train(task, config, worker)` makes it."""
+class StageCall:
+    """A stage with its arguments, to be called on every worker; it keeps what it makes in a folder of its name."""
 
     name: str
     train: Callable[[Task, Any, Any], None]

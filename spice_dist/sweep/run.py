@@ -24,7 +24,7 @@ from spice_dist.catalog import PRETEXTS
 from spice_dist.config import Config, dotted, override
 from spice_dist.data.files import publish_json
 from spice_dist.data.sources import Source
-from spice_dist.distributed.worker import LocalWorker, Stage, usable_cores
+from spice_dist.distributed.worker import LocalWorker, StageCall, usable_cores
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
@@ -270,7 +270,7 @@ def _run_base(sweep: Sweep) -> None:
     with StopSignal() as stop, Bar("views", stop) as bar:
         worker = LocalWorker(plan.base, "views", device, stop.requested, bar.show)
         store = partial(spice_self.store_views, kinds=kinds)
-        Stage("views", store, config, config.spice_self).run(worker, usable_cores())
+        StageCall("views", store, config, config.spice_self).run(worker, usable_cores())
 
 
 def _run_rounds(sweep: Sweep, stop: StopSignal) -> None:

@@ -28,7 +28,7 @@ from spice_dist.config import Config, override
 from spice_dist.data.files import publish
 from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import LocalWorker, Stage
+from spice_dist.distributed.worker import LocalWorker, StageCall
 from spice_dist.errors import UserError
 from spice_dist.methods import reliable, spice_self_joint
 from spice_dist.methods.features import embed
@@ -129,21 +129,21 @@ def _run_stages(trial: Trial) -> Scores:
     scorer = Scorer(plan, config, trial.device)
     if plan.start.trains_backbone:
         for row in pretext_stages(config):
-            stage = Stage(row.name, row.train, config, row.settings_in(config))
+            stage = StageCall(row.name, row.train, config, row.settings_in(config))
             if plan.workers:
                 _train_on_workers(trial, stage)
             else:
                 _train(trial, stage, partial(scorer.backbone_at_rung, folder))
-        _train(trial, Stage("features", embed, config, None))
+        _train(trial, StageCall("features", embed, config, None))
     if plan.start.trains_heads:
         at_rung = None if plan.start.trains_backbone else scorer.heads_at_rung
         train = spice_self_joint.loop_of(config.spice_self)
-        _train(trial, Stage("spice_self", train, config, config.spice_self), at_rung)
+        _train(trial, StageCall("spice_self", train, config, config.spice_self), at_rung)
     features = np.load(folder / "features/features.npy", mmap_mode="r")[: scorer.num_images]
     heads, loss = load_heads(folder)
     clusters, scores = scorer.of_heads(heads, loss, features)
     if plan.reliable:
-        _train(trial, Stage("reliable", reliable.select, config, config.reliable))
+        _train(trial, StageCall("reliable", reliable.select, config, config.reliable))
         labels = np.load(folder / "reliable/labels.npy")[: scorer.num_images]
         clusters, scores = scorer.of_labels(labels, features)
     with publish(folder / "clusters.npy") as file:
@@ -151,7 +151,7 @@ def _run_stages(trial: Trial) -> Scores:
     return scores
 
 
-def _train(trial: Trial, stage: Stage, score: Callable[[Tensors], Scores] | None = None) -> None:
+def _train(trial: Trial, stage: StageCall, score: Callable[[Tensors], Scores] | None = None) -> None:
     """Run a stage in this process.
 
     Args:
@@ -168,7 +168,7 @@ def _train(trial: Trial, stage: Stage, score: Callable[[Tensors], Scores] | None
     stage.run(worker, trial.plan.threads)
 
 
-def _train_on_workers(trial: Trial, stage: Stage) -> None:
+def _train_on_workers(trial: Trial, stage: StageCall) -> None:
     from spice_dist.distributed import ray_train
 
     def message(line: str) -> None:

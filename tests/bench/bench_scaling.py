@@ -48,7 +48,7 @@ from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed import ray_train
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, Stage, Worker, usable_cores
+from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, StageCall, Worker, usable_cores
 from spice_dist.methods import moco
 from spice_dist.models.backbone import BackboneConfig
 from spice_dist.task import Task
@@ -175,7 +175,7 @@ def timed_moco(task: Task, settings: moco.MoCoConfig, worker: Any) -> None:
 
 def by_ray(run: Path, workers: int, threads: int, steps: int) -> None:
     task = config(steps)
-    stages = (Stage("moco", timed_moco, task, task.moco),)
+    stages = (StageCall("moco", timed_moco, task, task.moco),)
     quiet = lambda _told: None  # noqa: E731
     job = ray_train.Job(stages, run, threads, lambda: False, quiet, quiet)
     ray_train.train_on_workers(job, workers)

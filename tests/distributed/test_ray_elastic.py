@@ -10,7 +10,7 @@ from spice_dist.cli import parser
 from spice_dist.config import override
 from spice_dist.distributed import ray_channel, ray_elastic, ray_nodes, ray_train, ray_trainer
 from spice_dist.distributed.ray_train import Job, WorkersLost
-from spice_dist.distributed.worker import Stage
+from spice_dist.distributed.worker import StageCall
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.launching import Launch, plan
 from spice_dist.recipes import digits
@@ -25,7 +25,7 @@ class Cluster:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         self.free, self.ran, self.ends = 4, [], []
         self.stop = False
-        stages = tuple(Stage(name, lambda *_: None, Task(), None) for name in ("moco", "features", "spice_semi"))
+        stages = tuple(StageCall(name, lambda *_: None, Task(), None) for name in ("moco", "features", "spice_semi"))
         self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, print)
         for folder in ("moco/checkpoints", "spice_semi/checkpoints", ".ray"):
             (tmp_path / folder).mkdir(parents=True)
