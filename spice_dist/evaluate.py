@@ -4,10 +4,8 @@ Only this, metrics.py and probes.py see true labels, and methods/given_labels.py
 """
 
 import json
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_manifest, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.inference import probabilities
-from spice_dist.methods import given_labels, graph_result, imc_swav, scan, spice_result
 from spice_dist.methods.plumbing import finished, open_dataset, place
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
 from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.stages import result_of
 from spice_dist.task import Task
 
 MARGIN = 0.1  # of recognised images, by which a baseline must be better: k-means' clusters are linear by construction
@@ -88,21 +86,6 @@ def evaluate(
         _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(run / "metrics.json", result)
     return result
-
-
-def result_of(config: Config) -> Callable[[Path, torch.device, Progress, str | None], Clustering]:
-    """What reads the result of a run of these settings: called with the run, the device, progress and last stage."""
-    spice = {
-        "spice_self": partial(spice_result.result, config, config.spice_semi),
-        "spice_graph": partial(graph_result.result, config, config.spice_graph),
-    }
-    return {
-        "spice": spice[config.stage2],
-        "imc_swav": partial(imc_swav.result, config, config.imc_swav),
-        "scan": partial(scan.result, config, config.scan),
-        "fixmatch": partial(given_labels.result, config, config.spice_semi),
-        "supervised": partial(given_labels.result, config, config.spice_semi),
-    }[config.method]
 
 
 def _labels_and_baselines(

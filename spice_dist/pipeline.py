@@ -27,7 +27,7 @@ from spice_dist.methods import (
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.ownership import owned
 from spice_dist.stage_records import forget_other_clusters, refuse_changes, stage_record, write_stage_record
-from spice_dist.stages import Stage, check_settings, images_of, stage_settings, stages_of
+from spice_dist.stages import Stage, check_settings, evaluation_settings, images_of, stage_settings, stages_of
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
 
@@ -152,7 +152,7 @@ def _run_stages(run: OpenRun) -> set[str]:
         if stage in finished:
             print(f"{stage:<11} finished before", file=sys.stderr)
     rows = [row for row in stages_of(run.config) if row.name in run.settings and row.name not in finished]
-    stages = [_call(row, run) for row in rows]
+    stages = [_stage_call(row, run) for row in rows]
     with _ray_session(run) if stages and run.sizes != (0,) else contextlib.nullcontext():
         if "data" not in finished:
             with _recorded(run, "data") as bar:
@@ -166,7 +166,7 @@ def _run_stages(run: OpenRun) -> set[str]:
     return finished
 
 
-def _call(row: Stage, run: OpenRun) -> StageCall:
+def _stage_call(row: Stage, run: OpenRun) -> StageCall:
     task = _with_plain_loader(run) if row.plain_loader else run.config
     many = len(run.source.paths) >= SMALL and run.sizes != (0,)  # alone, this process takes all cores
     return StageCall(row.name, row.train, task, row.settings_in(run.config), row.shared(run.config, many))
@@ -189,14 +189,13 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
 
 def _evaluated_otherwise(run: OpenRun) -> bool:
     """Whether there are no scores yet, or those of other stages, another method or other settings of evaluation."""
-    path, config = run.folder / "metrics.json", run.config
+    path = run.folder / "metrics.json"
     if not path.exists():
         return True
     metrics = json.loads(path.read_text())
-    eval_bn = config.imc_swav.eval_bn if config.method == "imc_swav" else None
-    if (metrics.get("method"), metrics.get("eval_bn")) != (config.method, eval_bn):
-        return True
-    return set(metrics.get("seconds", ())) != set(run.settings)
+    now = {"method": run.config.method} | evaluation_settings(run.config)
+    changed = any(metrics.get(name) != value for name, value in now.items())
+    return changed or set(metrics.get("seconds", ())) != set(run.settings)
 
 
 @contextlib.contextmanager

@@ -8,13 +8,17 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from spice_dist import cost
+from spice_dist.clustering import Clustering
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
+from spice_dist.data.files import Progress
 from spice_dist.data.manifest import Ingested
 from spice_dist.data.sources import Source, listing
 from spice_dist.errors import UserError
@@ -22,11 +26,13 @@ from spice_dist.methods import (
     byol,
     features,
     given_labels,
+    graph_result,
     imc_swav,
     moco,
     reliable,
     scan,
     spice_graph,
+    spice_result,
     spice_self,
     spice_self_joint,
     spice_semi,
@@ -66,6 +72,8 @@ class Stage:
     cost: Callable[[Counting, Any], Cost] | None = None
     shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, are images many)
     clusters: bool = False  # there is a clustering after it, with which a run can end
+    # reads the clustering that it and the stages after it have left: (config, settings, run, device, progress, until)
+    result: Callable[[Any, Any, Path, torch.device, Progress, str | None], Clustering] | None = None
     plain_loader: bool = False  # reads a few images without FFCV, whose reader takes longer to compile
     reads_labels: bool = False  # learns from true labels
     evaluation: tuple[str, ...] = ()  # settings that only the evaluation of its clusters reads
@@ -103,13 +111,14 @@ TABLE = (
     Stage(
         "spice_self", _train_heads, "spice_self", depends=("seed", "clusters"), cost=cost.spice_self,
         shared=lambda config, many: many and not config.spice_self.encodes_anew, plain_loader=True, clusters=True,
+        result=lambda config, settings, *run: spice_result.result(config, config.spice_semi, *run),
         check=lambda config, images: spice_self.check(config, config.spice_self, images.clustered),
     ),
     Stage("graph", spice_graph.find_neighbors, "graph", cost=cost.graph),
     Stage("suggest", suggested.suggest_clusters, depends=("seed",)),
     Stage(
         "spice_graph", partial(suggested.follow, spice_graph.train), "spice_graph", depends=("clusters",),
-        cost=cost.spice_graph, clusters=True,
+        cost=cost.spice_graph, clusters=True, result=graph_result.result,
         check=lambda config, images: spice_graph.check(config, config.spice_graph, config.graph, images.clustered),
     ),
     Stage(
@@ -120,6 +129,7 @@ TABLE = (
     Stage(
         "given_labels", given_labels.give, "given_labels", depends=("seed", "clusters"), reads_labels=True,
         check=_check_given_labels,
+        result=lambda config, settings, *run: given_labels.result(config, config.spice_semi, *run),
     ),
     Stage(
         "spice_semi", partial(suggested.follow, spice_semi.train), "spice_semi",
@@ -133,12 +143,12 @@ TABLE = (
     ),
     Stage(
         "imc_swav", imc_swav.train, "imc_swav", depends=("clusters", *PRETEXT), cost=cost.imc_swav, shared=always,
-        clusters=True, evaluation=("imc_swav.eval_bn",),
+        clusters=True, result=imc_swav.result, evaluation=("imc_swav.eval_bn",),
         check=lambda config, images: imc_swav.check(config, config.imc_swav, images.training, images.clustered),
     ),
     Stage(
         "scan", scan.train, "scan", depends=("seed", "clusters", "bn_groups"), cost=cost.scan, shared=always,
-        clusters=True,
+        clusters=True, result=scan.result,
         check=lambda config, images: scan.check(config, config.scan, images.clustered),
     ),
     Stage(
@@ -175,6 +185,24 @@ def _names(config: Config) -> list[str]:
 def pretext_stages(config: Config) -> list[Stage]:
     """Stage 1; none if the backbone is taken as it is."""
     return [stage for stage in stages_of(config) if stage.name == config.pretext]
+
+
+def result_of(config: Config) -> Callable[[Path, torch.device, Progress, str | None], Clustering]:
+    """What reads the result of a run of these settings: called with the run, the device, progress and last stage."""
+    stage = _concluding(config)
+    assert stage.result is not None
+    return partial(stage.result, config, stage.settings_in(config))
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """The settings that only evaluation reads, by their last name, as metrics.json has them; None: not of this run."""
+    read, values = _concluding(config).evaluation, flatten(config)
+    names = [name for stage in TABLE for name in stage.evaluation]
+    return {name.rpartition(".")[2]: values[name] if name in read else None for name in names}
+
+
+def _concluding(config: Config) -> Stage:
+    return [stage for stage in stages_of(config) if stage.result][-1]
 
 
 def estimate(config: Config, training: int, clustered: int, workers: int = 1, passes: int = 1) -> dict[str, Cost]:

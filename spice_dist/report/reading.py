@@ -156,6 +156,8 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return rows | {"SCAN, no self-label": alone, "SCAN": final}
     if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
+    if (method := metrics.get("method")) in catalog.METHODS and method in catalog.TITLES:  # its one stage has its name
+        return rows | {catalog.TITLES[method][0]: final}
     if pretext := read_scores(read_json(folder / "imc_swav" / "eval.json")):
         rows["IMC-SwAV, stage 1"] = pretext
     if isinstance(metrics.get("result"), str):
