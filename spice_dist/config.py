@@ -122,10 +122,10 @@ def _convert(value: Any, wanted: Any) -> Any:
     if isinstance(value, str) and wanted is not str:
         value = {"true": True, "false": False}.get(value.lower()) if wanted is bool else ast.literal_eval(value)
     if typing.get_origin(wanted) is tuple:
-        parts = typing.get_args(wanted)
+        types = typing.get_args(wanted)
         if isinstance(value, list | tuple):
-            kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-            return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+            types = types[:1] * len(value) if types[-1] is ... else types
+            return tuple(_convert(item, kind) for item, kind in zip(value, types, strict=True))
     elif wanted in (int, float) and isinstance(value, KINDS[wanted]) and not isinstance(value, bool):
         return wanted(value)  # a NumPy number becomes a plain one, which JSON can hold
     elif wanted in (bool, str) and isinstance(value, wanted):
@@ -135,8 +135,8 @@ def _convert(value: Any, wanted: Any) -> Any:
 
 def _name(wanted: Any) -> str:
     if typing.get_origin(wanted) is tuple:
-        parts = typing.get_args(wanted)
-        return f"a list such as ({', '.join('32' if parts[0] is int else '0.5' for _ in parts)})"
+        types = typing.get_args(wanted)
+        return f"a list such as ({', '.join('32' if types[0] is int else '0.5' for _ in types)})"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[wanted]
 
 
