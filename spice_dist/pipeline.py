@@ -21,9 +21,7 @@ from spice_dist.distributed.worker import LocalWorker, StageCall
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan
-from spice_dist.methods import (
-    spice_semi,
-)
+from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.ownership import owned
 from spice_dist.stage_records import forget_other_clusters, refuse_changes, stage_record, write_stage_record
@@ -32,7 +30,6 @@ from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
 
 SMALL = 50_000  # fewer images are embedded in less time than FFCV's reader compiles, and by one worker alone
-
 
 Settings = dict[str, dict[str, Any]]  # of each stage, in order: all that its result depends on
 
