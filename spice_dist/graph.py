@@ -22,12 +22,12 @@ DENSE = 400  # images up to which all eigenvectors are computed: the iterative s
 
 
 def landmarks(clusters: int) -> int:
-    """How many images are clustered themselves: of more than these a sample."""
+    """Return how many images are clustered themselves; of more, a sample is."""
     return max(LANDMARKS, LANDMARKS_OF_CLUSTER * clusters)
 
 
 def neighbor_graph(neighbors: Int[np.ndarray, "N S"], count: int) -> sparse.csr_array:
-    """(N, N) weights: 1 between images that are among each other's `count` nearest, 1/2 if one is among the other's."""
+    """Weigh edges, (N, N): 1 between images among each other's `count` nearest, 1/2 if one is among the other's."""
     images, count = len(neighbors), min(count, neighbors.shape[1])
     rows = np.repeat(np.arange(images, dtype=np.int32), count)
     columns = neighbors[:, :count].ravel()
@@ -38,7 +38,7 @@ def neighbor_graph(neighbors: Int[np.ndarray, "N S"], count: int) -> sparse.csr_
 def diffusion_map(
     graph: sparse.csr_array, dimensions: int, seed: int = 0
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "N m"]]:
-    """(eigenvalues, coordinates) of the random walk P = D^-1 W, largest first, without the constant one.
+    """Compute (eigenvalues, coordinates) of the random walk P = D^-1 W, largest first, without the constant one.
 
     Coifman and Lafon 2006: after t steps two images are as far apart as the rows of coordinates times eigenvalues^t.
     A graph in pieces has several eigenvalues 1, whose coordinates tell the pieces apart.
@@ -56,15 +56,15 @@ def diffusion_map(
             -2 * constant[:, None]
         ) * linalg.aslinearoperator(constant[None])
         start = np.random.default_rng(seed).random(len(degree))
-        found = linalg.eigsh(without, wanted, which="LA", v0=start, tol=1e-4)  # pyright: ignore[reportArgumentType]
-        assert isinstance(found, tuple), "scipy gives both where it is not asked for values alone"
-        values, vectors = found
+        pairs = linalg.eigsh(without, wanted, which="LA", v0=start, tol=1e-4)  # pyright: ignore[reportArgumentType]
+        assert isinstance(pairs, tuple), "scipy gives both where it is not asked for values alone"
+        values, vectors = pairs
     order = np.argsort(-values)[:wanted]
     return values[order], vectors[:, order] / np.sqrt(degree)[:, None]
 
 
 def modularity(neighbors: Int[np.ndarray, "N k"], labels: Int[np.ndarray, " N"]) -> tuple[float, float]:
-    """Agreement e and modularity Q = e - sum_c a_c^2 of clusters in the graph of nearest neighbours.
+    """Compute agreement e and modularity Q = e - sum_c a_c^2 of clusters in the graph of nearest neighbours.
 
     e is the share of edges within clusters, a_c the share of all ends of edges that lie in cluster c (Newman and Girvan
     2004). An edge from each image to each of its k neighbours; one that both ends name counts twice.
@@ -79,13 +79,13 @@ def modularity(neighbors: Int[np.ndarray, "N k"], labels: Int[np.ndarray, " N"])
 def walked(
     values: Float[np.ndarray, " m"], coordinates: Float[np.ndarray, "N m"], steps: int
 ) -> Float[np.ndarray, "N m"]:
-    """Unit rows of the map after a walk of `steps`: directions tell groups apart, lengths how central an image is."""
+    """Return unit rows of the map after `steps`: directions tell groups apart, lengths how central an image is."""
     moved = coordinates * np.maximum(values, 0) ** steps
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
 
 
 def kmeans(points: Float[np.ndarray, "N D"], clusters: int, seed: int, starts: int = 2) -> Int[np.ndarray, " N"]:
-    """The labels of the best of several starts of k-means; fewer clusters where fewer points differ.
+    """Return the labels of the best of several starts of k-means; fewer clusters where fewer points differ.
 
     A consensus gains from members that differ: two starts gave half a point of NMI more than ten.
     """
@@ -105,23 +105,23 @@ def graph_clusterings(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Int[np.ndarray, "T N"]:
-    """One clustering for each number of neighbours and each length of the walk: k-means of the diffusion map.
+    """Cluster once for each number of neighbours and each length of the walk: k-means of the diffusion map.
 
     A walk of 0 steps sees the K - 1 leading coordinates alone: spectral clustering as Ng, Jordan and Weiss have it.
     """
-    found = []
+    clusterings = []
     for count in counts:
         values, coordinates = diffusion_map(neighbor_graph(neighbors, count), DIMENSIONS * clusters, seed)
         for length in steps:
-            seen = coordinates if length else coordinates[:, : clusters - 1]
-            points = walked(values[: seen.shape[1]], seen, length)
-            found.append(kmeans(points, clusters, seed * 1000 + len(found)))
-            progress(len(found), len(counts) * len(steps))
-    return np.stack(found)
+            leading = coordinates if length else coordinates[:, : clusters - 1]
+            points = walked(values[: leading.shape[1]], leading, length)
+            clusterings.append(kmeans(points, clusters, seed * 1000 + len(clusterings)))
+            progress(len(clusterings), len(counts) * len(steps))
+    return np.stack(clusterings)
 
 
 def matched(reference: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], clusters: int) -> Int[np.ndarray, " K"]:
-    """The number in `reference` of each cluster of `labels`: the one-to-one matching with the most images in common."""
+    """Match each cluster of `labels` with one of `reference`, one to one, with the most images in common."""
     from scipy.optimize import linear_sum_assignment
 
     shared = np.zeros((clusters, clusters), np.int64)
@@ -132,7 +132,7 @@ def matched(reference: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], clu
 def consensus(
     probs: Float[np.ndarray, "T N K"], rounds: int = 3, seed: int = 0
 ) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, " N"]]:
-    """The mean of several clusterings after matching their clusters, and the share of them that agree with it.
+    """Average clusterings after matching their clusters: (mean, the share of them that agree with it).
 
     The first reference is the clustering that agrees best with all others; then the mean itself is the reference.
     """
@@ -143,10 +143,10 @@ def consensus(
     mean = votes = probs[0]
     for _ in range(rounds):
         mean, votes = np.zeros(probs.shape[1:]), np.zeros(probs.shape[1:])
-        for own, label in zip(probs, labels, strict=True):
-            to = matched(reference, label, clusters)
-            mean[:, to] += own / len(probs)
-            votes[np.arange(len(label)), to[label]] += 1 / len(probs)
+        for member, member_labels in zip(probs, labels, strict=True):
+            to = matched(reference, member_labels, clusters)
+            mean[:, to] += member / len(probs)
+            votes[np.arange(len(member_labels)), to[member_labels]] += 1 / len(probs)
         reference = mean.argmax(1)
     return mean, votes[np.arange(len(reference)), reference]
 
@@ -154,15 +154,15 @@ def consensus(
 def spread(
     probs: Float[np.ndarray, "N K"], neighbors: Int[np.ndarray, "N S"], share: float = 0.5, rounds: int = 3
 ) -> Float[np.ndarray, "N K"]:
-    """Label spreading (Zhou et al. 2004): p <- (1 - share) probs + share (mean of p over the neighbours)."""
-    found = probs
+    """Spread labels (Zhou et al. 2004): p <- (1 - share) probs + share (mean of p over the neighbours)."""
+    spread_probs = probs
     for _ in range(rounds):
-        found = (1 - share) * probs + share * neighbor_mean(found, neighbors)
-    return found
+        spread_probs = (1 - share) * probs + share * neighbor_mean(spread_probs, neighbors)
+    return spread_probs
 
 
 def neighbor_mean(probs: Float[np.ndarray, "N K"], neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray, "M K"]:
-    """The mean of each image's neighbours, one neighbour at a time: never N x S x K numbers."""
+    """Average each image's neighbours, one neighbour at a time: never N x S x K numbers."""
     total = np.zeros((len(neighbors), probs.shape[1]), probs.dtype)
     for column in neighbors.T:
         total += probs[column]
@@ -172,7 +172,7 @@ def neighbor_mean(probs: Float[np.ndarray, "N K"], neighbors: Int[np.ndarray, "M
 def with_sizes(
     probs: Float[np.ndarray, "N K"], sizes: Float[np.ndarray, " K"], rounds: int = 30
 ) -> Float[np.ndarray, "N K"]:
-    """The probabilities nearest to these (in relative entropy) whose mean over images is `sizes`: Sinkhorn's scaling.
+    """Find the probabilities nearest to these in relative entropy whose mean over images is `sizes`, by Sinkhorn.
 
     `sizes` sum to one. Rows of the result sum to one exactly, its columns to `sizes` up to convergence.
     """

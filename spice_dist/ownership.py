@@ -30,6 +30,9 @@ def owned(run: Path) -> Iterator[None]:
 
     The owner file holds the host, the process and its start time. On this machine a dead owner is recognised by its
     process. An owner elsewhere counts as alive while its heartbeat moves, which is watched for three beats.
+
+    flufl.lock would not replace this: it takes over by a file's time and two machines' clocks, also from a process that
+    was only stopped, needs a heartbeat all the same, and waited 25 s for a dead process of this machine.
     """
     owner, identity = run / OWNER, _identity()
     try:

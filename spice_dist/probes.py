@@ -80,6 +80,7 @@ def linear_probe_split(features: Float[np.ndarray, "N D"], labels: Int[np.ndarra
 
     A class's only image goes to the train part. ValueError if there is no class with two.
     """
+    # by hand: scikit-learn's train_test_split(stratify=...) refuses a class of one image
     order = np.random.default_rng(seed).permutation(len(labels))
     members = [order[labels[order] == name] for name in np.unique(labels)]
     cuts = [max(1, len(group) * 4 // 5) for group in members]
@@ -170,8 +171,8 @@ def _settings(run: Path) -> tuple[Task, str]:
             clusters=config["clusters"],
             seed=config["seed"],
             data=DataConfig(**config["data"]),
-            precision=config.get("precision", "auto"),
-            pretext=config.get("pretext", "moco"),
+            precision=config["precision"],
+            pretext=config["pretext"],
             backbone=BackboneConfig(**backbone),
         )
         return task, task.pretext

@@ -77,11 +77,12 @@ def silhouettes(points: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"])
     mean_squares = one_hot.T @ squares / sizes
     distances = np.maximum(squares[:, None] - 2 * x @ means.T + mean_squares, 0)
     rows = np.arange(len(x))
-    own = sizes[labels]
-    a = distances[rows, labels] * own / np.maximum(own - 1, 1)  # without the distance to itself
+    own_size = sizes[labels]
+    # without the distance to itself
+    a = distances[rows, labels] * own_size / np.maximum(own_size - 1, 1)
     distances[rows, labels] = np.inf
     b = distances.min(1)
-    return np.where(own > 1, (b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny), 0.0)
+    return np.where(own_size > 1, (b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny), 0.0)
 
 
 def composite(micro: Float[np.ndarray, " B"], macro: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
@@ -124,8 +125,8 @@ def suggest(
     """
     if largest is not None and largest < 2:
         raise UserError(f"the largest number of clusters is {largest}; it must be at least 2")
-    parts = np.array_split(features, len(features) // 10_000 + 1)
-    bad = sum(int((~np.isfinite(part).all(1)).sum()) for part in parts)
+    chunks = np.array_split(features, len(features) // 10_000 + 1)
+    bad = sum(int((~np.isfinite(chunk).all(1)).sum()) for chunk in chunks)
     if bad:
         raise UserError(f"features of {bad} of {len(features)} images are not finite; leave these images out")
     rng = np.random.default_rng(seed)
@@ -184,8 +185,8 @@ def merge_tree(
     for leaf in range(count):
         join(leaf)
     for step in range(count - 1):
-        part = cost[np.ix_(alive, alive)]
-        i, j = sorted(divmod(int(part.argmin()), len(alive)))
+        costs = cost[np.ix_(alive, alive)]
+        i, j = sorted(divmod(int(costs.argmin()), len(alive)))
         one, other, node = alive[i], alive[j], count + step
         tree[step] = one, other, np.sqrt(cost[one, other]), leaves[one] + leaves[other]
         mass[node], leaves[node] = mass[one] + mass[other], leaves[one] + leaves[other]
@@ -284,14 +285,14 @@ def _suggestion(scan: _Scan, null: _Scan, points: Float[np.ndarray, "N D"], dist
     lifts = 1 - np.array([1 - scan.rows[k][:, 2].mean() for k in ks]) / np.maximum(parted, 1e-9)
     s = np.array([scan.silhouette(k).mean() for k in ks])
     q = np.array([scan.rows[k][:, 3].mean() for k in ks])
-    found = bool(scores[place] > upper[place] and lifts[place] >= LIFT)
+    has_groups = bool(scores[place] > upper[place] and lifts[place] >= LIFT)
     plausible = [k for k, score in zip(ks, scores, strict=True) if score >= PLATEAU * scores[place]]
     coarse = max((k for k in ks if 3 * k <= 2 * best), key=lambda k: s[ks.index(k)], default=best)
     fine = max((k for k in ks if 2 * k >= 3 * best), key=lambda k: q[ks.index(k)], default=best)
-    levels = (best, coarse, fine, min(plausible), max(plausible)) if found else (1, 1, 1, 1, 1)
+    levels = (best, coarse, fine, min(plausible), max(plausible)) if has_groups else (1, 1, 1, 1, 1)
     curves = [curve.tolist() for curve in (scores, errors, upper, s, q, lifts)]
-    stability = _stability(points, best, seed) if found else []
-    result = Suggestion(found, *levels, ks, *curves, stability=stability, images_per_cluster=distinct / levels[0])
+    stability = _stability(points, best, seed) if has_groups else []
+    result = Suggestion(has_groups, *levels, ks, *curves, stability=stability, images_per_cluster=distinct / levels[0])
     result.notes.extend(_notes(result))
     return result
 
@@ -334,8 +335,8 @@ def _points(features: Float[np.ndarray, "N D"], rng: np.random.Generator) -> tup
 
     order = rng.permutation(len(features))
     directions = _unit(rng.standard_normal((6, features.shape[1]))).T
-    parts = np.array_split(order, len(order) // 10_000 + 1)
-    keys = np.concatenate([np.round(_unit(features[rows]) @ directions, SAME) for rows in parts])
+    chunks = np.array_split(order, len(order) // 10_000 + 1)
+    keys = np.concatenate([np.round(_unit(features[rows]) @ directions, SAME) for rows in chunks])
     first = np.sort(np.unique(keys + 0.0, axis=0, return_index=True)[1])  # + 0: -0 is 0
     x = _unit(features[order[first[:POOL]]])
     if len(x) < FEWEST:

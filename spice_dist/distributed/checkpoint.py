@@ -22,6 +22,7 @@ from spice_dist.data.files import fsync
 from spice_dist.errors import DamagedFile
 
 Tensors = dict[str, dict[str, Tensor]]
+KEPT = 2  # checkpoints of a stage
 DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as no rights, pass: no fallback
 
 
@@ -39,8 +40,8 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
 
-def save(folder: Path, step: int, tensors: Tensors, state: dict, keep: int = 2) -> Path:
-    """Write `folder/<step>/` atomically and drop all but the newest `keep`; OSError, and no trace, if the disk is full.
+def save(folder: Path, step: int, tensors: Tensors, state: dict) -> Path:
+    """Write `folder/<step>/` atomically and drop all but the newest KEPT; OSError, and no trace, if the disk is full.
 
     A valid checkpoint of the same step is kept instead: replacing it would leave a moment without one.
     """
@@ -65,7 +66,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict, keep: int = 2) 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _candidates(folder)[keep:]:
+    for old in _candidates(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

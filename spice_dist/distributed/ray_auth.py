@@ -126,12 +126,12 @@ def resolved(address: str) -> str:
         return address
     try:
         done = subprocess.run([sys.executable, "-c", AUTO], capture_output=True, text=True, timeout=6 * SECONDS)
-        found = "" if done.returncode else done.stdout.strip()
+        running = "" if done.returncode else done.stdout.strip()
     except subprocess.TimeoutExpired:
-        found = ""
-    if not found:
+        running = ""
+    if not running:
         raise UserError("--address is auto, but no Ray cluster runs on this machine; give host:port")
-    return found
+    return running
 
 
 def has_token() -> bool:

@@ -45,11 +45,11 @@ def _wait_for_room(job: Job, sizes: tuple[int, ...]) -> int:
     """The largest size that there is room for, once two looks agree: a lost node takes a moment to be noticed."""
     started, before = time.monotonic(), None
     while True:
-        found = largest(sizes, ray_nodes.free_seats())
-        if found is not None and found == before:
-            return found
-        before = found
-        if found is None and time.monotonic() - started > WAIT_SECONDS:
+        size = largest(sizes, ray_nodes.free_seats())
+        if size is not None and size == before:
+            return size
+        before = size
+        if size is None and time.monotonic() - started > WAIT_SECONDS:
             raise UserError(
                 f"--workers asks for at least {sizes[0]}, but Ray has had no room for them for {WAIT_SECONDS:.0f} s; "
                 "ask for fewer, or add nodes and run the same command again"

@@ -114,12 +114,12 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
 
 def _worker_processes() -> list[psutil.Process]:
     """Of a cluster of our own, whose processes descend from this one."""
-    found = []
+    workers = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             if "".join(process.cmdline()).startswith("ray::"):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
 def _end(workers: list[psutil.Process]) -> None:

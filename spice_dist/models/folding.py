@@ -24,8 +24,8 @@ def folded(module: M, example: Float[Tensor, "B C H W"]) -> M:
     module.eval()
     copy = deepcopy(module)
     _fold(copy)
-    wanted, found = module(example), copy(example)
-    same = torch.isfinite(found).all() and (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    before, after = module(example), copy(example)
+    same = torch.isfinite(after).all() and (after - before).abs().max() <= TOLERANCE * before.abs().max()
     return copy if same else module
 
 

@@ -60,9 +60,9 @@ class ClusterHeads(nn.Module):
         """The heads whose state these tensors are."""
         layers = len(tensors) // 2
         heads, dim, clusters = tensors[f"weights.{layers - 1}"].shape
-        found = cls(heads, dim, clusters, layers)
-        found.load_state_dict(tensors)
-        return found
+        module = cls(heads, dim, clusters, layers)
+        module.load_state_dict(tensors)
+        return module
 
     def forward(self, features: Float[Tensor, "*shared B D"]) -> Float[Tensor, "H B K"]:
         x = features * math.sqrt(features.shape[-1])
@@ -142,9 +142,9 @@ class Classifiers(nn.Module):
     def holding(cls, tensors: dict[str, Tensor]) -> "Classifiers":
         """The classifiers whose state these tensors are."""
         heads, dim, hidden = tensors["in_weight"].shape
-        found = cls(heads, dim, hidden, tensors["out_weight"].shape[2])
-        found.load_state_dict(tensors)
-        return found
+        module = cls(heads, dim, hidden, tensors["out_weight"].shape[2])
+        module.load_state_dict(tensors)
+        return module
 
     def forward(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "H *batch K"]:
         rows = features.flatten(0, -2)

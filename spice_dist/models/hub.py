@@ -38,10 +38,10 @@ def cached(repo: str, filename: str) -> Path | None:
 
     name, _, revision = repo.partition("@")
     try:
-        found = try_to_load_from_cache(name, filename, revision=revision or None)
+        path = try_to_load_from_cache(name, filename, revision=revision or None)
     except OSError:  # a cache that others wrote and we may not read
         return None
-    return Path(found) if isinstance(found, str) and _is_whole(Path(found)) else None
+    return Path(path) if isinstance(path, str) and _is_whole(Path(path)) else None
 
 
 def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda done, total: None) -> Path:
@@ -57,14 +57,14 @@ def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda 
     if constants.HF_HUB_OFFLINE:
         raise HubError("HF_HUB_OFFLINE is set")
     host = urlsplit(constants.ENDPOINT).netloc
-    own = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}
+    variables = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}
     # partial files of Xet are elsewhere and tell nothing of the speed; telemetry would ask the hub one more question
-    own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     package = str(Path(__file__).parents[2])
-    own["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
         [sys.executable, "-m", "spice_dist.models.hub", repo, filename, str(seconds)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **own},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **variables},
     )  # fmt: skip
     try:
         size = _first_answer(child, host)
@@ -81,7 +81,7 @@ def _first_answer(child: subprocess.Popen, host: str) -> int:
     assert child.stdout is not None
     if not wait([child.stdout.fileno()], ANSWER_SECONDS):
         raise HubError(f"{host} did not answer within {ANSWER_SECONDS:g} s")
-    return _said(child, host)["size"]
+    return _answer(child, host)["size"]
 
 
 def _wait(child: subprocess.Popen, host: str, folder: Path, size: int, seconds: float, progress: Progress) -> None:
@@ -100,19 +100,19 @@ def _wait(child: subprocess.Popen, host: str, folder: Path, size: int, seconds: 
             speed = (here - before) / 1e3 / (now - since)
             raise HubError(f"{host} sends {speed:.3g} kB/s, too slow for {size / 1e6:.3g} MB within {seconds:g} s")
         before, since = here, now
-    _said(child, host)
+    _answer(child, host)
 
 
-def _said(child: subprocess.Popen, host: str) -> dict:
+def _answer(child: subprocess.Popen, host: str) -> dict:
     """The next line of the child; HubError if it holds an error."""
     assert child.stdout is not None
     try:
-        said = json.loads(child.stdout.readline())
+        answer = json.loads(child.stdout.readline())
     except ValueError:
         raise HubError(f"the download from {host} ended without a word") from None
-    if "error" in said:
-        raise (NoSuchFile if said["missing"] else HubError)(f"{host} {said['error']}")
-    return said
+    if "error" in answer:
+        raise (NoSuchFile if answer["missing"] else HubError)(f"{host} {answer['error']}")
+    return answer
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -167,9 +167,9 @@ def _download(repo: str, filename: str) -> None:
     if not (about.commit_hash and about.etag and about.size):  # a page to log in at, the front page of a proxy
         raise HubError("is no model hub: its answer lacks what one says of a file")
     _say(size=about.size)
-    found = try_to_load_from_cache(name, filename, revision=revision)
-    if isinstance(found, str) and not _is_whole(Path(found)):
-        _remove(Path(found))
+    earlier = try_to_load_from_cache(name, filename, revision=revision)
+    if isinstance(earlier, str) and not _is_whole(Path(earlier)):
+        _remove(Path(earlier))
     path = Path(hf_hub_download(name, filename, revision=revision))
     if not _is_whole(path) or (re.fullmatch("[0-9a-f]{64}", about.etag) and _sha256(path) != about.etag):
         _remove(path)

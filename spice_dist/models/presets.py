@@ -71,7 +71,7 @@ def for_several(names: Sequence[str], weights: str | None = None) -> dict[str, A
     Raises:
         UserError: as `for_pretrained`, or a network is named twice, or one file is to fill several networks.
     """
-    networks = [(name, own or weights or "") for name, _, own in (text.partition("=") for text in names)]
+    networks = [(name, source or weights or "") for name, _, source in (text.partition("=") for text in names)]
     of_file = [name for name, source in networks if source == weights and weights not in (TIMM, PACKAGE)]
     if len(of_file) > 1:
         raise UserError(f"--weights {weights} cannot fit {' and '.join(of_file)}; give --backbone NAME=FILE for each")

