@@ -23,7 +23,7 @@ from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_manifest, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.inference import probabilities
-from spice_dist.methods.plumbing import finished, open_dataset, place
+from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -95,7 +95,7 @@ def _labels_and_baselines(
     task, choice = clustering.task, clustering.choice
     if choice is not None:
         return choice.labels, choice.confidence, choice.baselines
-    images, _ = open_dataset(task, run, device)
+    images, _ = open_run_dataset(task, run, device)
     with closing(images):
         net = place(clustering.net, device)
         probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)

@@ -26,7 +26,7 @@ from spice_dist.data.manifest import Ingested, read_manifest
 from spice_dist.distributed import checkpoint
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.inference import backbone_features
-from spice_dist.methods.plumbing import open_dataset
+from spice_dist.methods.plumbing import open_run_dataset
 from spice_dist.models.backbone import BackboneConfig
 from spice_dist.neighbors import search
 from spice_dist.task import Task
@@ -112,7 +112,7 @@ def probe_checkpoints(
         rows = [{"step": 0, **_probe(features, known, task, kinds, device)}]
     else:
         saved = _kept_backbones(run / pretext / "checkpoints")
-        images, _ = open_dataset(task, run, device)
+        images, _ = open_run_dataset(task, run, device)
         rows = []
         with closing(images):
             for number, (step, weights) in enumerate(saved):

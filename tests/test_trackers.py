@@ -55,7 +55,7 @@ def train(run: Path, stop_after: int = 10**9, total: int = 4) -> None:
     for step in range(saved.step if saved else 0, total):
         steps.append(step)
         loss = torch.tensor(float(step + 1))
-        worker.report(step + 1, total, {"loss": loss}, lambda: {"state": {"x": torch.zeros(1)}})
+        worker.report(step + 1, total, loss, lambda: {"state": {"x": torch.zeros(1)}})
 
 
 def mlflow_runs(client) -> list:
@@ -252,7 +252,7 @@ def test_workers_elsewhere_learn_the_places_and_no_secret(monkeypatch, mlflow):
 
 def train_one_step(task: Task, config: None, worker: Worker) -> None:
     worker.resume()
-    worker.report(1, 1, {"loss": torch.tensor(7.0)}, lambda: {"state": {"x": torch.zeros(1)}})
+    worker.report(1, 1, torch.tensor(7.0), lambda: {"state": {"x": torch.zeros(1)}})
 
 
 @pytest.mark.slow

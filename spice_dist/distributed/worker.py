@@ -23,6 +23,7 @@ from spice_dist.task import Task
 
 NOTHING, SAVE, STOP = 0, 1, 2
 Probes = Mapping[str, Callable[[], Tensor]]
+NO_METRICS: Mapping[str, Tensor] = {}
 NO_PROBES: Probes = {}
 OnReport = Callable[[int, int, Tensor, Callable[[], Tensors]], None]
 """Called with (step, total, loss, save) at the end of every report; `save` gives the state at this step."""
@@ -94,15 +95,23 @@ class Worker(Protocol):
         self,
         step: int,
         total: int,
-        metrics: dict[str, Tensor],
+        loss: Tensor,
         save: Callable[[], Tensors],
+        metrics: Mapping[str, Tensor] = NO_METRICS,
         probes: Probes = NO_PROBES,
         every: int = 10,
     ) -> None:
-        """Tell that `step` of `total` steps are done; may save, and raises Interrupted when asked to stop.
+        """Report that `step` of `total` steps are done; may save.
 
-        The metrics are averaged over steps; `probes`, which cost more, are computed only where a line is written. On a
-        GPU, which must not wait for every step, saving and stopping are considered `every` so many.
+        Loss and metrics are averaged over steps; `probes`, which cost more, are computed only where a line is written.
+
+        Args:
+            save: gives the state at this step, for a checkpoint.
+            every: steps between two at which a GPU, which must not wait for every step, may save or stop.
+
+        Raises:
+            Interrupted: the worker was asked to stop, and has saved.
+            UserError: the loss is not finite, or the last state cannot be saved.
         """
         ...
 
@@ -153,26 +162,28 @@ class LocalWorker:
         self,
         step: int,
         total: int,
-        metrics: dict[str, Tensor],
+        loss: Tensor,
         save: Callable[[], Tensors],
+        metrics: Mapping[str, Tensor] = NO_METRICS,
         probes: Probes = NO_PROBES,
         every: int = 10,
     ) -> None:
-        for name, value in metrics.items():  # summed on the device: reading a number each step would stall it
+        # summed on the device: reading a number each step would stall it
+        for name, value in {"loss": loss, **metrics}.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
         self.summed += 1
-        self._show(step, total, metrics)
+        self._show(step, total, loss)
         if step % max(1, total // 100) == 0 or step == total:
-            self._require_finite(step, metrics["loss"])
+            self._require_finite(step, loss)
             self._write_means(step, probes)
         if self.device.type == "cpu" or step % every == 0 or step == total:
-            self._save_or_stop(step, total, metrics["loss"], save)
-        self.on_report(step, total, metrics["loss"], save)
+            self._save_or_stop(step, total, loss, save)
+        self.on_report(step, total, loss, save)
 
-    def _show(self, step: int, total: int, metrics: dict[str, Tensor]) -> None:
+    def _show(self, step: int, total: int, loss: Tensor) -> None:
         if self.rank == 0 and (time.monotonic() - self.shown_at > 0.5 or step == total):
             self.shown_at = time.monotonic()
-            self.progress(step, total, float(metrics["loss"]))
+            self.progress(step, total, float(loss))
 
     def _write_means(self, step: int, probes: Probes) -> None:
         values = {name: value.float() / self.summed for name, value in self.sums.items()}

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from spice_dist import losses
 from spice_dist.data.views import MOCO_V2, View
 from spice_dist.distributed import collectives
-from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import (
     autocast,
     check_batch,
-    load_state,
+    in_passes,
     new_backbone,
     open_dataset,
     passes_that_fit,
     place,
+    resume,
     state_of,
     view_pairs,
 )
@@ -55,7 +56,7 @@ class BYOLConfig:
 
 def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
     """Leaves the online network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
@@ -69,10 +70,7 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
     optimizer = sgd(online.parameters(), config.lr, config.weight_decay)
 
     parts = {"backbone": backbone, "projection": projection, "prediction": prediction, "target": target}
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
 
     online.train()
     target.train()
@@ -86,28 +84,29 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=worker.device)
-        seen: list[Tensor] = []
-        for number, pair in enumerate(zip(one.chunk(passes), other.chunk(passes), strict=True), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+        projections: list[Tensor] = []
+        for pair in in_passes(model, one.chunk(passes), other.chunk(passes)):
+            with autocast(worker.device, task.precision):
                 with torch.no_grad():
                     targets = [unit(target(view)) for view in pair]
                 predictions = [unit(model(view)) for view in pair]
-                part = (losses.byol(predictions[0], targets[1]) + losses.byol(predictions[1], targets[0])) / passes
-            part.backward()
-            loss += part.detach()
-            seen += targets
+                distances = losses.byol(predictions[0], targets[1]) + losses.byol(predictions[1], targets[0])
+                loss_of_pass = distances / passes
+            loss_of_pass.backward()
+            loss += loss_of_pass.detach()
+            projections += targets
         optimizer.step()
         update_statistics(online)
         update_statistics(target)
         follow(target, online[:2], target_momentum(config.momentum, step / total))
 
         probes = {
-            "uniformity": lambda seen=seen: losses.uniformity(collectives.all_gather(torch.cat(seen))),
-            "effective_rank": lambda seen=seen: losses.effective_rank(collectives.all_gather(torch.cat(seen))),
+            "uniformity": lambda seen=projections: losses.uniformity(collectives.all_gather(torch.cat(seen))),
+            "effective_rank": lambda seen=projections: losses.effective_rank(collectives.all_gather(torch.cat(seen))),
         }
         # the loss is the distance of both directions: half of it is their alignment
-        metrics = {"loss": loss, "alignment": loss / 2}
-        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
+        metrics = {"alignment": loss / 2}
+        worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 

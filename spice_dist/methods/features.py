@@ -32,7 +32,7 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     that an earlier call left are not computed again, whatever its number of workers: the final features of a finished
     row have unit norm. Where a middle stage's features stand beside them, `mixture.json` says how much they count.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     backbone = load_backbone(task, worker.run)
     folder = worker.run / "features"
     partial = folder / f"features.{_fingerprint(task, backbone)}.partial.npy"

@@ -22,7 +22,7 @@ from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.inference import outputs
-from spice_dist.methods.plumbing import open_dataset, place
+from spice_dist.methods.plumbing import open_run_dataset, place
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
 from spice_dist.models.backbone import unit
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -104,7 +104,7 @@ def result(
     """The network of stage 3, without heads; leaves its features as `features/features.npy`."""
     stage3 = network_task(task, config)
     net = place(trained_network(stage3, config, run), device)
-    images, manifest = open_dataset(task, run, device)
+    images, manifest = open_run_dataset(task, run, device)
     every, statistics = np.arange(images.n), stage3.backbone.statistics
     chunks = outputs(net.backbone, images, every, statistics, lambda done, total: None, task.precision)
     features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()

@@ -24,7 +24,7 @@ from spice_dist.data.manifest import read_manifest
 from spice_dist.inference import probabilities
 from spice_dist.methods import spice_graph
 from spice_dist.methods.levels import write_levels
-from spice_dist.methods.plumbing import finished, load_backbone, open_dataset, place
+from spice_dist.methods.plumbing import finished, load_backbone, open_run_dataset, place
 from spice_dist.methods.spice_graph import SpiceGraphConfig
 from spice_dist.methods.suggested import read_suggestion, with_suggested_clusters
 from spice_dist.models.heads import ClusterHeads, ClusterNet
@@ -136,7 +136,7 @@ def _groupings(
     groupings["spice_graph"] = _with_network(probs, partial(spice_graph.network, task, run))
     if tuned:
         net = place(_tuned_network(task, run), features.device)
-        images, _ = open_dataset(task, run, features.device)
+        images, _ = open_run_dataset(task, run, features.device)
         probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
         images.close()
         groupings["spice_tune"] = _with_network(probs, lambda: net)

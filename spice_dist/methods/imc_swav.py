@@ -33,11 +33,13 @@ from spice_dist.methods.plumbing import (
     autocast,
     check_batch,
     finished,
-    load_state,
+    in_passes,
     new_backbone,
     open_dataset,
+    open_run_dataset,
     passes_per_step,
     place,
+    resume,
     state_of,
     view_lists,
 )
@@ -194,7 +196,7 @@ class Bank(nn.Module):
 
 def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     """Leaves all of the network in the stage's last checkpoint: the backbone, with it `network` makes a clustering."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training, manifest.clustered)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
@@ -221,10 +223,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     if manifest.clustered < manifest.training:
         width = net.backbone.dim + config.prototypes
         bank = parts["bank"] = place(Bank(len(config.views), config.batch, width), worker.device)
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
 
     net.train()
     classifiers.train()
@@ -233,7 +232,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     model, classify = worker.wrap(net), worker.wrap(classifiers)
     stream = view_lists(task, images, manifest.training, config.batch, config.epochs, config.views, start, worker)
     known = known_images(task, config, manifest.training, manifest.clustered, start)
-    told = torch.zeros(4, device=worker.device)  # of the last step in which the classifiers learned
+    reported = torch.zeros(4, device=worker.device)  # of the last step in which the classifiers learned
     for step, (views, (positions, before)) in enumerate(zip(stream, known, strict=True), start):
         rise, fall = warm_up(step + 1, config.warmup), steps_down(step / total, config.milestones, config.decay)
         set_lr(optimizer, config.lr * rise * fall)
@@ -250,13 +249,13 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
 
         swav = torch.zeros((), device=worker.device)
         features, probs = [], []
-        for number, (views_of_pass, target) in enumerate(zip(crops, targets.chunk(passes, 1), strict=True), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
-                small = encode(model, net, views_of_pass[GLOBAL:], groups // passes)
-            z, _, every = (torch.cat(pair) for pair in zip(large[number - 1], small, strict=True))
-            part = losses.swapped_prediction(target, every, config.temperature) / passes
-            part.backward()
-            swav += part.detach()
+        for views_of_pass, of_large, target in in_passes(model, crops, large, targets.chunk(passes, 1)):
+            with autocast(worker.device, task.precision):
+                of_small = encode(model, net, views_of_pass[GLOBAL:], groups // passes)
+            z, _, every = (torch.cat(pair) for pair in zip(of_large, of_small, strict=True))
+            swav_of_pass = losses.swapped_prediction(target, every, config.temperature) / passes
+            swav_of_pass.backward()
+            swav += swav_of_pass.detach()
             features.append(z.detach().float())
             probs.append((every.detach() / config.temperature).softmax(-1))
         update_statistics(net)
@@ -271,17 +270,18 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
             full = bank.push(rows, positions, before, worker)
             learned = [] if full is None else shares(full, net.backbone.dim, passes, worker)
         if learned:
-            loss, objective, told = cluster_losses(task, config, classify, learned, worker)
-            loss.backward()
+            clustering_loss, objective, reported = cluster_losses(task, config, classify, learned, worker)
+            clustering_loss.backward()
             update_statistics(classifiers)
             classifiers.note(objective, first=before < config.batch)
         optimizer.step()
         net.prototypes.renormalise()
 
-        metrics = {"loss": swav + told[0] + config.hinge_weight * told[1], "swav": swav}
-        metrics |= dict(zip(("mi", "hinge", "entropy", "conditional_entropy"), told, strict=True))
+        loss = swav + reported[0] + config.hinge_weight * reported[1]
+        names = ("mi", "hinge", "entropy", "conditional_entropy")
+        metrics = {"swav": swav, **dict(zip(names, reported, strict=True))}
         probes = {"perplexity": partial(prototypes_in_use, probs)}
-        worker.report(step + 1, total, metrics, lambda: saved_state(parts, optimizer, classifiers), probes)
+        worker.report(step + 1, total, loss, lambda: saved_state(parts, optimizer, classifiers), metrics, probes)
     images.close()
 
 
@@ -321,7 +321,7 @@ def cluster_losses(
     """
     with autocast(worker.device, task.precision):
         by_pass = [classify(features) for features, _ in learned]
-    objectives, loss, told = [], torch.zeros((), device=worker.device), []
+    objectives, loss, reported = [], torch.zeros((), device=worker.device), []
     for logits in zip(*by_pass, strict=True):  # of one K
         counts = [losses.joint_counts(part.softmax(-1), u) for part, (_, u) in zip(logits, learned, strict=True)]
         joint = collectives.total(torch.stack(counts).sum(0)) / config.batch  # H V V K J
@@ -330,8 +330,8 @@ def cluster_losses(
         hinge = torch.stack([losses.logit_hinge(part, config.hinge).mean(1) for part in logits]).mean(0)
         loss = loss + (objective + config.hinge_weight * hinge).sum()
         objectives.append(objective.detach())
-        told.append(torch.stack([objective, hinge, entropy, conditional]).mean(1).detach())
-    return loss, torch.stack(objectives), told[0]
+        reported.append(torch.stack([objective, hinge, entropy, conditional]).mean(1).detach())
+    return loss, torch.stack(objectives), reported[0]
 
 
 def shares(rows: Tensor, dim: int, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
@@ -400,7 +400,7 @@ def result(
     task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
     """The network with the selected classifier; heads are all classifiers of the task's K."""
-    images, manifest = open_dataset(task, run, device)
+    images, manifest = open_run_dataset(task, run, device)
     net = place(network(task, run), device)
     if config.eval_bn == "adapt_on_test":
         adapt_statistics(net, task, config, images, scored_images(manifest))

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from spice_dist import losses
 from spice_dist.data.views import MOCO_V2, View
 from spice_dist.distributed import collectives
-from spice_dist.distributed.worker import Probes, Worker, accumulating
+from spice_dist.distributed.worker import Probes, Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import (
     autocast,
     check_batch,
-    load_state,
+    in_passes,
     new_backbone,
     open_dataset,
     passes_that_fit,
     place,
+    resume,
     state_of,
     view_pairs,
 )
@@ -70,7 +71,7 @@ class MoCoConfig:
 
 def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     """Leaves the query network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
@@ -87,10 +88,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
         optimizer = sgd(query_net.parameters(), config.lr, config.weight_decay)
 
     parts: dict[str, nn.Module] = {"backbone": backbone, "projection": projection, "key": key_net, "queue": queue}
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
 
     query_net.train()
     key_net.train()
@@ -110,18 +108,17 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
             keys.append(shuffled_keys(task, key_net, query_view, passes, (task.seed, step, QUERY), worker))
         update_statistics(key_net)
         directions = zip((query_view, key_view), keys, strict=False)  # one, or both
-        by_pass = zip(*(_by_pass(view, key, passes, worker) for view, key in directions), strict=True)
 
         optimizer.zero_grad()
         loss, alignment = torch.zeros(2, device=worker.device)
-        for number, pairs in enumerate(by_pass, 1):
-            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
-                found = [(unit(model(view)), key) for view, key in pairs]
-                each = [losses.info_nce(query, key, queue.keys, config.temperature) for query, key in found]
-                part = torch.stack(each).sum() / passes
-            part.backward()
-            loss += part.detach()
-            alignment += losses.alignment(found[0][0].detach(), found[0][1]) / passes
+        for pairs in in_passes(model, *(_by_pass(view, key, passes, worker) for view, key in directions)):
+            with autocast(worker.device, task.precision):
+                queries = [(unit(model(view)), key) for view, key in pairs]
+                each = [losses.info_nce(query, key, queue.keys, config.temperature) for query, key in queries]
+                loss_of_pass = torch.stack(each).sum() / passes
+            loss_of_pass.backward()
+            loss += loss_of_pass.detach()
+            alignment += losses.alignment(queries[0][0].detach(), queries[0][1]) / passes
         optimizer.step()
         update_statistics(query_net)
 
@@ -130,8 +127,8 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
         probes = {"uniformity": partial(losses.uniformity, keys[0]), **staleness.probe()}
         if (step + 1) * config.new_keys >= config.queue:  # before, there are random vectors in it
             probes["effective_rank"] = partial(losses.effective_rank, queue.keys)
-        metrics = {"loss": loss, "alignment": alignment}
-        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
+        metrics = {"alignment": alignment}
+        worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from spice_dist.data.scratch import staged
 from spice_dist.data.views import View
 from spice_dist.distributed import checkpoint, collectives
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
-from spice_dist.distributed.worker import Worker
+from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
 from spice_dist.models.backbone import Backbone, pretrained_backbone
 from spice_dist.models.split_batch_norm import forget_statistics, set_groups
@@ -33,8 +33,18 @@ VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
 MIXTURE = "features/mixture.json"  # in a run: how a middle stage's features stand beside the final ones
 
 
-def open_dataset(task: Task, run: Path, device: torch.device, scratch: Path | None = None) -> tuple[Images, Ingested]:
-    """The images of a run, and the manifest that says which of them are clustered, only train, or are held out.
+def open_dataset(task: Task, worker: Worker) -> tuple[Images, Ingested]:
+    """Open the images of a worker's run, with the manifest that says which are clustered, only train, or are held out.
+
+    They are read from a copy on the worker's own disk if it has a scratch folder.
+    """
+    return open_run_dataset(task, worker.run, worker.device, worker.scratch)
+
+
+def open_run_dataset(
+    task: Task, run: Path, device: torch.device, scratch: Path | None = None
+) -> tuple[Images, Ingested]:
+    """As `open_dataset`, where there is no worker.
 
     Args:
         scratch: a folder on this node's own disk, to read the images from a copy there.
@@ -106,6 +116,17 @@ def _exhausts_memory(module: nn.Module, shape: tuple[int, ...], task: Task, devi
         module.train(training).zero_grad()
         forget_statistics(module)
     return 0
+
+
+def in_passes(model: nn.Module, *parts: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield the i-th part of each sequence for pass i of a step; only the last pass averages gradients over workers.
+
+    The body enters `autocast` itself for the forward pass: a backward pass must be outside of it.
+    """
+    passes = list(zip(*parts, strict=True))
+    for number, part in enumerate(passes, 1):
+        with accumulating(model, last=number == len(passes)):
+            yield part
 
 
 def own_positions(sizes: Sequence[int], worker: Worker) -> Int[Tensor, " b"]:
@@ -214,14 +235,23 @@ def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def load_modules(parts: dict[str, nn.Module], saved: Checkpoint) -> None:
-    for name, module in parts.items():
-        module.load_state_dict(saved.tensors(name))
+def resume(worker: Worker, parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Load the stage's newest checkpoint into modules and optimizer; return its step, 0 without a checkpoint."""
+    saved = worker.resume()
+    if saved is None:
+        return 0
+    load_state(parts, optimizer, saved)
+    return saved.step
 
 
 def load_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:
     load_modules(parts, saved)
     load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
+
+
+def load_modules(parts: dict[str, nn.Module], saved: Checkpoint) -> None:
+    for name, module in parts.items():
+        module.load_state_dict(saved.tensors(name))
 
 
 def finished(stage: Path) -> Checkpoint:

@@ -34,7 +34,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.data.views import PLAIN, SCAN_STRONG, View
 from spice_dist.distributed import collectives
-from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.inference import outputs
 from spice_dist.methods.plumbing import (
@@ -42,13 +42,15 @@ from spice_dist.methods.plumbing import (
     by_group,
     check_batch,
     finished,
+    in_passes,
     load_backbone,
-    load_state,
     named,
     open_dataset,
+    open_run_dataset,
     own_positions,
     passes_per_step,
     place,
+    resume,
     state_of,
     view_lists,
 )
@@ -120,7 +122,7 @@ class Selection(nn.Module):
 
 def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     """Leaves the selected network and its heads' losses in the last checkpoint, see `trained`."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     check(task, config, manifest.clustered)
     steps_per_epoch = manifest.clustered // config.batch
     total = config.epochs * steps_per_epoch
@@ -133,10 +135,7 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     selection = Selection(net)
     optimizer = adam(net.parameters(), config.lr, BETAS, config.weight_decay)
     parts: dict[str, nn.Module] = {"net": net, "selection": selection}
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
     model = worker.wrap(net)
 
     net.train()
@@ -146,13 +145,13 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
         view = augment.apply(config.view, image, position, (task.seed, step, VIEW), task.backbone.statistics)
         views = by_group(view.chunk(2), groups)  # G V C H W, of each group the images, then their neighbours
         optimizer.zero_grad()
-        found = []
-        for number, part in enumerate(views.chunk(passes), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
-                logits = model(part.flatten(0, 1)).unflatten(1, part.shape[:2])  # heads G V K
-            found.append([half.flatten(1, 2) for half in logits.chunk(2, dim=2)])
-        consistency = torch.stack([losses.neighbor_consistency(own, other) for own, other in found]).mean(0)
-        sums = torch.stack([own.softmax(-1).sum(1) for own, _ in found]).sum(0)
+        logits: list[list[Tensor]] = []  # of the images and of their neighbours (heads, B, K), pass by pass
+        for (views_of_pass,) in in_passes(model, views.chunk(passes)):
+            with autocast(worker.device, task.precision):
+                out = model(views_of_pass.flatten(0, 1)).unflatten(1, views_of_pass.shape[:2])  # heads G V K
+            logits.append([half.flatten(1, 2) for half in out.chunk(2, dim=2)])
+        consistency = torch.stack([losses.neighbor_consistency(image, other) for image, other in logits]).mean(0)
+        sums = torch.stack([image.softmax(-1).sum(1) for image, _ in logits]).sum(0)
         entropy = losses.entropy(collectives.total(sums) / config.batch)
         loss = consistency - config.entropy_weight * entropy
         loss.sum().backward()  # heads share no weight: the sum gives each its own gradient
@@ -162,10 +161,10 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
         if (step + 1) % steps_per_epoch == 0:
             selection.update(net, selection_loss(task, net, images, neighbors[:, :SELECTED_BY], worker))
             net.train()
-        terms = {"loss": loss, "consistency": consistency, "entropy": entropy}
-        metrics = {name: term.detach().mean() for name, term in terms.items()}
+        metrics = {"consistency": consistency.detach().mean(), "entropy": entropy.detach().mean()}
+        mean = loss.detach().mean()
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
-        worker.report(step + 1, total, metrics, lambda: state_of(parts, optimizer), probes)
+        worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 
@@ -175,16 +174,13 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
     Raises:
         UserError: nothing in the first batch is predicted with enough confidence to start from.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     check_self_label(task, config, manifest.clustered)
     total = config.epochs * (manifest.clustered // config.batch)
     scan_net, loss = trained(task, worker.run)
     net = place(ClusterNet(scan_net.backbone, scan_net.heads.select(int(loss.argmin()))), worker.device)
     optimizer = adam(net.parameters(), config.lr, BETAS, config.weight_decay)
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state({"net": net}, optimizer, saved)
+    start = resume(worker, {"net": net}, optimizer)
     model = worker.wrap(net)
 
     passes = passes_per_step(net, task.bn_groups // worker.world, worker.device)
@@ -201,21 +197,20 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
         net.train()
         optimizer.zero_grad()
         loss = torch.zeros((), device=worker.device)
-        for number, (view, label) in enumerate(zip(strong.chunk(passes), labels, strict=True), 1):
-            with accumulating(model, last=number == passes), autocast(worker.device, task.precision):
+        for view, label in in_passes(model, strong.chunk(passes), labels):
+            with autocast(worker.device, task.precision):
                 logits = model(view)
             # workers' gradients are averaged, but their losses are parts of a sum
-            part = worker.world * losses.class_balanced_cross_entropy(logits, label, counts)
-            part.backward()
-            loss += part.detach()
+            loss_of_pass = worker.world * losses.class_balanced_cross_entropy(logits, label, counts)
+            loss_of_pass.backward()
+            loss += loss_of_pass.detach()
         optimizer.step()
         update_statistics(net)
         metrics = {
-            "loss": loss,
             "confident_fraction": counts.sum() / config.batch,
             "clusters_taught": (counts > 0).float().mean(),
         }
-        worker.report(step + 1, total, metrics, lambda: state_of({"net": net}, optimizer))
+        worker.report(step + 1, total, loss, lambda: state_of({"net": net}, optimizer), metrics)
     images.close()
 
 
@@ -303,7 +298,7 @@ def result(
 ) -> Clustering:
     """The network after self-labelling; heads are those before it."""
     scan_net, loss = trained(task, run)
-    images, _ = open_dataset(task, run, device)
+    images, _ = open_run_dataset(task, run, device)
     place(scan_net, device)
     every, statistics = np.arange(images.n), task.backbone.statistics
     chunks = outputs(scan_net, images, every, statistics, lambda done, total: None, task.precision)

@@ -31,7 +31,7 @@ from spice_dist.data.files import Progress, publish
 from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import finished, load_backbone, load_state, state_of
+from spice_dist.methods.plumbing import finished, load_backbone, resume, state_of
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.neighbors import distinct, nearest, nearest_by_index, search, without_itself
 from spice_dist.settings import allowed, check_ranges, setting
@@ -115,10 +115,7 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
     parts: dict[str, nn.Module] = {"heads": heads, "best": best}
     trained = [*heads.parameters(), *best.parameters()]
     optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=True)
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
     total = config.rounds + 1
     for step in range(start, total):
         targets = e_step(config, heads, features, neighbors, starts) if step else starts
@@ -128,7 +125,7 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
         loss = m_step(task, config, learner, optimizer, features, targets, step)
         if learner is best:
             calibrate(best, features, targets[0])
-        worker.report(step + 1, total, {"loss": loss}, lambda: state_of(parts, optimizer), every=1)
+        worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), every=1)
     write_posterior(task, config, worker.run / "spice_graph", parts, features, neighbors, starts)
 
 

@@ -13,7 +13,7 @@ from spice_dist.clustering import Clustering, Reliable
 from spice_dist.data.files import Progress
 from spice_dist.inference import probabilities
 from spice_dist.methods import imc_swav
-from spice_dist.methods.plumbing import open_dataset, place
+from spice_dist.methods.plumbing import open_run_dataset, place
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
 from spice_dist.methods.stage2 import head_features, load_heads, stage2_network
 from spice_dist.models.heads import ClusterHeads
@@ -54,7 +54,7 @@ def _labels_by_head(heads: ClusterHeads, run: Path) -> Int[np.ndarray, "H N"]:
 
 def _labels_of_pretext(task: Task, run: Path, device: torch.device) -> Int[np.ndarray, " N"]:
     """The clusters that IMC-SwAV found as stage 1."""
-    images, _ = open_dataset(task, run, device)
+    images, _ = open_run_dataset(task, run, device)
     with closing(images):
         net = place(imc_swav.network(task, run), device)
         return probabilities(net, images, task.backbone.statistics, precision=task.precision).argmax(1)

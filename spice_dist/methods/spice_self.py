@@ -103,7 +103,7 @@ class SpiceSelfConfig:
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     """Leaves, in the last checkpoint, `heads` (all, as trained last) and `select` (see `Selection`)."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     num_images = manifest.clustered
     check(task, config, num_images)
     features = torch.from_numpy(read_features(worker.run, num_images)).to(worker.device)
@@ -167,7 +167,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         moments = _of_all_heads(optimizer, config.heads)
         # each worker's sum, scaled so that the mean over workers is the mean over all heads
         mean = losses.sum() / len(order) * worker.world / config.heads
-        worker.report(step + 1, total, {"loss": mean}, partial(_state, parts, moments), probes, every=1)
+        worker.report(step + 1, total, mean, partial(_state, parts, moments), probes=probes, every=1)
     images.close()
 
 
@@ -298,7 +298,7 @@ def encode_view(task: Task, backbone: Backbone, view: Float[Tensor, "B C H W"]) 
 
 def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequence[str] = ("weak", "strong")) -> None:
     """Leaves `views/`: features of all images' views of these kinds, of `view_epochs` epochs, for `train` to read."""
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     encode = partial(encode_view, task, place(load_backbone(task, worker.run), worker.device).eval())
     for epoch in range(config.view_epochs):
         drawn = zip(drawn_views(task, config, epoch), (config.score_view, config.learn_view), strict=True)

@@ -23,7 +23,7 @@ from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods import spice_self
-from spice_dist.methods.plumbing import load_backbone, load_state, open_dataset, place, state_of, view_features
+from spice_dist.methods.plumbing import load_backbone, open_dataset, place, resume, state_of, view_features
 from spice_dist.methods.spice_graph import read_features
 from spice_dist.methods.spice_self import (
     FOLLOWED,
@@ -54,7 +54,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     Leaves also `spice_self/features.npy`, of the backbone at the moment of the selected heads.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     num_images = manifest.clustered
     check(task, config, num_images)
     if worker.world > 1:
@@ -71,10 +71,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     selection = JointSelection(heads, backbone, config.epochs, min(num_images, FOLLOWED))
     optimizer = head_optimizer(task, config, [*heads.parameters(), *(backbone.parameters() if config.joint else ())])
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection, "backbone": backbone}
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
 
     encode = partial(encode_view, task, backbone)
     learning_loss = loss_of(task, config)
@@ -107,7 +104,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
             selection.update(epoch, heads, backbone, loss, labels)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
         mean = losses.sum() / len(order) / config.heads
-        worker.report(step + 1, total, {"loss": mean}, lambda: state_of(parts, optimizer), probes, every=1)
+        worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), probes=probes, every=1)
     write_features(task, selection.backbone, images, worker.run / "spice_self/features.npy")
     images.close()
 

@@ -36,12 +36,12 @@ from spice_dist.methods.plumbing import (
     autocast,
     by_group,
     finished,
-    load_state,
     new_backbone,
     open_dataset,
     own_positions,
     passes_per_step,
     place,
+    resume,
     state_of,
     view_features,
 )
@@ -129,7 +129,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     Raises:
         UserError: no image has a reliable label, or these settings cannot train.
     """
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     path = "given_labels/labels.npy" if task.method in USING_LABELS else "reliable/labels.npy"
     labels = torch.from_numpy(np.load(worker.run / path))
     if not (labels != UNRELIABLE).any():
@@ -155,10 +155,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         parts["threshold"] = adaptive
     if config.refresh_steps:
         parts["reliable"] = reliable
-    start = 0
-    if saved := worker.resume():
-        start = saved.step
-        load_state(parts, optimizer, saved)
+    start = resume(worker, parts, optimizer)
     model = worker.wrap(net)
 
     net.train()
@@ -206,13 +203,15 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         update_statistics(net)
         follow(ema, net, config.ema)
         copy_buffers(ema, net)
-        named = ("loss", "supervised_loss", "confident_fraction", "reliable_agreement")
-        metrics: dict[str, Tensor] = dict(zip(named, sums, strict=True))
+        loss, *terms = sums
+        metrics: dict[str, Tensor] = dict(
+            zip(("supervised_loss", "confident_fraction", "reliable_agreement"), terms, strict=True)
+        )
         if config.threshold_rule == "adaptive":
             update_threshold(adaptive, predictions)
             metrics["threshold"] = adaptive.confidence
         probes = monitor.see(step + 1, ema, watched, predictions, reliable)
-        worker.report(step + 1, config.steps, metrics, lambda: state_of(parts, optimizer), probes)
+        worker.report(step + 1, config.steps, loss, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 

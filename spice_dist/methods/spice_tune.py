@@ -126,7 +126,7 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         leave_stage2(net, str(error), worker)
         return
     tail = cut.tail
-    images, manifest = open_dataset(task, worker.run, worker.device, worker.scratch)
+    images, manifest = open_dataset(task, worker)
     chosen = chosen_images(found[: manifest.clustered], task, config, cut.activation_bytes)
     kept = encode(task, config, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
     images.close()
@@ -185,15 +185,17 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
             forget(optimizer)
             guard.go_back(step)
         agreed = (logits[:labelled].detach().argmax(1) == labels[taught]).float().mean()
-        metrics = {"loss": loss.detach().nan_to_num(), "supervised_loss": supervised.detach().nan_to_num()}
-        metrics |= {"reliable_agreement": agreed, "confident_fraction": passed}
+        metrics = {"supervised_loss": supervised.detach().nan_to_num(), "reliable_agreement": agreed}
+        metrics |= {"confident_fraction": passed}
         if step == guard.begun + steps:
             groups = (
                 regroup(task, config, ema.head, averaged_tail, kept, guard) if config.regroup else "not found again"
             )
             why = f"{steps} steps at lr {config.lr / 3**guard.retried:.2g}; clusters among the new features {groups}"
             write_summary(worker.run, "tuned", why)
-        worker.report(step, guard.begun + steps, metrics, lambda: state_of(parts, optimizer))
+        worker.report(
+            step, guard.begun + steps, loss.detach().nan_to_num(), lambda: state_of(parts, optimizer), metrics
+        )
 
 
 def check(task: Task, config: SpiceTuneConfig) -> None:
@@ -480,7 +482,7 @@ def leave_stage2(net: ClusterNet, why: str, worker: Worker, step: int = 1) -> No
     tqdm.write(f"the last blocks are not tuned, stage 2's result is kept: {why}", sys.stderr)
     write_summary(worker.run, "stage2", why)
     state = {"net": net.state_dict()}
-    worker.report(step, step, {"loss": torch.zeros((), device=worker.device)}, lambda: state)
+    worker.report(step, step, torch.zeros((), device=worker.device), lambda: state)
 
 
 def write_summary(run: Path, kept: str, why: str) -> None:

@@ -13,7 +13,7 @@ from spice_dist.config import Config
 from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods.plumbing import named, open_dataset
+from spice_dist.methods.plumbing import named, open_run_dataset
 from spice_dist.methods.spice_self import head_outputs
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.objectives import generalization
@@ -87,7 +87,7 @@ class Scorer:
         from sklearn.cluster import KMeans
 
         config = self.config
-        images, _ = open_dataset(config, folder, self.device)
+        images, _ = open_run_dataset(config, folder, self.device)
         with closing(images):
             features = inference.backbone_features(config, state["backbone"], images, self.device)[: self.num_images]
         model = KMeans(config.clusters, n_init=4, random_state=self.seed)  # pyright: ignore[reportArgumentType]

@@ -24,7 +24,7 @@ from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.inference import probabilities
 from spice_dist.methods import spice_self_joint, spice_semi
-from spice_dist.methods.plumbing import finished, open_dataset, place
+from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_semi import network_task, new_network
 from spice_dist.methods.stage2 import head_features, load_heads
 
@@ -113,7 +113,7 @@ def score_network(config: Config, run: Path) -> dict[str, float]:
         spice_semi.train(config, config.spice_semi, LocalWorker(copy, "spice_semi", DEVICE))
         net = place(new_network(joint, config.spice_semi, copy), DEVICE)
         net.load_state_dict(finished(copy / "spice_semi").tensors("ema"))
-        images, _ = open_dataset(config, copy, DEVICE)
+        images, _ = open_run_dataset(config, copy, DEVICE)
         labels = probabilities(net, images, joint.backbone.statistics, precision=config.precision).argmax(1)
         images.close()
     return compared(labels, run)

@@ -39,7 +39,7 @@ from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy
 from spice_dist.methods import spice_self
-from spice_dist.methods.plumbing import load_backbone, new_backbone, open_dataset
+from spice_dist.methods.plumbing import load_backbone, new_backbone, open_run_dataset
 from spice_dist.methods.spice_self import ORDER, SHUFFLE, STRONG, WEAK, SpiceSelfConfig, head_outputs, m_step
 from spice_dist.models.backbone import BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads
@@ -163,7 +163,7 @@ def scaled(features: Tensor) -> Tensor:
 
 def published_epoch(config: Config, run: Path) -> tuple[ClusterHeads, Tensor]:
     """The heads after the first epoch on the features of a run, and their selection losses."""
-    images, manifest = open_dataset(config, run, CPU)
+    images, manifest = open_run_dataset(config, run, CPU)
     features = torch.from_numpy(np.load(run / "features/features.npy")[: manifest.clustered].astype(np.float32))
     backbone = load_backbone(config, run).eval()
     torch.manual_seed(config.seed)
@@ -194,7 +194,7 @@ def bench_epoch(pictures: np.ndarray, steps: int | None) -> None:
         config = settings("fp32")
         torch.manual_seed(0)
         backbone = new_backbone(config).eval()
-        images, _ = open_dataset(config, run, CPU)
+        images, _ = open_run_dataset(config, run, CPU)
         features, embedding = timed(lambda: embed(config, backbone, images))
         (run / "features").mkdir()
         np.save(run / "features/features.npy", features.half().numpy())

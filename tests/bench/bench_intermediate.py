@@ -18,7 +18,7 @@ from spice_dist import graph, metrics, mixing
 from spice_dist.config import read_config
 from spice_dist.inference import outputs
 from spice_dist.methods.features import BesideEachOther
-from spice_dist.methods.plumbing import load_backbone, open_dataset
+from spice_dist.methods.plumbing import load_backbone, open_run_dataset
 from spice_dist.methods.spice_graph import SpiceGraphConfig, for_images
 from spice_dist.models.intermediate import Mixture
 from spice_dist.neighbors import nearest, without_itself
@@ -30,7 +30,7 @@ S = 30  # neighbours of an image, as in a run
 def parts_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Final features (N, D) and peaks of the middle stage (N, C) of the clustered images."""
     config = read_config(run / "config.json")
-    images, manifest = open_dataset(config, run, CPU)
+    images, manifest = open_run_dataset(config, run, CPU)
     backbone = load_backbone(config, run)
     if backbone.mixture is None:
         raise SystemExit(f"the network of {run} has no stages: there is nothing to mix")

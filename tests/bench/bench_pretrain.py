@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, usable_cores
+from spice_dist.distributed.worker import NO_METRICS, NO_PROBES, LocalWorker, Probes, usable_cores
 from spice_dist.methods import byol, imc_swav, moco
 from spice_dist.methods.plumbing import autocast, new_backbone, place
 from spice_dist.models.backbone import BackboneConfig
@@ -95,8 +95,9 @@ class Stopwatch(LocalWorker):
         self,
         step: int,
         total: int,
-        metrics: dict[str, Tensor],
+        loss: Tensor,
         save: Callable[[], Tensors],
+        metrics: Mapping[str, Tensor] = NO_METRICS,
         probes: Probes = NO_PROBES,
         every: int = 10,
     ) -> None:

@@ -27,7 +27,6 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from spice_dist.config import Config
@@ -47,8 +46,7 @@ from spice_dist.data.dataset import DataConfig
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
 from spice_dist.distributed import ray_train
-from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import NO_PROBES, LocalWorker, Probes, StageCall, Worker, usable_cores
+from spice_dist.distributed.worker import LocalWorker, StageCall, Worker, usable_cores
 from spice_dist.methods import moco
 from spice_dist.models.backbone import BackboneConfig
 from spice_dist.task import Task
@@ -154,20 +152,8 @@ def read_timing(run: Path, began: float, meter: Meter) -> Timing:
 
 def timed_moco(task: Task, settings: moco.MoCoConfig, worker: Any) -> None:
     """`moco.train`, which leaves the end of every step in times.json."""
-    report, ends = worker.report, []
-
-    def note(
-        step: int,
-        total: int,
-        metrics: dict[str, Tensor],
-        save: Callable[[], Tensors],
-        probes: Probes = NO_PROBES,
-        every: int = 10,
-    ) -> None:
-        report(step, total, metrics, save, probes, every)
-        ends.append(time.time())
-
-    worker.report = note
+    ends: list[float] = []
+    worker.on_report = lambda *_: ends.append(time.time())
     moco.train(task, settings, worker)
     if worker.rank == 0:
         (worker.run / "times.json").write_text(json.dumps(ends))

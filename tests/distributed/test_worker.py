@@ -37,8 +37,8 @@ def weights(value: float, count: int = 4) -> Callable[[], Tensors]:
     return lambda: {"net": {"w": torch.full((count,), value)}}
 
 
-def loss(value: float) -> dict[str, Tensor]:
-    return {"loss": torch.tensor(value)}
+def loss(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 def started(run: Path, **options: Any) -> LocalWorker:
@@ -276,7 +276,7 @@ def test_an_error_that_the_store_did_not_translate_would_end_training(tmp_path, 
 def test_a_line_holds_the_means_since_the_line_before(tmp_path):
     worker = started(tmp_path)
     for step in range(1, 301):  # a line every third step
-        worker.report(step, 300, {"loss": torch.tensor(float(step)), "extra": torch.tensor(step % 3)}, weights(0))
+        worker.report(step, 300, torch.tensor(float(step)), weights(0), {"extra": torch.tensor(step % 3)})
     expected = [{"step": s, "extra": 1.0, "loss": s - 1.0} for s in range(3, 301, 3)]
     assert lines(tmp_path / "moco") == expected
 
@@ -293,7 +293,7 @@ def test_reported_metrics_are_neither_changed_nor_kept_in_the_graph(tmp_path):
     first = torch.tensor(1.0, requires_grad=True)
     value = first * 2
     for step in (1, 2):
-        worker.report(step, 1000, {"loss": value}, weights(0))
+        worker.report(step, 1000, value, weights(0))
     assert value.item() == 2.0
     assert not worker.sums["loss"].requires_grad
 

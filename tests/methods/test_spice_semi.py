@@ -23,7 +23,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import spice_semi
-from spice_dist.methods.plumbing import finished, open_dataset
+from spice_dist.methods.plumbing import finished, open_run_dataset
 from spice_dist.methods.spice_semi import Monitor, ReliableLabels, best_temperature, calibrate
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.momentum import AdaptiveThreshold
@@ -357,7 +357,7 @@ def test_the_best_temperature_is_that_of_the_model_that_drew_the_labels():
 def test_calibrating_changes_no_prediction_and_makes_reliable_labels_likelier_on_strong_views(small_run):
     config = override(SMALL, {"spice_semi.init": "stage2"})
     own = config.spice_semi
-    images, _ = open_dataset(config, small_run, CPU)
+    images, _ = open_run_dataset(config, small_run, CPU)
     labels = torch.from_numpy(np.load(small_run / "reliable/labels.npy"))
     net = spice_semi.new_network(config, own, small_run)
     with torch.no_grad():
@@ -382,7 +382,7 @@ def test_stage_three_goes_on_from_a_calibrated_network(without_stage):
     run = without_stage("spice_semi")
     train(config, run)
     began = spice_semi.new_network(config, config.spice_semi, run)
-    images, _ = open_dataset(config, run, CPU)
+    images, _ = open_run_dataset(config, run, CPU)
     calibrate(config, config.spice_semi, began, images, torch.from_numpy(np.load(run / "reliable/labels.npy")))
     images.close()
     kept = finished(run / "spice_semi").tensors("ema")
