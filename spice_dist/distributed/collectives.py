@@ -13,7 +13,7 @@ _apart = False
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside, this process counts as the only one."""
+    """Inside, this process counts as the only one: it is rank 0 of a world of 1."""
     global _apart
     _apart = True
     try:
@@ -26,12 +26,22 @@ def alone() -> bool:
     return _apart or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
+def world() -> int:
+    """How many workers take part."""
+    return 1 if alone() else dist.get_world_size()
+
+
+def rank() -> int:
+    """The number of this worker, from 0."""
+    return 0 if alone() else dist.get_rank()
+
+
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Concatenate `x` (B, ...) of every worker along the first axis, in rank order. No gradient."""
     if alone():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(x) for _ in range(world())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
@@ -49,14 +59,14 @@ def exchange(x: Tensor, order: np.ndarray) -> Tensor:
     """
     if alone():
         return x[_index(order, x)]
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owner, row = np.divmod(order.reshape(world, -1), len(x))
-    sent = [row[receiver][owner[receiver] == rank] for receiver in range(world)]
+    owner, row = np.divmod(order.reshape(world(), -1), len(x))
+    sent = [row[receiver][owner[receiver] == rank()] for receiver in range(world())]
     outgoing = x[_index(np.concatenate(sent), x)].contiguous()
     incoming = torch.empty_like(outgoing)
-    counts = np.bincount(owner[rank], minlength=world)
+    senders = owner[rank()]
+    counts = np.bincount(senders, minlength=world())
     dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
-    place = np.argsort(owner[rank], kind="stable")  # they come from the first worker to the last, each one's in order
+    place = np.argsort(senders, kind="stable")  # they come from the first worker to the last, each one's in order
     return torch.empty_like(incoming).index_copy_(0, _index(place, x), incoming)
 
 
@@ -67,23 +77,20 @@ def _index(rows: np.ndarray, x: Tensor) -> Tensor:
 
 def share(total: int) -> range:
     """Which of `total` things are this worker's: consecutive ones, as numpy.array_split cuts them."""
-    if alone():
-        return range(total)
-    each, more = divmod(total, dist.get_world_size())
-    rank = dist.get_rank()
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
+    each, more = divmod(total, world())
+    start = rank() * each + min(rank(), more)
+    return range(start, start + each + (rank() < more))
 
 
-def gather_shares(own: Tensor, total: int) -> Tensor:
-    """All `total` rows, of which `own` are those of this worker's `share`."""
+def gather_shares(rows: Tensor, total: int) -> Tensor:
+    """All `total` rows, given those of this worker's `share`."""
     if alone():
-        return own
-    world = dist.get_world_size()
-    largest = -(-total // world)
-    padded = torch.cat([own, own.new_zeros(largest - len(own), *own.shape[1:])])
-    parts = all_gather(padded).chunk(world)
-    return torch.cat([part[: (total + world - 1 - rank) // world] for rank, part in enumerate(parts)])
+        return rows
+    workers = world()
+    largest = -(-total // workers)
+    padded = torch.cat([rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
+    parts = all_gather(padded).chunk(workers)
+    return torch.cat([part[: (total + workers - 1 - number) // workers] for number, part in enumerate(parts)])
 
 
 @torch.no_grad()
@@ -93,7 +100,7 @@ def mean(x: Tensor) -> Tensor:
         return x
     total = x.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / world()
 
 
 def total(x: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> Tensor:
-        return gradients[0] * dist.get_world_size()
+        return gradients[0] * world()
 
 
 def largest_int(value: int, device: torch.device) -> int:

@@ -52,12 +52,7 @@ class RayWorker(LocalWorker):
     """One of several workers of a Ray Train job."""
 
     def __init__(self, run: Path, stage: StageCall, storage: Storage):
-        import ray.train
         import ray.train.torch
-
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size() if stage.shared else 1
-        (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
 
         def progress(done: int, total: int, loss: float | None) -> None:
             if self.rank == 0:
@@ -285,24 +280,23 @@ def _train_loop(options: dict[str, Any]) -> str:
     run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
     everybody = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
     # only the first looks: NFS would remember for the others that later stages had left nothing yet
-    first = ray.train.get_context().get_world_rank() == 0
+    first = collectives.rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
     # what other workers print goes to Ray's logs
     with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
         for stage in stages[collectives.broadcast_int(finished, device) :]:
-            worker = RayWorker(run, stage, options["storage"])
-            if collectives.largest_int(int(worker.stop_requested()), device):
+            (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
+            if collectives.largest_int(int((run / ray_channel.STOP).exists()), device):
                 return "interrupted"
             outcome = "done"
-            if stage.shared:
-                outcome = _outcome(stage, worker, options["threads"])
-            elif first:
-                with collectives.apart():
-                    outcome = _outcome(stage, worker, options["threads"])
-            outcome, last = _agreed(outcome, checkpoint.newest_step(worker.store) if first else -1, everybody)
+            if stage.shared or first:
+                with contextlib.nullcontext() if stage.shared else collectives.apart():
+                    outcome = _outcome(stage, RayWorker(run, stage, options["storage"]), options["threads"])
+            store = run / stage.name / "checkpoints"
+            outcome, last = _agreed(outcome, checkpoint.newest_step(store) if first else -1, everybody)
             if outcome != "done":
                 return outcome
-            _wait_to_see(last, worker.store)
+            _wait_to_see(last, store)
     return "done"
 
 

@@ -117,10 +117,7 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """The only worker: trains in this process, without Ray."""
-
-    rank = 0
-    world = 1
+    """A worker without Ray: the only one, but for subclasses, whose `wrap` averages gradients over a process group."""
 
     def __init__(
         self,
@@ -133,6 +130,7 @@ class LocalWorker:
         on_report: OnReport = lambda step, total, loss, save: None,
     ):
         """`progress` gets (step, total, loss) at most twice a second, on the first worker only."""
+        self.rank, self.world = collectives.rank(), collectives.world()
         self.run, self.stage, self.device = run, stage, device
         self.stop_requested, self.progress, self.on_report = stop_requested, progress, on_report
         self.checkpoint_seconds, self.scratch = storage.checkpoint_seconds, storage.scratch

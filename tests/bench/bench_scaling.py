@@ -172,7 +172,6 @@ class PlainWorker(LocalWorker):
 
     def __init__(self, run: Path):
         super().__init__(run, "moco", torch.device("cpu"))
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:

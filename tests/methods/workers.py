@@ -30,7 +30,6 @@ class GlooWorker(LocalWorker):
     """A worker of a gloo process group."""
 
     def __init__(self, run: Path, stage: str):
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         super().__init__(run, stage, CPU)
 
     def wrap(self, module: nn.Module) -> nn.Module:
