@@ -7,7 +7,7 @@ leads from it into the features, so any number of classifiers, also of other K, 
 Sinkhorn and the joint of clusters and prototypes are over the global batch. Equation numbers are the authors'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,13 @@ from spice_dist.clustering import Clustering, scored_images
 from spice_dist.data import augment
 from spice_dist.data.files import Progress
 from spice_dist.data.images import Images
-from spice_dist.data.order import epoch_order
 from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, PLAIN, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
 from spice_dist.inference import outputs
+from spice_dist.methods.known_images import Bank, known_images, shares
 from spice_dist.methods.plumbing import (
     autocast,
     check_batch,
@@ -155,45 +155,6 @@ class EveryClassifier(nn.ModuleList):
         return classifiers.select(int(self.select_loss[0].argmin()))
 
 
-class Bank(nn.Module):
-    """Views of images that are known to be of the clusters' kind, collected until they fill a batch.
-
-    Where some images only train the features, as STL-10's unlabelled ones, a batch has too few others for a classifier
-    to learn from. Every worker holds all rows, in the order of the images, which is that of any number of workers.
-    """
-
-    def __init__(self, views: int, batch: int, width: int):
-        super().__init__()
-        self.rows: Tensor
-        self.register_buffer("rows", torch.zeros(views, batch, width))
-
-    def push(
-        self, rows: Float[Tensor, "V b width"], positions: np.ndarray, before: int, worker: Worker
-    ) -> Tensor | None:
-        """Add those of a step's rows that belong here; a full batch (V, B, width) if there now is one.
-
-        Args:
-            rows: of this worker's share of the step's batch.
-            positions: in the whole batch, of the images that belong here.
-            before: how many such images the epoch has had before. The bank is empty at the start of an epoch.
-        """
-        if not len(positions):
-            return None
-        size, first = self.rows.shape[1], worker.rank * rows.shape[1]
-        own = (positions >= first) & (positions < first + rows.shape[1])
-        new = rows.new_zeros(len(rows), len(positions), rows.shape[2])
-        new[:, torch.from_numpy(own.nonzero()[0])] = rows[:, torch.from_numpy(positions[own] - first)]
-        new = collectives.total(new)  # each row is another worker's zero
-        start = before % size
-        room = min(size - start, new.shape[1])
-        self.rows[:, start : start + room] = new[:, :room]
-        if start + room < size:
-            return None
-        full = self.rows.clone()
-        self.rows[:, : new.shape[1] - room] = new[:, room:]
-        return full
-
-
 def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     """Leaves all of the network in the stage's last checkpoint: the backbone, with it `network` makes a clustering."""
     images, manifest = open_dataset(task, worker)
@@ -231,7 +192,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     set_groups(classifiers, len(config.views) * groups // passes)
     model, classify = worker.wrap(net), worker.wrap(classifiers)
     stream = view_lists(task, images, manifest.training, config.batch, config.epochs, config.views, start, worker)
-    known = known_images(task, config, manifest.training, manifest.clustered, start)
+    known = known_images(task.seed, config.epochs, config.batch, manifest.training, manifest.clustered, start)
     reported = torch.zeros(4, device=worker.device)  # of the last step in which the classifiers learned
     for step, (views, (positions, before)) in enumerate(zip(stream, known, strict=True), start):
         rise, fall = warm_up(step + 1, config.warmup), steps_down(step / total, config.milestones, config.decay)
@@ -332,26 +293,6 @@ def cluster_losses(
         objectives.append(objective.detach())
         reported.append(torch.stack([objective, hinge, entropy, conditional]).mean(1).detach())
     return loss, torch.stack(objectives), reported[0]
-
-
-def shares(rows: Tensor, dim: int, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
-    """(features, probabilities) for each pass of this worker's part of a full bank (V, B, D + J)."""
-    own = rows.chunk(worker.world, 1)[worker.rank]
-    return [(part[:, :, :dim], part[:, :, dim:]) for part in own.chunk(passes, 1)]
-
-
-def known_images(
-    task: Task, config: ImcSwavConfig, num_images: int, clustered: int, start: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """For every step from `start` on: where in its global batch the first `clustered` images are, and how many such
-    images the epoch has had before it."""
-    steps = num_images // config.batch
-    for epoch in range(start // steps, config.epochs):
-        order = epoch_order(task.seed, epoch, num_images)[: steps * config.batch]
-        known = order.reshape(steps, config.batch) < clustered
-        before = known.sum(1).cumsum() - known.sum(1)
-        for step in range(max(0, start - epoch * steps), steps):
-            yield known[step].nonzero()[0], int(before[step])
 
 
 def prototypes_in_use(probs: list[Tensor]) -> Tensor:

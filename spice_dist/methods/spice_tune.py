@@ -14,7 +14,7 @@ start with a third of the rate; after the last retry the result is the network o
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -23,38 +23,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spice_dist import graph, losses
-from spice_dist.data import augment
 from spice_dist.data.files import publish_json
-from spice_dist.data.images import Images
 from spice_dist.data.views import PLAIN, View
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import autocast, load_state, open_dataset, place, state_of
+from spice_dist.methods.plumbing import load_state, open_dataset, place, state_of
 from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings
 from spice_dist.methods.spice_semi import best_temperature
 from spice_dist.methods.stage2 import stage2_network
-from spice_dist.models.backbone import Backbone, unit
-from spice_dist.models.folding import folded
+from spice_dist.methods.trunk_activations import encode, features_of, folded_trunk, logits_of, predicted
+from spice_dist.methods.tune_guard import SAMPLE, Guard, Limits
+from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.models.momentum import follow, slow_copy
-from spice_dist.models.tail import Tail, Trunk, split
+from spice_dist.models.tail import Tail, split
 from spice_dist.neighbors import nearest, without_itself
 from spice_dist.optim import cosine, warm_up
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
-DRAW, WEAK, STRONG, SAMPLE, HEAD = 50, 51, 52, 53, 54  # streams of random numbers
-ENCODED = 32  # images between two signs of progress, about a second's on a core
-CHUNK = 256  # activations per forward pass without gradients
+DRAW, WEAK, STRONG, HEAD = 50, 51, 52, 54  # streams of random numbers
 SMOOTHED = 3  # times that soft labels are averaged with those of the neighbours
-WATCHED = 1024  # images, at most, that the guard asks the averaged network about, unless clusters are many
-SEEN = 5  # images of each cluster among them, as far as it has any
 FITTED = 512  # features in one step of the head's fit
 
 
@@ -128,11 +123,14 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     tail = cut.tail
     images, manifest = open_dataset(task, worker)
     chosen = chosen_images(found[: manifest.clustered], task, config, cut.activation_bytes)
-    kept = encode(task, config, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
+    views = [(config.weak, (task.seed, 0, WEAK))]
+    views += [(config.strong, (task.seed, number, STRONG)) for number in range(config.strong_views)]
+    kept = encode(task, views, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
     images.close()
     labels = torch.from_numpy(found[chosen]).to(worker.device)
 
-    guard = Guard(task, config, labels, predicted(tail, net.head, kept[0], task, torch.arange(len(chosen))))
+    limits = Limits(config.guard_steps, config.max_rise, config.min_size, config.min_agreement)
+    guard = Guard(task, limits, labels, predicted(tail, net.head, kept[0], task, torch.arange(len(chosen))))
     features = [features_of(tail, part, task) for part in kept]
     fit_head(task, config, net.head, features, soft_labels(net.head, features[0], labels, config))
     net.requires_grad_(False)
@@ -208,9 +206,6 @@ def check(task: Task, config: SpiceTuneConfig) -> None:
         raise UserError(f"spice_tune.images is {config.images}; {task.clusters} clusters need {2 * task.clusters}")
 
 
-# ---------------------------------------------------------------- what is kept
-
-
 def chosen_images(
     labels: Int[np.ndarray, " N"], task: Task, config: SpiceTuneConfig, activation_bytes: int
 ) -> Int[np.ndarray, " M"]:
@@ -226,65 +221,6 @@ def chosen_images(
     first = np.concatenate([order[labels[order] == c][:quota] for c in np.unique(labels[labels != UNRELIABLE])])
     rest = order[~np.isin(order, first)]
     return np.sort(np.concatenate([first, rest[: max(0, most - len(first))]]))
-
-
-def folded_trunk(task: Task, backbone: Backbone, blocks: int) -> Trunk:
-    """The trunk with its BatchNorms folded, which a CPU runs two to four times as fast; equal up to rounding."""
-    channels, size = task.data.channels, task.data.size
-    device = next(backbone.parameters()).device
-    example = torch.rand((2, channels, size, size), generator=torch.Generator().manual_seed(0)).to(device)
-    return split(place(folded(backbone, example), device), channels, size, blocks).trunk
-
-
-def encode(
-    task: Task, config: SpiceTuneConfig, images: Images, chosen: np.ndarray, trunk: Trunk, worker: Worker
-) -> list[Tensor]:
-    """The activations (M, ...), float16, of the weak view of these images and of each strong one, on the device."""
-    views = [(config.weak, (task.seed, 0, WEAK))]
-    views += [(config.strong, (task.seed, number, STRONG)) for number in range(config.strong_views)]
-    kept: list[Tensor] = []
-    done = 0
-    for batch, _ in augment.view_batches(images, chosen, ENCODED, views, task.backbone.statistics):
-        with autocast(worker.device, task.precision):
-            found = [trunk(ready(view)) for view in batch]
-        if not kept:
-            kept = [torch.empty((len(chosen), *part.shape[1:]), dtype=part.dtype, device=part.device) for part in found]
-        for whole, part in zip(kept, found, strict=True):
-            whole[done : done + len(part)] = part
-        done += len(found[0])
-        worker.progress(done, len(chosen), None)
-    return kept
-
-
-def ready(x: Tensor) -> Tensor:
-    """In float32, and in the memory layout that convolutions are fastest in."""
-    return x.float().contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.float()
-
-
-def logits_of(tail: Tail, head: ClusterHeads, activations: Tensor, task: Task) -> Float[Tensor, "B K"]:
-    with autocast(activations.device, task.precision):
-        return head(unit(tail(ready(activations)).float()))[0]
-
-
-@torch.no_grad()
-def features_of(
-    tail: Tail, activations: Float16[Tensor, "M ..."], task: Task, rows: Int[Tensor, " S"] | None = None
-) -> Float[Tensor, "S D"]:
-    """Unit features of these rows, or of all, by the tail as it is now."""
-    rows = torch.arange(len(activations)) if rows is None else rows
-    with autocast(activations.device, task.precision):
-        return torch.cat([unit(tail(ready(activations[part])).float()) for part in rows.split(CHUNK)])
-
-
-@torch.no_grad()
-def predicted(
-    tail: Tail, head: ClusterHeads, activations: Float16[Tensor, "M ..."], task: Task, rows: Int[Tensor, " S"]
-) -> Int[Tensor, " S"]:
-    """The clusters of some of the images."""
-    return head(features_of(tail, activations, task, rows))[0].argmax(1)
-
-
-# ---------------------------------------------------------------- what is learnt
 
 
 @torch.no_grad()
@@ -341,7 +277,7 @@ def fit_head(
 
 
 def regroup(
-    task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, kept: Sequence[Tensor], guard: "Guard"
+    task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, kept: Sequence[Tensor], guard: Guard
 ) -> str:
     """Cluster the tuned features by the graph of their neighbours, as `spice_graph` starts, and fit the head to that.
 
@@ -407,74 +343,6 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     for values in optimizer.state.values():
         for value in values.values():
             value.zero_()
-
-
-# ---------------------------------------------------------------- the guard
-
-
-class Guard(nn.Module):
-    """Sees whether tuning does harm, by the loss of every step and by what the averaged network says of images.
-
-    The clusters that stage 2 has found, `before` (M,), are held against those of the averaged network: every
-    `guard_steps` steps for a sample, at the end for all images. Of SEEN images or more a cluster must keep `min_size`.
-    """
-
-    def __init__(self, task: Task, config: SpiceTuneConfig, labels: Int[Tensor, " M"], before: Int[Tensor, " M"]):
-        super().__init__()
-        self.config, self.labels, self.before = config, labels, before
-        order = np.random.default_rng([task.seed, SAMPLE]).permutation(len(before))
-        found = before.cpu().numpy()[order]
-        few = [order[found == cluster][:SEEN] for cluster in range(task.clusters)]
-        self.sample = torch.from_numpy(np.unique(np.concatenate([*few, order[:WATCHED]])))
-        self.everything = torch.arange(len(before))
-        self.counters: Tensor  # step at which this attempt began, attempts before it
-        self.register_buffer("counters", torch.zeros(2, dtype=torch.long))
-        self.sums: Tensor  # losses of the first steps and their number, losses since the last look and theirs
-        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
-
-    @property
-    def begun(self) -> int:
-        return int(self.counters[0])
-
-    @property
-    def retried(self) -> int:
-        return int(self.counters[1])
-
-    def go_back(self, step: int) -> None:
-        """A new attempt begins after `step`."""
-        self.counters.copy_(torch.tensor([step, self.retried + 1]))
-        self.sums.zero_()
-
-    def see(self, loss: float, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
-        """Why this attempt has failed, in a few words; "" if it goes on. `predicted` gives the clusters of rows."""
-        if not self.config.guard_steps:
-            return ""
-        if not math.isfinite(loss):
-            return "the loss is not finite"
-        first = self.sums[1] < self.config.guard_steps
-        self.sums += torch.tensor([loss, 1, 0, 0] if first else [0, 0, loss, 1], dtype=torch.float64)
-        if not last and self.sums[3] < self.config.guard_steps:
-            return ""
-        start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # no number if there was no step between two looks
-        self.sums[2:] = 0
-        if now > self.config.max_rise * start:
-            return f"the loss has risen from {start:.2g} to {now:.2g}"
-        rows = self.everything if last else self.sample
-        return self.changed(rows, predicted(rows))
-
-    def changed(self, rows: Int[Tensor, " S"], now: Int[Tensor, " S"]) -> str:
-        """As `see`, by the clusters of these images."""
-        before, labels = self.before[rows], self.labels[rows]
-        clusters = int(max(before.max(), now.max())) + 1
-        had, has = (torch.bincount(part, minlength=clusters) for part in (before, now))
-        dying = (had >= SEEN) & (has < self.config.min_size * had)
-        if dying.any():
-            cluster = int(dying.nonzero()[0, 0])
-            return f"cluster {cluster} has shrunk from {had[cluster]} to {has[cluster]} images"
-        agreed = [float((part == labels)[labels != UNRELIABLE].float().mean()) for part in (before, now)]
-        if agreed[1] < self.config.min_agreement * agreed[0]:
-            return f"{agreed[1]:.0%} of the reliable labels are predicted, {agreed[0]:.0%} were before"
-        return ""
 
 
 def leave_stage2(net: ClusterNet, why: str, worker: Worker, step: int = 1) -> None:

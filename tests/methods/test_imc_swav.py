@@ -21,7 +21,8 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.launching import Launch
 from spice_dist.methods import imc_swav
-from spice_dist.methods.imc_swav import Bank, EveryClassifier, SwavNet
+from spice_dist.methods.imc_swav import EveryClassifier, SwavNet
+from spice_dist.methods.known_images import Bank, known_images
 from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_lists
 from spice_dist.models.heads import ClassifierNet, Classifiers
 from spice_dist.pipeline import fit
@@ -244,7 +245,7 @@ def test_the_bank_gives_batches_of_known_images_in_their_order():
 
 
 def test_known_images_are_counted_from_the_start_of_every_epoch(tmp_path):
-    found = list(imc_swav.known_images(SMALL, SMALL.imc_swav, 200, 120, 0))
+    found = list(known_images(SMALL.seed, SMALL.imc_swav.epochs, SMALL.imc_swav.batch, 200, 120, 0))
     assert len(found) == 9
     for epoch in range(3):
         order, before = epoch_order(0, epoch, 200), 0
@@ -253,9 +254,9 @@ def test_known_images_are_counted_from_the_start_of_every_epoch(tmp_path):
             assert (order[64 * step : 64 * step + 64][positions] < 120).all()
             assert counted == before
             before += len(positions)
-    assert [counted for _, counted in imc_swav.known_images(SMALL, SMALL.imc_swav, 200, 120, 4)] == [
-        counted for _, counted in found[4:]
-    ]
+    assert [
+        counted for _, counted in known_images(SMALL.seed, SMALL.imc_swav.epochs, SMALL.imc_swav.batch, 200, 120, 4)
+    ] == [counted for _, counted in found[4:]]
 
 
 def test_only_images_that_are_clustered_teach_the_classifier(few_clustered):
@@ -265,7 +266,10 @@ def test_only_images_that_are_clustered_teach_the_classifier(few_clustered):
     assert lines[0]["mi"] == 0
     assert lines[0]["entropy"] == 0
     assert lines[1]["mi"] < 0
-    counted = [len(positions) for positions, _ in imc_swav.known_images(SMALL, SMALL.imc_swav, 200, 120, 6)]
+    counted = [
+        len(positions)
+        for positions, _ in known_images(SMALL.seed, SMALL.imc_swav.epochs, SMALL.imc_swav.batch, 200, 120, 6)
+    ]
     assert trained["classifiers/select_steps"] == sum(counted) // 64
 
 

@@ -20,8 +20,10 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.inference import outputs, probabilities
 from spice_dist.methods import spice_tune
 from spice_dist.methods.plumbing import finished
-from spice_dist.methods.spice_tune import Guard, SpiceTuneConfig, chosen_images, draw, soft_labels
+from spice_dist.methods.spice_tune import STRONG, WEAK, SpiceTuneConfig, chosen_images, draw, soft_labels
 from spice_dist.methods.stage2 import stage2_network
+from spice_dist.methods.trunk_activations import encode, features_of
+from spice_dist.methods.tune_guard import Guard, Limits
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.tail import SplitNetwork, split
@@ -86,11 +88,12 @@ def test_the_result_agrees_more_with_the_reliable_labels_on_strong_views(run):
     net = stage2_network(SMALL, run).eval()
     images = open_images(run / "data", device=CPU, size=8, channels=1)
     parts = parts_of(net)
-    kept = spice_tune.encode(SMALL, TUNE, images, np.arange(200), parts.trunk, LocalWorker(run, "x", CPU))
+    views = [(TUNE.weak, (SMALL.seed, 0, WEAK)), (TUNE.strong, (SMALL.seed, 0, STRONG))]
+    activations = encode(SMALL, views, images, np.arange(200), parts.trunk, LocalWorker(run, "x", CPU))
 
     def loss() -> float:
         with torch.no_grad():
-            logits = net.head(spice_tune.features_of(parts.tail, kept[1], SMALL))[0]
+            logits = net.head(features_of(parts.tail, activations[1], SMALL))[0]
         return float(F.cross_entropy(logits[reliable], labels[reliable]))
 
     before = loss()
@@ -188,7 +191,12 @@ def test_new_clusters_that_the_guard_refuses_leave_the_tuned_head(run, monkeypat
 
 
 def guard(labels: list[int], before: list[int]) -> Guard:
-    return Guard(SMALL, TUNE, torch.tensor(labels), torch.tensor(before))
+    return Guard(
+        SMALL,
+        Limits(TUNE.guard_steps, TUNE.max_rise, TUNE.min_size, TUNE.min_agreement),
+        torch.tensor(labels),
+        torch.tensor(before),
+    )
 
 
 def test_the_guard_sees_what_goes_wrong():

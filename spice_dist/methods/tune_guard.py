@@ -1,0 +1,92 @@
+"""A guard over fine-tuning: it compares loss, sizes of clusters and reliable labels with those at the start."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.task import Task
+
+SAMPLE = 53  # stream of random numbers
+WATCHED = 1024  # images, at most, that the guard asks the averaged network about, unless clusters are many
+SEEN = 5  # images of each cluster among them, as far as it has any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a guard lets pass; the settings of `spice_tune` say what each means."""
+
+    steps: int
+    max_rise: float
+    min_size: float
+    min_agreement: float
+
+
+class Guard(nn.Module):
+    """Watch whether tuning does harm, by the loss of every step and by the averaged network's clusters.
+
+    Stage 2's clusters, `before` (M,), are compared with those of the averaged network: every `limits.steps` steps for
+    a sample, at the end for all images. A cluster of SEEN images or more must keep `min_size` of them.
+    """
+
+    def __init__(self, task: Task, limits: Limits, labels: Int[Tensor, " M"], before: Int[Tensor, " M"]):
+        super().__init__()
+        self.limits, self.labels, self.before = limits, labels, before
+        order = np.random.default_rng([task.seed, SAMPLE]).permutation(len(before))
+        clusters = before.cpu().numpy()[order]
+        few = [order[clusters == cluster][:SEEN] for cluster in range(task.clusters)]
+        self.sample = torch.from_numpy(np.unique(np.concatenate([*few, order[:WATCHED]])))
+        self.everything = torch.arange(len(before))
+        self.counters: Tensor  # step at which this attempt began, attempts before it
+        self.register_buffer("counters", torch.zeros(2, dtype=torch.long))
+        self.sums: Tensor  # losses of the first steps and their number, losses since the last look and theirs
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
+
+    @property
+    def begun(self) -> int:
+        return int(self.counters[0])
+
+    @property
+    def retried(self) -> int:
+        return int(self.counters[1])
+
+    def go_back(self, step: int) -> None:
+        """Begin a new attempt after `step`."""
+        self.counters.copy_(torch.tensor([step, self.retried + 1]))
+        self.sums.zero_()
+
+    def see(self, loss: float, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
+        """Say why this attempt has failed, in a few words; "" if it goes on. `predicted` gives the clusters of rows."""
+        if not self.limits.steps:
+            return ""
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        first = self.sums[1] < self.limits.steps
+        self.sums += torch.tensor([loss, 1, 0, 0] if first else [0, 0, loss, 1], dtype=torch.float64)
+        if not last and self.sums[3] < self.limits.steps:
+            return ""
+        start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # no number if there was no step between two looks
+        self.sums[2:] = 0
+        if now > self.limits.max_rise * start:
+            return f"the loss has risen from {start:.2g} to {now:.2g}"
+        rows = self.everything if last else self.sample
+        return self.changed(rows, predicted(rows))
+
+    def changed(self, rows: Int[Tensor, " S"], now: Int[Tensor, " S"]) -> str:
+        """Compare the clusters `now` of these images with those before; returns what `see` does."""
+        before, labels = self.before[rows], self.labels[rows]
+        clusters = int(max(before.max(), now.max())) + 1
+        had, has = (torch.bincount(part, minlength=clusters) for part in (before, now))
+        dying = (had >= SEEN) & (has < self.limits.min_size * had)
+        if dying.any():
+            cluster = int(dying.nonzero()[0, 0])
+            return f"cluster {cluster} has shrunk from {had[cluster]} to {has[cluster]} images"
+        agreed = [float((part == labels)[labels != UNRELIABLE].float().mean()) for part in (before, now)]
+        if agreed[1] < self.limits.min_agreement * agreed[0]:
+            return f"{agreed[1]:.0%} of the reliable labels are predicted, {agreed[0]:.0%} were before"
+        return ""
