@@ -1,11 +1,11 @@
-"""Clusters from the graph of nearest neighbours, and the consensus of several clusterings. Arrays in, arrays out.
+"""Cluster the graph of nearest neighbours, and average several clusterings. Arrays in, arrays out.
 
 Images that a chain of close neighbours joins belong together, even where no center is near both: a random walk over the
 graph stays inside a group for long. N = images, K = clusters, k = neighbours of each, S = neighbours known of each.
 
 Memory in bytes: the graph 24 N k, the map 8 N (m + 20) for m = DIMENSIONS K coordinates. Time: N k (m + 20) operations
-a round of the eigensolver, some tens of rounds; k-means N K m a round. Of more images than `landmarks` the map is of a
-random sample of so many, and the others take the mean of their nearest landmarks.
+a round of the eigensolver, some tens of rounds; k-means N K m a round. If there are more images than `landmarks`, the
+map is computed of a random sample of that size, and the others take the mean of their nearest landmarks.
 """
 
 import warnings
@@ -22,7 +22,7 @@ DENSE = 400  # images up to which all eigenvectors are computed: the iterative s
 
 
 def landmarks(clusters: int) -> int:
-    """Return how many images are clustered themselves; of more, a sample is."""
+    """Return the largest number of images that are clustered themselves; of more images a sample of it is."""
     return max(LANDMARKS, LANDMARKS_OF_CLUSTER * clusters)
 
 
@@ -46,7 +46,7 @@ def diffusion_map(
     degree = np.maximum(np.asarray(graph.sum(1)).ravel(), 1e-12)
     scale = sparse.diags_array(1 / np.sqrt(degree))
     walk = sparse.csr_array(scale @ graph @ scale)
-    # its eigenvalue 1 becomes -1, the least: in a graph of pieces it would be one vector among equals
+    # the constant vector's eigenvalue 1 becomes -1, the least: a graph in pieces has other vectors of eigenvalue 1
     constant = np.sqrt(degree / degree.sum())
     wanted = min(dimensions, len(degree) - 1)
     if len(degree) <= max(DENSE, 3 * wanted):
@@ -67,7 +67,7 @@ def modularity(neighbors: Int[np.ndarray, "N k"], labels: Int[np.ndarray, " N"])
     """Compute agreement e and modularity Q = e - sum_c a_c^2 of clusters in the graph of nearest neighbours.
 
     e is the share of edges within clusters, a_c the share of all ends of edges that lie in cluster c (Newman and Girvan
-    2004). An edge from each image to each of its k neighbours; one that both ends name counts twice.
+    2004). Each image has an edge to each of its k neighbours; an edge that both its ends have counts twice.
     """
     count = int(labels.max()) + 1
     others = labels[neighbors]
@@ -93,7 +93,7 @@ def kmeans(points: Float[np.ndarray, "N D"], clusters: int, seed: int, starts: i
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct points than clusters
+        warnings.simplefilter("ignore", ConvergenceWarning)  # raised for fewer distinct points than clusters
         return KMeans(clusters, n_init=starts, random_state=seed).fit_predict(points)  # pyright: ignore
 
 
@@ -107,7 +107,7 @@ def graph_clusterings(
 ) -> Int[np.ndarray, "T N"]:
     """Cluster once for each number of neighbours and each length of the walk: k-means of the diffusion map.
 
-    A walk of 0 steps sees the K - 1 leading coordinates alone: spectral clustering as Ng, Jordan and Weiss have it.
+    A walk of 0 steps uses the K - 1 leading coordinates alone: the spectral clustering of Ng, Jordan and Weiss.
     """
     clusterings = []
     for count in counts:

@@ -1,7 +1,7 @@
-"""Scores of a clustering: against true labels (ACC, NMI, AMI, ARI) and without them. Arrays in, numbers out.
+"""Score a clustering: against true labels (ACC, NMI, AMI, ARI) and without them. Arrays in, numbers out.
 
-Ids are only names: integers or strings, with gaps, -1 included; the number of clusters need not be that of the classes.
-scikit-learn and scipy are imported where they are used, so that importing this module costs nothing.
+Ids are only names: integers or strings, with gaps, -1 included. There may be more or fewer clusters than classes.
+scikit-learn and scipy are imported where they are used, so that this module is imported fast.
 """
 
 import numpy as np
@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 
 
 def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
-    """Share of images whose cluster is mapped to their class, under the best one-to-one map of clusters to classes.
+    """Compute the share of images whose cluster is mapped to their class by the best one-to-one map.
 
-    Images of a cluster that gets no class (more clusters than classes) count as wrong.
+    Images of a cluster without a class (more clusters than classes) count as wrong.
     """
     table, _, _ = _contingency(y_true, y_pred)
     clusters, classes = _assign(table)
@@ -19,14 +19,14 @@ def accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
 
 
 def match(y_true: ArrayLike, y_pred: ArrayLike) -> dict:
-    """The map cluster -> class behind `accuracy`: min(number of clusters, number of classes) pairs."""
+    """Return the map cluster -> class of `accuracy`: min(number of clusters, number of classes) pairs."""
     table, cluster_ids, class_ids = _contingency(y_true, y_pred)
     clusters, classes = _assign(table)
     return dict(zip(cluster_ids[clusters].tolist(), class_ids[classes].tolist(), strict=True))
 
 
 def scores(y_true: ArrayLike, y_pred: ArrayLike) -> dict[str, float]:
-    """ACC, NMI with the arithmetic and with the geometric mean (the literature uses either), AMI and ARI."""
+    """Compute ACC, NMI with the arithmetic and the geometric mean (the literature uses either), AMI and ARI."""
     from sklearn import metrics
 
     acc = accuracy(y_true, y_pred)
@@ -41,7 +41,7 @@ def scores(y_true: ArrayLike, y_pred: ArrayLike) -> dict[str, float]:
 
 
 def cluster_sizes(labels: ArrayLike, num_clusters: int) -> np.ndarray:
-    """Images per cluster 0 .. num_clusters - 1, empty clusters included."""
+    """Count the images of clusters 0 .. num_clusters - 1, empty ones included."""
     ids = _ids(labels, "labels")
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be at least 1, not {num_clusters}")
@@ -53,7 +53,7 @@ def cluster_sizes(labels: ArrayLike, num_clusters: int) -> np.ndarray:
 
 
 def size_entropy(labels: ArrayLike, num_clusters: int) -> float:
-    """Entropy of the cluster sizes over log(num_clusters): 1 = all the same size, 0 = everything in one cluster."""
+    """Divide the entropy of the cluster sizes by log(num_clusters): 1 = equal sizes, 0 = all images in one cluster."""
     sizes = cluster_sizes(labels, num_clusters)
     if num_clusters == 1:
         return 0.0
@@ -62,7 +62,7 @@ def size_entropy(labels: ArrayLike, num_clusters: int) -> float:
 
 
 def agreement(labelings: ArrayLike) -> float:
-    """Mean ARI over all pairs of the H labelings, shape (H, N): 1 = they tell the same groups apart, 0 = chance."""
+    """Average the ARI over all pairs of the H labelings, shape (H, N): 1 = the same groups, 0 = chance."""
     from sklearn.metrics import adjusted_rand_score
 
     rows = np.asarray(labelings)
@@ -74,9 +74,9 @@ def agreement(labelings: ArrayLike) -> float:
 
 
 def silhouette(features: ArrayLike, labels: ArrayLike, sample: int = 2000, seed: int = 0) -> float:
-    """Mean silhouette by cosine distance on at most `sample` images: 1 = far from other clusters, below 0 = misplaced.
+    """Average the silhouette by cosine distance of `sample` images at most: 1 = far from others, below 0 = misplaced.
 
-    0 where it is not defined: one cluster only, or every image alone, so that a collapsed clustering gets a number too.
+    It is 0 where it is not defined, with one cluster or one image in each: a collapsed clustering has a number too.
     """
     from sklearn.metrics import silhouette_score
 
@@ -113,12 +113,12 @@ def _ids(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def _encode(ids: np.ndarray) -> np.ndarray:
-    """Ids as 0 .. number of distinct ids - 1."""
+    """Number the ids 0 .. number of distinct ids - 1."""
     return np.unique(ids, return_inverse=True)[1]
 
 
 def _contingency(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images per (cluster, class), the cluster ids of the rows, the class ids of the columns."""
+    """Count images per (cluster, class): (table, cluster ids of the rows, class ids of the columns)."""
     true, pred = _ids(y_true, "y_true"), _ids(y_pred, "y_pred")
     if len(true) != len(pred):
         raise ValueError(f"{len(true)} true labels but {len(pred)} predictions")

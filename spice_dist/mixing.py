@@ -1,9 +1,8 @@
-"""How much a middle stage counts beside the final features: chosen by the graph of neighbours, without labels.
+"""Choose the weight of a middle stage's features beside the final ones by the graph of neighbours, without labels.
 
-Of several weights the best is the one whose neighbour graph falls apart into groups most clearly, by modularity. On
-digits, Fashion-MNIST, CIFAR-10 and clothing photos, each at one or two image sizes, and on parts of them (five classes,
-unequal classes, 600 images) the weight it chose gave up to 20 points of NMI more than the final features alone, and at
-most one less.
+The best weight is the one whose neighbour graph has the highest modularity. On digits, Fashion-MNIST, CIFAR-10 and
+clothing photos, each at one or two image sizes, and on parts of them (five classes, unequal classes, 600 images) the
+chosen weight gave up to 20 points of NMI more than the final features alone, and at most one less.
 
 Memory: that of the features of COMPARED images and of a graph of them. Time: seconds.
 """
@@ -17,7 +16,7 @@ from spice_dist import graph
 from spice_dist.models.intermediate import Mixture
 from spice_dist.neighbors import nearest, without_itself
 
-WEIGHTS = (0.0, 0.3, 0.6)  # of the middle stage's part, beside 1 for the final features
+WEIGHTS = (0.0, 0.3, 0.6)  # of the middle stage's features, beside 1 for the final ones
 CLUSTERS = (6, 10, 15, 20)  # numbers of groups by which graphs are compared: K need not be known
 COMPARED = 3_000  # images by which weights are compared
 NEIGHBORS, STEPS, STARTS = 15, 8, 5  # of the graph, of the walk, of k-means
@@ -25,14 +24,14 @@ NEIGHBORS, STEPS, STARTS = 15, 8, 5  # of the graph, of the walk, of k-means
 
 @torch.no_grad()
 def choose_weight(features: Float[Tensor, "N D"], middle: Float[Tensor, "N C"]) -> Mixture:
-    """The mixture, with the center of these images, whose graph of nearest neighbours has the highest modularity.
+    """Return the mixture, centered on these images, whose graph of nearest neighbours has the highest modularity.
 
-    Give COMPARED images or so. Of equal weights the smaller is taken.
+    About COMPARED images are enough. Of equally good weights the smallest is taken.
     """
     mixture = Mixture(middle.shape[1]).to(features.device)
     mixture.center.copy_(middle.float().mean(0))
     if not torch.isfinite(features).all() or not torch.isfinite(middle).all():
-        return mixture  # the search for neighbours will say so
+        return mixture  # the stage that searches for neighbours refuses these features
     scores = []
     for weight in WEIGHTS:
         mixture.weight.fill_(weight)
@@ -42,15 +41,15 @@ def choose_weight(features: Float[Tensor, "N D"], middle: Float[Tensor, "N C"]) 
 
 
 def modularity_of(features: Float[Tensor, "N D"]) -> float:
-    """The mean modularity of the neighbour graph, grouped by its diffusion map into each number of CLUSTERS."""
+    """Average the modularity of the neighbour graph over its clusterings into each number of CLUSTERS."""
     count = min(NEIGHBORS, len(features) - 1)
     near = without_itself(nearest(features, count + 1).cpu().numpy().astype(np.int32))
     links = graph.neighbor_graph(near, count)
     numbers = sorted({min(clusters, max(2, len(features) // 10)) for clusters in CLUSTERS})
     values, coordinates = graph.diffusion_map(links, graph.DIMENSIONS * numbers[-1])
-    found = []
+    modularities = []
     for clusters in numbers:
-        seen = slice(0, graph.DIMENSIONS * clusters)
-        points = graph.walked(values[seen], coordinates[:, seen], STEPS)
-        found.append(graph.modularity(near[:, :count], graph.kmeans(points, clusters, 0, STARTS))[1])
-    return float(np.mean(found))
+        leading = slice(0, graph.DIMENSIONS * clusters)
+        points = graph.walked(values[leading], coordinates[:, leading], STEPS)
+        modularities.append(graph.modularity(near[:, :count], graph.kmeans(points, clusters, 0, STARTS))[1])
+    return float(np.mean(modularities))

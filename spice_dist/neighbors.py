@@ -1,4 +1,4 @@
-"""Nearest neighbours by dot product: exactly, or by an index of faiss for tens of millions of rows.
+"""Find nearest neighbours by dot product: exactly, or by an index of faiss for tens of millions of rows.
 
 The exact search computes the products of a strip of queries with all rows and takes the largest of each query by
 `torch.topk`. Memory is linear in the number of rows, never N x N.
@@ -59,7 +59,7 @@ def search(
     best = others.new_empty(len(queries), count)
     index = torch.empty((len(queries), count), dtype=torch.int32, device=features.device)
     at_once = max(1, (STRIP if features.device.type == "cpu" else STRIP_GPU) // len(features))
-    # of all strips: a C library gives large buffers back to the system, and new ones cost a tenth of the time
+    # shared by all strips: a C library gives large buffers back to the system, and new ones cost a tenth of the time
     buffer = others.new_empty(min(at_once, len(queries)), len(features))
     for strip in _chunks(range(len(queries)), at_once):
         here = slice(strip.start, strip.stop)
@@ -74,14 +74,14 @@ def search(
 
 
 def without_itself(neighbors: Int[np.ndarray, "N S1"]) -> Int[np.ndarray, "N S"]:
-    """Take each image out of its own neighbours, (N, S + 1) -> (N, S): by its number, since a copy may stand first."""
+    """Remove each image from its own neighbours, (N, S + 1) -> (N, S), by its number: a copy may stand before it."""
     itself = neighbors == np.arange(len(neighbors), dtype=np.int32)[:, None]
     itself[:, -1] |= ~itself.any(1)
     return neighbors[~itself].reshape(len(neighbors), -1)
 
 
 def distinct(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find equal rows: (first (M,), copy_of (N,)), the first image of each kind, and each image's place among those."""
+    """Find equal rows: (first (M,), copy_of (N,)), the first image of each group of equals and each image's group."""
     seen: dict[bytes, int] = {}
     digests = (blake2b(row.tobytes(), digest_size=16).digest() for row in np.asarray(features))
     copy_of = np.array([seen.setdefault(digest, len(seen)) for digest in digests])
@@ -117,9 +117,9 @@ def nearest_by_index(
     rows = range(len(features)) if rows is None else rows
     _check_rows(features, rows)
     _check(features, count)
-    # its own pool; one of the two works at a time
+    # faiss has a pool of its own; torch's is idle meanwhile
     faiss.omp_set_num_threads(torch.get_num_threads())
-    # k-means wants 39 rows a list
+    # faiss warns below 39 rows a list
     lists = max(1, min(round(4 * len(features) ** 0.5), len(features) // 39))
     index: Any = faiss.IndexIVFFlat(
         faiss.IndexFlatIP(features.shape[1]), features.shape[1], lists, faiss.METRIC_INNER_PRODUCT
@@ -134,7 +134,7 @@ def nearest_by_index(
         queries = features[chunk.start : chunk.stop].float().contiguous().numpy()
         index.nprobe = min(PROBES, lists)
         near = index.search(queries, count)[1]
-        # where the lists hold fewer than `count` rows
+        # faiss gives -1 where the lists hold fewer than `count` rows
         incomplete = (near < 0).any(1)
         if incomplete.any():
             index.nprobe = lists
@@ -157,7 +157,7 @@ def _check(features: Float[Tensor, "N D"], count: int, spare: int = 0) -> None:
     if not 1 <= count <= len(features) - spare:
         raise ValueError(f"count must be between 1 and the {len(features) - spare} rows, not {count}")
     for chunk in features.split(CHUNK):
-        # both are NaN if any is; isfinite would make copies
+        # both are NaN if a feature is NaN; isfinite would make copies
         least, most = chunk.aminmax()
         if not (least.isfinite() and most.isfinite()):
             raise ValueError("features must be finite: a row that is not has no neighbours")

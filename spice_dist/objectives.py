@@ -1,7 +1,7 @@
-"""How good a clustering is, without labels, so that clusterings of one sweep can be compared. Arrays in, numbers out.
+"""Score the clusterings of a sweep without labels. Arrays in, numbers out.
 
-Every score is computed in one reference feature space that all of them share: indices in different spaces cannot be
-compared, since a space that crowds its points flatters whatever is made of it (Schwarz et al. 2024, ACE).
+All scores are computed in one reference feature space. Indices of different spaces cannot be compared, since a space of
+crowded points raises the scores of any clustering of it (Schwarz et al. 2024, ACE).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,24 @@ OBJECTIVES = {  # name: +1 if higher is better, -1 if lower
     "silhouette": +1,
     "select_loss": -1,
 }
-SHOWN = ("silhouette", "select_loss")  # beside the others, for comparison: they chose worse, so they may not
+SHOWN = ("silhouette", "select_loss")  # for comparison only: they chose worse
 COMBINED = "combined"  # the mean place by the scores of RANKED_BY
-RANKED_BY = ("generalization", "consensus")  # whose places together choose best, see the README's table
+RANKED_BY = ("generalization", "consensus")  # their places together choose best, see the README's table
 FOLDS = 5
 COMPARED = 5_000  # images by which clusterings are compared
-SAMPLE = 20_000  # images that a linear classifier is fitted and asked on, at most
+SAMPLE = 20_000  # images, at most, that a linear classifier is fitted to and predicts
 RIDGE = 1e-3  # of the mean square of a feature
 
 
 def generalization(
     reference: Float[np.ndarray, "N D"], clusters: Int[np.ndarray, " N"], num_clusters: int, seed: int = 0
 ) -> float:
-    """How well a linear classifier in the reference space predicts the clusters of images it was not fitted on.
+    """Measure how well a linear classifier in the reference space predicts the clusters of held-out images.
 
-    The share of a cluster's held-out images that are recognised, mean over all K clusters; an empty one counts 0, so
-    that putting everything into one cluster gives 1 / K. Gadetsky et al. (2024, TURTLE) choose hyper-parameters by the
-    accuracy of such a classifier; theirs is fitted by gradient steps, this one by ridge regression to one-hot labels,
-    in closed form, over FOLDS parts of SAMPLE images at most.
+    It is the share of a cluster's images that are predicted right, averaged over all K clusters. An empty cluster
+    counts 0, so a single cluster of all images gives 1 / K. Gadetsky et al. (2024, TURTLE) choose hyper-parameters by
+    the accuracy of such a classifier, fitted by gradient steps. This one is a ridge regression to one-hot labels in
+    closed form, cross-validated in FOLDS parts of SAMPLE images at most.
     """
     order = np.random.default_rng(seed).permutation(len(clusters))[:SAMPLE]
     x = np.column_stack([reference[order].astype(np.float64), np.ones(len(order))])
@@ -55,9 +55,10 @@ def generalization(
 
 
 def consensus(clusterings: Int[np.ndarray, "T N"], seed: int = 0) -> Float[np.ndarray, " T"]:
-    """The mean ARI of each clustering with all others: what many settings find is more often there than what one finds.
+    """Average the ARI of each clustering with all others, on COMPARED images at most.
 
-    On COMPARED images at most. It takes no space of features at all; it is worth little if the trials are all alike.
+    Groups that many settings find are more often real than those of one. No features are needed. The score says little
+    if all trials are alike.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -71,7 +72,7 @@ def consensus(clusterings: Int[np.ndarray, "T N"], seed: int = 0) -> Float[np.nd
 
 
 def ranks(values: Sequence[float | None], direction: int) -> Float[np.ndarray, " T"]:
-    """Places 1 .. T of T trials, 1 the best; equal ones share the mean of theirs, one without a value is last."""
+    """Rank T trials 1 .. T, 1 the best; equal trials share their mean place, those without a value are last."""
     from scipy.stats import rankdata
 
     known = [-np.inf if value is None or not np.isfinite(value) else direction * value for value in values]
@@ -79,13 +80,13 @@ def ranks(values: Sequence[float | None], direction: int) -> Float[np.ndarray, "
 
 
 def combined(scores: Sequence[Mapping[str, Any]], names: Sequence[str] = RANKED_BY) -> Float[np.ndarray, " T"]:
-    """Minus the mean place of each trial over several objectives: they have no common unit, but places have."""
+    """Return minus the mean place of each trial over several objectives, which have no common unit."""
     places = [ranks([score.get(name) for score in scores], OBJECTIVES[name]) for name in names]
     return -np.mean(places, axis=0)
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Rank correlation of two lists, -1 to 1; None where one of them does not vary, or with fewer than three pairs."""
+    """Compute the rank correlation of two lists, -1 to 1; None if one is constant or has fewer than three values."""
     from scipy.stats import spearmanr
 
     if len(one) < 3 or len(set(one)) < 2 or len(set(other)) < 2:
@@ -94,10 +95,10 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def importance(settings: Sequence[float | str | bool | None], scores: Sequence[float], groups: int = 4) -> float:
-    """Share of the scores' variance that one setting explains, 0 to 1: between groups of trials of about equal value.
+    """Compute the share of the scores' variance, 0 to 1, between groups of trials with about equal values of a setting.
 
-    Numbers are cut into `groups` of equal size by rank, others are a group for each value. Corrected for chance, as
-    groups of random trials differ too: epsilon^2 = 1 - (N - 1) / (N - G) (1 - eta^2), not below 0.
+    Numbers are cut by rank into `groups` of equal size; other values are a group each. Groups of random trials differ
+    too, so the share is corrected for chance: epsilon^2 = 1 - (N - 1) / (N - G) (1 - eta^2), not below 0.
     """
     if not len(scores):
         return 0.0

@@ -1,7 +1,7 @@
-"""Pseudo-labels: the E-step of SPICE-Self and the reliable labels of SPICE-Semi. Tensors in, tensors out.
+"""Assign pseudo-labels: the E-step of SPICE-Self and the reliable labels of SPICE-Semi. Tensors in, tensors out.
 
 H = heads, M = images of one E-step, N = all images, K = clusters, D = feature width, n[k] = images wanted of cluster k.
-The E-step goes over the images in blocks: it holds NUMBERS numbers, 2 H M indices at most, and the features.
+The E-step takes the images in blocks. Its memory is that of NUMBERS numbers, at most 2 H M indices, and the features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ from torch import Tensor
 
 UNRELIABLE = -100  # the label of an image that has no reliable one; torch's cross-entropy ignores it by default
 NUMBERS = 1 << 26  # probabilities held at once, 256 MB
-ROWS = 1 << 16  # of neighbours looked up at once
+ROWS = 1 << 16  # images whose neighbours are looked up at once
 Outputs = Callable[[slice | Tensor], Float[Tensor, "H B K"]]
-"""Outputs of all heads for some images: a slice of them, or (H, B) numbers of images, each head's own."""
+"""Gives all heads' outputs for a slice of the images, or for (H, B) numbers of images, a row for each head."""
 Loss = Callable[[Float[Tensor, "H B K"], Int[Tensor, "H B"]], Float[Tensor, " H"]]
 
 
 def quotas(images: int, clusters: int, prior: Sequence[float] = ()) -> list[int]:
-    """How many of `images` each cluster is given, n[k] = floor(prior[k] images); without a prior all the same."""
+    """Compute how many images each cluster gets: n[k] = floor(prior[k] images), or equal numbers without a prior."""
     if not prior:
         return [images // clusters] * clusters
     return [int(share * images / sum(prior) + 1e-9) for share in prior]  # 0.57 of 100 is below 57 in floating point
@@ -29,15 +29,15 @@ def quotas(images: int, clusters: int, prior: Sequence[float] = ()) -> list[int]
 def prototype_labels(
     features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], center_fraction: float, overlap: bool = True
 ) -> tuple[Int[Tensor, "H P"], Int[Tensor, "H P"]]:
-    """The E-step, SPICE eqs. (2)-(4): (number of an image, its label), by cluster; P = sum of `wanted`, which is n[k].
+    """Run the E-step, SPICE eqs. (2)-(4): (number of an image, its label), by cluster; P = sum of `wanted`, the n[k].
 
-    A cluster's center is the mean feature of the images to which the head gives its highest probabilities of that
-    cluster, `center_fraction` of n[k]; the n[k] images nearest to it get the label. Rows of `features` have unit norm,
-    so the dot product ranks like the cosine: a center's length is one factor per cluster.
+    A cluster's center is the mean feature of its `center_fraction` n[k] most probable images. The n[k] images nearest
+    to the center get the label. Rows of `features` have unit norm, so the dot product ranks like the cosine: a
+    center's length is one factor per cluster.
 
-    With overlap, as published, an image near two centers appears twice with two labels, one near none never appears.
-    Without, clusters choose in order of their number among what the ones before left: of images for centers, and of
-    images to label. That holds H M K probabilities.
+    With overlap, as published, an image near two centers appears twice with two labels, and one near none is left out.
+    Without overlap, a cluster takes neither images for its center nor images to label that a cluster before it has
+    taken. This needs memory for H M K probabilities.
     """
     if min(wanted) < 1:
         raise ValueError(f"{len(features)} images cannot give {len(wanted)} clusters one image each")
@@ -45,7 +45,7 @@ def prototype_labels(
     labels = torch.arange(len(wanted), device=features.device).repeat_interleave(
         torch.tensor(wanted, device=features.device)
     )
-    if not len(probs(slice(0, 1))):  # of more workers than heads, some have none
+    if not len(probs(slice(0, 1))):  # this worker has no head: there are more workers than heads
         return labels[None][:0], labels[None][:0]
     choose = _overlapping if overlap else _disjoint
     members = choose(features, probs, wanted, confident)
@@ -62,15 +62,14 @@ def _overlapping(
         counts = [confident[k] for k in group]
         centers = cluster_centers(features, largest(columns, max(counts)), counts)
         rows = max(1, NUMBERS // centers[:, :, 0].numel())
-        similarities = (torch.einsum("hkd,md->hkm", centers, part) for part in features.split(rows))
+        similarities = (torch.einsum("hkd,md->hkm", centers, block) for block in features.split(rows))
         nearest = largest(similarities, max(wanted[k] for k in group))
-        members |= {k: found[:, : wanted[k]] for k, found in zip(group, nearest.unbind(1), strict=True)}
+        members |= {k: images[:, : wanted[k]] for k, images in zip(group, nearest.unbind(1), strict=True)}
     return torch.cat([members[k] for k in range(len(wanted))], 1)
 
 
 def _alike(wanted: Sequence[int]) -> list[list[int]]:
-    """The clusters in groups whose numbers differ by a factor of two at most: lists of a group are as long as its
-    longest."""
+    """Group clusters whose wanted numbers differ by a factor of two at most: all lists of a group have one length."""
     groups: list[list[int]] = []
     for k in sorted(range(len(wanted)), key=lambda k: wanted[k]):
         if groups and wanted[k] <= 2 * wanted[groups[-1][0]]:
@@ -89,9 +88,9 @@ def _disjoint(
     labelled = used.clone()
     members = []
     for k, (count, of_center) in enumerate(zip(wanted, confident, strict=True)):
-        found = columns[:, :, k].masked_fill(used, -1).topk(of_center).indices
-        used.scatter_(1, found, True)
-        center = features[found].mean(1)
+        most_probable = columns[:, :, k].masked_fill(used, -1).topk(of_center).indices
+        used.scatter_(1, most_probable, True)
+        center = features[most_probable].mean(1)
         members.append((center @ features.T).masked_fill(labelled, -torch.inf).topk(count).indices)
         labelled.scatter_(1, members[-1], True)
     return torch.cat(members, 1)
@@ -100,7 +99,7 @@ def _disjoint(
 def cluster_centers(
     features: Float[Tensor, "M D"], confident: Int[Tensor, "H K C"], counts: Sequence[int]
 ) -> Float[Tensor, "H K D"]:
-    """SPICE eq. (3): the mean feature of the first counts[k] images of every cluster's list."""
+    """Average the features of the first counts[k] images of every cluster's list: SPICE eq. (3)."""
     weight = _first(counts, confident) / torch.tensor(counts, device=features.device)[:, None]
     weights = weight.expand(len(confident), -1, -1).flatten(0, 1)
     centers = F.embedding_bag(confident.flatten(0, 1), features, mode="sum", per_sample_weights=weights)
@@ -110,7 +109,7 @@ def cluster_centers(
 def selection_loss(
     features: Float[Tensor, "N D"], logits: Outputs, wanted: Sequence[int], center_fraction: float, loss: Loss
 ) -> Float[Tensor, " H"]:
-    """Label-free quality of every head: its loss (5) on its own prototype labels of the whole set, lower is better."""
+    """Compute every head's loss (5) on its own prototype labels of the whole set: lower is better, without labels."""
     chosen, labels = prototype_labels(features, lambda rows: logits(rows).softmax(2), wanted, center_fraction)
     rows = max(1, NUMBERS // (max(1, len(chosen)) * max(features.shape[1], len(wanted))))
     total = torch.zeros(len(chosen), dtype=torch.float64, device=features.device)
@@ -120,12 +119,12 @@ def selection_loss(
 
 
 def largest(blocks: Iterable[Tensor], count: int) -> Int[Tensor, "*rows {count}"]:
-    """Where each row of (*rows, N) has its `count` largest values, best first; the blocks (*rows, B) are columns."""
+    """Find where each row of (*rows, N) has its `count` largest values, in order; the blocks (*rows, B) are columns."""
     values = positions = None
     start = 0
     for block in blocks:
         size = min(count, block.shape[-1])
-        if values is not None and values.shape[-1] == count:  # only what is better than some of these may enter
+        if values is not None and values.shape[-1] == count:  # only values above the smallest of these can enter
             size = min(size, int((block > values[..., -1:]).sum(-1, dtype=torch.int32).max()))
         best, where = block.topk(size)
         where += start
@@ -140,7 +139,7 @@ def largest(blocks: Iterable[Tensor], count: int) -> Int[Tensor, "*rows {count}"
 
 
 def _blocks(outputs: Outputs, features: Float[Tensor, "M D"], clusters: int) -> Iterator[Float[Tensor, "H B K"]]:
-    """Outputs for all images; in a block neither they nor what heads hold inside are more than NUMBERS numbers."""
+    """Yield the outputs for all images; a block's outputs and the heads' hidden values are NUMBERS numbers at most."""
     heads = len(outputs(slice(0, 1)))
     rows = max(1, NUMBERS // (heads * max(clusters, features.shape[1])))
     for start in range(0, len(features), rows):
@@ -148,7 +147,7 @@ def _blocks(outputs: Outputs, features: Float[Tensor, "M D"], clusters: int) -> 
 
 
 def _first(counts: Sequence[int], lists: Int[Tensor, "H K C"]) -> Bool[Tensor, "K C"]:
-    """Which entries of the lists are among the first counts[k] of cluster k."""
+    """Mark the first counts[k] entries of cluster k's list."""
     limit = torch.tensor(counts, device=lists.device)
     return torch.arange(lists.shape[2], device=lists.device) < limit[:, None]
 
@@ -156,9 +155,9 @@ def _first(counts: Sequence[int], lists: Int[Tensor, "H K C"]) -> Bool[Tensor, "
 def reliable_images(
     agreement: Float[Tensor, " N"], confidence: Float[Tensor, " N"], ratio: float, min_confidence: float
 ) -> Bool[Tensor, " N"]:
-    """SPICE eq. (7) as its code has it: agreement (6) of at least `ratio` and confidence above `min_confidence`.
+    """Mark images of agreement (6) >= `ratio` and confidence > `min_confidence`: SPICE eq. (7) as its code has it.
 
-    The paper writes agreement > lambda and asks for no confidence: ratio = lambda + 1 / N_s, min_confidence = 0.
+    The paper's agreement > lambda, without confidence, is ratio = lambda + 1 / N_s and min_confidence = 0.
     """
     return (agreement >= ratio - 1e-6) & (confidence > min_confidence)  # 0.95 in float32 is below 0.95
 
@@ -166,31 +165,30 @@ def reliable_images(
 def balanced(
     labels: Int[Tensor, " N"], reliable: Bool[Tensor, " N"], clusters: int, order: Int[Tensor, " N"]
 ) -> Bool[Tensor, " N"]:
-    """As many reliable images of each cluster as the smallest has, those that come first in `order`: one that has none
-    leaves none to any other."""
+    """Cut every cluster to the smallest number of reliable images, which may be 0; the first in `order` stay."""
     chosen = order[reliable[order]]
     smallest = torch.bincount(labels[chosen], minlength=clusters).min()
-    kept = torch.zeros_like(reliable)
-    kept[chosen[_places(labels[chosen], clusters) < smallest]] = True
-    return kept
+    selected = torch.zeros_like(reliable)
+    selected[chosen[_places(labels[chosen], clusters) < smallest]] = True
+    return selected
 
 
 def agreement_depth(
     labels: Int[Tensor, " N"], neighbors: Int[Tensor, "R S"], rows: range | None = None
 ) -> Int[Tensor, " R"]:
-    """How many neighbours of each of `rows`, nearest first, carry its label before one does not: 0 .. S.
+    """Count for each of `rows` the nearest neighbours before the first one with another label: 0 .. S.
 
     The k nearest neighbours all agree where the depth is at least k.
     """
-    own = labels if rows is None else labels[rows.start : rows.stop]
-    parts = zip(own.split(ROWS), neighbors.split(ROWS), strict=True)
-    return torch.cat([(labels[found] == label[:, None]).long().cumprod(1).sum(1) for label, found in parts])
+    own_labels = labels if rows is None else labels[rows.start : rows.stop]
+    chunks = zip(own_labels.split(ROWS), neighbors.split(ROWS), strict=True)
+    return torch.cat([(labels[index] == label[:, None]).long().cumprod(1).sum(1) for label, index in chunks])
 
 
 def adaptive_depth(depth: Int[Tensor, " N"], largest: int) -> tuple[int, Int[Tensor, " S"]]:
-    """DCBoost eq. (1): the k in 2 .. `largest` of largest k n_k, and n_k, the images of depth k or more, for k from 1.
+    """Find the k in 2 .. `largest` of largest k n_k, DCBoost eq. (1): (k, n), n_k being the images of depth k or more.
 
-    Of equal products the largest k is taken, the strictest. k is 1 where there is only one neighbour, or none.
+    n starts with n_1. Of equal products the largest k is taken. k is 1 if `largest` is below 2.
     """
     passing = torch.bincount(depth, minlength=largest + 1).flip(0).cumsum(0).flip(0)[1:]
     products = passing * torch.arange(1, largest + 1, device=depth.device)
@@ -207,22 +205,22 @@ def raised_to_floor(
     clusters: int,
     fraction: float,
 ) -> Bool[Tensor, " N"]:
-    """The reliable images, and in a cluster of n with fewer than max(1, ceil(fraction n)) of them the best others.
+    """Add the best other images to clusters of n images with fewer than max(1, ceil(fraction n)) reliable ones.
 
-    Best is the highest `score`, of equal ones the more confident: every cluster that has an image keeps one.
+    The best have the highest `score`, or the higher confidence at equal scores. No cluster with images is left without.
     """
     order = torch.argsort(confidence, descending=True, stable=True)
     order = order[torch.argsort(score[order], descending=True, stable=True)]
     order = order[torch.argsort(reliable[order].int(), descending=True, stable=True)]
     sizes = torch.bincount(labels, minlength=clusters)
     wanted = (fraction * sizes.double() - 1e-9).ceil().clamp(min=1)  # 0.1 * 30 is above 3 in floating point
-    kept = reliable.clone()
-    kept[order[_places(labels[order], clusters) < wanted[labels[order]]]] = True
-    return kept
+    selected = reliable.clone()
+    selected[order[_places(labels[order], clusters) < wanted[labels[order]]]] = True
+    return selected
 
 
 def _places(labels: Int[Tensor, " M"], clusters: int) -> Int[Tensor, " M"]:
-    """For each image the number of earlier ones with its label."""
+    """Count for each image the earlier ones with its label."""
     order = torch.argsort(labels, stable=True)
     sizes = torch.bincount(labels, minlength=clusters)
     starts = sizes.cumsum(0) - sizes
