@@ -1,7 +1,9 @@
 """Who may import whom, who may see the true labels, and what the package never does: read from its source."""
 
 import ast
+import fnmatch
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -119,6 +121,53 @@ def chains_to(graph: dict[str, set[str]], start: str, ends: Collection[str]) -> 
     """A chain from `start` to each reached module that is among `ends` or inside of a package among them."""
     reached = chains_from(graph, start).items()
     return [chain for module, chain in reached if any(f"{module}.".startswith(f"{end}.") for end in ends)]
+
+
+README = (PACKAGE / "README.md").read_text()
+# the workers of a run are started by the run itself; only there is Ray needed
+ARROWS_UP = {"pipeline.py": "distributed/ray_*.py"}
+
+
+def layers(text: str) -> list[list[str]]:
+    """The patterns of each row of the README's table, from the bottom layer up; paths below the package."""
+    table = text.split("## Layers", 1)[1].split("\n## ", 1)[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row]
+
+
+def layer_of(path: str, rows: list[list[str]]) -> int:
+    """The row of the longest pattern that the path matches; a folder stands for all files in it."""
+    matching = [
+        (len(pattern), number)
+        for number, row in enumerate(rows)
+        for pattern in row
+        if fnmatch.fnmatch(path, pattern) or (pattern.endswith("/") and path.startswith(pattern))
+    ]
+    assert matching, f"{path} has no row in the table of layers in spice_dist/README.md"
+    return max(matching)[1]
+
+
+def climbs(sources: dict[str, ast.Module], rows: list[list[str]]) -> list[tuple[str, str]]:
+    """(file, what it imports) for every import from a higher layer, also inside functions; __init__.py stands aside."""
+    paths = {module_name(path): path for path in sources if not path.endswith("__init__.py")}
+    graph = package_imports(sources)
+    arrows = [(path, paths[name]) for module, path in paths.items() for name in sorted(graph[module] & paths.keys())]
+    return [(path, imported) for path, imported in arrows if layer_of(path, rows) < layer_of(imported, rows)]
+
+
+def test_a_file_imports_from_its_own_layer_and_those_below():
+    up = climbs(dict(trees()), layers(README))
+    assert [(path, name) for path, name in up if not fnmatch.fnmatch(name, ARROWS_UP.get(path, ""))] == []
+    assert {path for path, _ in up} == ARROWS_UP.keys(), "an exception that nothing needs any more"
+    assert len(ARROWS_UP) <= 2
+
+
+def test_a_planted_import_from_a_higher_layer_is_found():
+    sources = {path: ast.parse("") for path in ("losses.py", "data/ingest.py", "cli.py")}
+    sources["losses.py"] = ast.parse("def f():\n  from spice_dist.data import ingest")
+    assert climbs(sources, layers(README)) == [("losses.py", "data/ingest.py")]
+    with pytest.raises(AssertionError, match="has no row"):
+        climbs(sources | {"new.py": ast.parse("from spice_dist import losses")}, layers(README))
 
 
 def test_nothing_that_learns_imports_what_sees_true_labels():
