@@ -60,7 +60,6 @@ class RayWorker(LocalWorker):
 
         stop_requested = (run / ray_channel.STOP).exists
         super().__init__(run, stage.name, ray.train.torch.get_device(), stop_requested, progress, storage)
-        progress(0, 0, None)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world == 1:
@@ -286,6 +285,8 @@ def _train_loop(options: dict[str, Any]) -> str:
     with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
         for stage in stages[collectives.broadcast_int(finished, device) :]:
             (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
+            if first:
+                ray_channel.write_progress(run, Progress(stage.name, 0, 0, None))
             if collectives.largest_int(int((run / ray_channel.STOP).exists()), device):
                 return "interrupted"
             outcome = "done"
