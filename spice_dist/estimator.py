@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from spice_dist import inference
+from spice_dist import artifacts, inference
 from spice_dist.assignments import read_assignments
 from spice_dist.data.dataset import open_data
 from spice_dist.data.images import Images
@@ -94,8 +94,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self.metrics_ = fit(resolved.config, source, run, Launch(workers=self.workers), network=resolved.network)
         self.n_clusters_ = self.metrics_["k"]
         self.run_ = run
-        self.labels_, self.confidence_, _ = read_assignments(run / "assignments.csv")
-        self.paths_ = read_paths(run / "data")
+        self.labels_, self.confidence_, _ = read_assignments(artifacts.assignments_file(run))
+        self.paths_ = read_paths(artifacts.data(run))
         return self
 
     def predict(self, X: Data) -> Int64[np.ndarray, " N"]:
@@ -119,7 +119,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def _packed(self, X: Data) -> Iterator[tuple[ClusterNet | ClassifierNet, Images, Statistics]]:
         check_is_fitted(self, "run_")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        net, task = load_model(self.run_ / "model", device)
+        net, task = load_model(artifacts.model(self.run_), device)
         with temporary_images(_source(X), task.data, device) as (images, _, _):
             yield net, images, task.backbone.statistics
 

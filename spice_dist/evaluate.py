@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from spice_dist import metrics, objectives, verdict
+from spice_dist import artifacts, metrics, objectives, verdict
 from spice_dist.assignments import write_assignments
 from spice_dist.baselines import kmeans, pixels
 from spice_dist.catalog import USING_LABELS
 from spice_dist.clustering import Clustering, scored_images
 from spice_dist.config import Config
 from spice_dist.data.files import Progress, publish, publish_json
-from spice_dist.data.manifest import Ingested, read_manifest, read_paths
+from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.inference import probabilities
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
@@ -47,18 +47,20 @@ def evaluate(
         until: the last stage that is done; None: all stages of these settings.
     """
     clustering = result_of(config)(run, device, progress, until)
-    task, manifest = clustering.task, read_manifest(run / "data")
-    save_model(clustering.net, task, run / "model")
+    task, manifest = clustering.task, artifacts.manifest(run)
+    save_model(clustering.net, task, artifacts.model(run))
     labels, confidence, baselines = _labels_and_baselines(clustering, run, device, manifest, progress)
     reliable = clustering.reliable
     has_reliable = np.zeros(manifest.n, bool) if reliable is None else reliable.labels != UNRELIABLE
-    write_assignments(run / "assignments.csv", read_paths(run / "data"), labels, confidence, has_reliable)
+    write_assignments(
+        artifacts.assignments_file(run), read_paths(artifacts.data(run)), labels, confidence, has_reliable
+    )
 
-    y_true, scored = true_labels(run), scored_images(manifest)
+    y_true, scored = artifacts.true_labels(run), scored_images(manifest)
     if clustering.given is not None:
         scored = scored[~clustering.given[scored]]
     agreement = _agreement(clustering)
-    features = np.load(run / "features/features.npy", mmap_mode="r")
+    features = artifacts.stored_features(run)
     below = _better_baseline(task, manifest, features, labels, baselines) if clustering.choice is None else ""
     evidence = _evidence(clustering, labels, confidence, agreement, below)
     judged = verdict.judge(evidence)
@@ -79,12 +81,14 @@ def evaluate(
         "reliable": _reliable(clustering, manifest, y_true),
     }
     for stage, labels_of in clustering.stages.items():
-        publish_json(run / stage / "eval.json", None if y_true is None else scores(y_true, scored, labels_of()))
+        publish_json(
+            artifacts.stage_scores_file(run, stage), None if y_true is None else scores(y_true, scored, labels_of())
+        )
     if clustering.last:
-        publish_json(run / clustering.last / "eval.json", result["eval"])
+        publish_json(artifacts.stage_scores_file(run, clustering.last), result["eval"])
     if "spice_self" in clustering.stages:
         _write_head_selection(task, run, y_true, manifest.clustered)
-    publish_json(run / "metrics.json", result)
+    publish_json(artifacts.metrics_file(run), result)
     return result
 
 
@@ -101,7 +105,7 @@ def _labels_and_baselines(
         probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
         baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: pixels(images, index))}
     if clustering.given is None:  # features that have learnt from labels are no baseline
-        features = np.load(run / "features/features.npy", mmap_mode="r")
+        features = artifacts.stored_features(run)
         baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
     return probs.argmax(1), probs.max(1), baselines
 
@@ -231,7 +235,7 @@ def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) ->
 def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
     """SPICE's Fig. 6, `spice_self/head_selection.jsonl`: after every epoch the accuracy of the head that the loss
     selects, of all so far, and that of the epoch's best head, which takes labels to find; on the images followed."""
-    path = run / "spice_self/head_selection.jsonl"
+    path = artifacts.head_selection_file(run)
     if y_true is None:
         path.unlink(missing_ok=True)
         return
@@ -249,26 +253,21 @@ def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clus
 
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
     """ACC of a clustering of the run's clustered images; None without true labels. For tables, never to choose by."""
-    y_true = true_labels(run)
+    y_true = artifacts.true_labels(run)
     return None if y_true is None else metrics.accuracy(y_true[: len(clusters)], clusters)
 
 
 def relabel(run: Path, source: Source) -> bool:
     """Bring data/labels.npy in line with the labels that `source` has now; whether the scores must be made again."""
-    path, before = run / "data/labels.npy", true_labels(run)
+    path, before = artifacts.true_labels_file(run), artifacts.true_labels(run)
     if source.labels is None:
         path.unlink(missing_ok=True)
         return before is not None
     by_name = dict(zip(source.paths, source.labels, strict=True))
-    now = np.array([by_name[name] for name in read_paths(run / "data")], np.int64)
+    now = np.array([by_name[name] for name in read_paths(artifacts.data(run))], np.int64)
     with publish(path) as file:
         np.save(file, now)
     return before is None or not np.array_equal(before, now)
-
-
-def true_labels(run: Path) -> np.ndarray | None:
-    path = run / "data/labels.npy"
-    return np.load(path) if path.exists() else None
 
 
 def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spice_dist import artifacts
 from spice_dist.assignments import write_assignments
 from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.files import publish_json, temporary_path
@@ -81,7 +82,7 @@ def predict(model: Path, data: str, out: Path) -> None:
 
     Unreadable images are left out; `OUT.quarantine.csv` then says which and why.
     """
-    folder = model / "model" if (model / "model").is_dir() else model
+    folder = artifacts.model(model) if artifacts.model(model).is_dir() else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, task = load_model(folder, device)
     with temporary_images(open_data(data), task.data, device) as (images, names, quarantine):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spice_dist import artifacts
 from spice_dist.config import Config, override
 from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
@@ -114,7 +115,7 @@ def _opened(
     folder = out.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, threads = plan(config, launch)
-    if (folder / "sweep.json").exists():
+    if artifacts.sweep_file(folder).exists():
         raise UserError(f"{folder} holds a sweep; give another --out")
     with owned(folder), StopSignal() as stop:
         run = OpenRun(config, source, stage_settings(config, source), folder, device, sizes, threads, launch, stop)
@@ -179,14 +180,14 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
     if relabelled or finished_before != set(run.settings) or _evaluated_otherwise(run):
         with Bar("evaluate", run.stop) as bar:
             evaluate(_with_plain_loader(run), folder, run.device, seconds, bar.show, until=list(run.settings)[-1])
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = artifacts.metrics(folder)
     write_report(folder)
     return metrics
 
 
 def _evaluated_otherwise(run: OpenRun) -> bool:
     """Whether there are no scores yet, or those of other stages, another method or other settings of evaluation."""
-    path = run.folder / "metrics.json"
+    path = artifacts.metrics_file(run.folder)
     if not path.exists():
         return True
     metrics = json.loads(path.read_text())
@@ -271,7 +272,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
 
 def _pack(run: OpenRun, bar: Bar) -> None:
     """Pack the images into one verified file in FFCV's format."""
-    folder = run.folder / "data"
+    folder = artifacts.data(run.folder)
     manifest = prepare(run.source, run.config.data, folder, bar.show)
     check_settings(run.config, manifest, manifest.source)
     if manifest.bad:
@@ -301,4 +302,4 @@ def _write_config(run: OpenRun, command: list[str] | None, network: str) -> None
         "launch": {"workers": run.launch.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-    publish_json(run.folder / "config.json", about)
+    publish_json(artifacts.config_file(run.folder), about)

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from spice_dist import metrics
+from spice_dist import artifacts, metrics
 from spice_dist.baselines import kmeans
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import Progress, publish_json
-from spice_dist.data.manifest import Ingested, read_manifest
+from spice_dist.data.manifest import Ingested
 from spice_dist.distributed import checkpoint
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.inference import backbone_features
@@ -120,7 +120,7 @@ def probe_checkpoints(
                 shown = partial(_show, progress, start, total)
                 features = backbone_features(task, weights, images, device, shown)
                 rows.append({"step": step, **_probe(features, known, task, kinds, device)})
-    publish_json(run / "probes.json", rows)
+    publish_json(artifacts.probes_file(run), rows)
     return rows
 
 
@@ -146,11 +146,12 @@ class Labelled:
 
 
 def _labelled(run: Path) -> Labelled:
-    if not (run / "data/manifest.json").exists():
+    if not artifacts.manifest_file(run).exists():
         raise UserError(f"{run} has not packed its images yet; wait for fit to begin stage 1")
-    if not (run / "data/labels.npy").exists():
+    labels = artifacts.true_labels(run)
+    if labels is None:
         raise UserError(f"{run} has no true labels to probe with; run its fit command again with --labels")
-    manifest, labels = read_manifest(run / "data"), np.load(run / "data/labels.npy")
+    manifest = artifacts.manifest(run)
     has_label = np.flatnonzero(labels != NO_LABEL)
     train = has_label[has_label < manifest.clustered]
     test = has_label[has_label >= manifest.n - manifest.held_out] if manifest.held_out else None
@@ -161,7 +162,7 @@ def _labelled(run: Path) -> Labelled:
 
 def _settings(run: Path) -> tuple[Task, str]:
     """What the run was made with, and the name of its stage 1."""
-    path = run / "config.json"
+    path = artifacts.config_file(run)
     try:
         config = json.loads(path.read_bytes())["config"]
         backbone: dict[str, Any] = {
@@ -183,7 +184,7 @@ def _settings(run: Path) -> tuple[Task, str]:
 
 
 def _features_of(run: Path) -> Float16[np.ndarray, "N D"]:
-    path = run / "features/features.npy"
+    path = artifacts.features_file(run)
     if not path.exists():
         raise UserError(f"{run} has no features to probe yet; wait for fit to finish them")
     return np.load(path)

@@ -239,9 +239,24 @@ def names_of_true_labels(tree: ast.AST) -> list[str]:
     return [text for text in paths if text not in ("reliable/labels.npy", "given_labels/labels.npy")]
 
 
+READERS = {"true_labels", "true_labels_file"}  # functions of artifacts.py
+
+
+def mentions_readers(tree: ast.AST) -> bool:
+    """Whether a function that reads or finds true labels is defined, imported, called or named in a text."""
+    for node in ast.walk(tree):
+        names = (getattr(node, field, None) for field in ("id", "attr", "name", "asname", "value"))
+        if any(isinstance(name, str) and name in READERS for name in names):
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "spice_dist.artifacts" and node.names[0].name == "*":
+            return True
+    return False
+
+
 def test_only_evaluate_probes_and_given_labels_read_the_true_labels_and_only_ingest_writes_them():
-    assert [path for path, tree in trees() if names_of_true_labels(tree)] == [
-        "data/ingest.py",
+    assert [path for path, tree in trees() if names_of_true_labels(tree)] == ["artifacts.py", "data/ingest.py"]
+    assert [path for path, tree in trees() if mentions_readers(tree)] == [
+        "artifacts.py",
         "evaluate.py",
         "methods/given_labels.py",
         "probes.py",
@@ -308,6 +323,15 @@ def test_every_planted_danger_is_found_and_nothing_harmless_is():
     assert uses(ast.parse("def f():\n  from spice_dist import metrics"), "spice_dist.metrics")
     assert not uses(ast.parse("from sklearn import metrics\nimport rayon"), "ray")
     assert names_of_true_labels(ast.parse("np.load(run / 'data/labels.npy')"))
+    reading = (
+        "artifacts.true_labels(run)",
+        "from spice_dist.artifacts import true_labels as x",
+        "from spice_dist.artifacts import *",
+        "read = artifacts.true_labels_file",
+        "getattr(artifacts, 'true_labels')(run)",
+    )
+    assert [text for text in reading if not mentions_readers(ast.parse(text))] == []
+    assert not mentions_readers(ast.parse("artifacts.reliable_labels(run), artifacts.given_labels_file(run)"))
 
 
 def test_help_comes_at_once_and_loads_nothing_heavy():

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Float16, Int
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from spice_dist import artifacts
 from spice_dist.data.files import publish, publish_json
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.inference import CHUNK, outputs
-from spice_dist.methods.plumbing import MIXTURE, load_backbone, open_dataset, place
+from spice_dist.methods.plumbing import load_backbone, open_dataset, place
 from spice_dist.mixing import COMPARED, choose_weight
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.folding import folded
@@ -85,13 +86,13 @@ def mix(rows: Float16[np.ndarray, "N D"], final: int, clustered: int, worker: Wo
     sample = np.sort(np.random.default_rng(0).permutation(clustered)[:COMPARED])
     compared = torch.from_numpy(rows[sample]).to(worker.device).float()
     mixture = choose_weight(compared[:, :final], compared[:, final:])
-    with publish(worker.run / "features/features.npy") as file:
+    with publish(artifacts.features_file(worker.run)) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": rows.shape})
         for start in range(0, len(rows), CHUNK):
             row = torch.from_numpy(rows[start : start + CHUNK]).to(worker.device).float()
             file.write(mixture(row[:, :final], row[:, final:]).half().cpu().numpy().tobytes())
     about = {"weight": mixture.weight.item(), "center": mixture.center.tolist()}
-    publish_json(worker.run / MIXTURE, about)
+    publish_json(artifacts.mixture_file(worker.run), about)
 
 
 def _fingerprint(task: Task, backbone: Backbone) -> str:

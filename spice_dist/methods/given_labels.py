@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from spice_dist import artifacts
 from spice_dist.clustering import Clustering
 from spice_dist.data.files import Progress, publish
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.inference import outputs
@@ -48,14 +48,13 @@ def give(task: Task, config: GivenLabelsConfig, worker: Worker) -> None:
     Raises:
         UserError: the data has no such labels.
     """
-    manifest = read_manifest(worker.run / "data")
-    path = worker.run / "data/labels.npy"
-    labels = np.load(path) if path.exists() else None
+    manifest = artifacts.manifest(worker.run)
+    labels = artifacts.true_labels(worker.run)
     given = np.full(manifest.n, UNRELIABLE)
     given[: manifest.clustered] = draw(task, config, labels, manifest.clustered, manifest.held_out)
-    folder = worker.run / "given_labels"
-    folder.mkdir(exist_ok=True)
-    with publish(folder / "labels.npy") as file:
+    path = artifacts.given_labels_file(worker.run)
+    path.parent.mkdir(exist_ok=True)
+    with publish(path) as file:
         np.save(file, given)
 
 
@@ -110,9 +109,9 @@ def result(
     features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()
     images.close()
     (run / "features").mkdir(exist_ok=True)
-    with publish(run / "features/features.npy") as file:
+    with publish(artifacts.features_file(run)) as file:
         np.save(file, features)
-    given = np.load(run / "given_labels/labels.npy") != UNRELIABLE
+    given = artifacts.given_labels(run) != UNRELIABLE
     no_heads = np.zeros((0, manifest.n), np.int64)
     return Clustering(stage3, net, no_heads, torch.zeros(0), given=given, last="spice_semi")
 

@@ -3,7 +3,6 @@
 k-means and spectral clustering of the same features are always among them. Whichever scores best is the result.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,11 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from spice_dist import objectives
+from spice_dist import artifacts, objectives
 from spice_dist.baselines import STARTS, kmeans_of_features
 from spice_dist.clustering import Choice, Clustering, Reliable
 from spice_dist.data.files import Progress
-from spice_dist.data.manifest import read_manifest
 from spice_dist.inference import probabilities
 from spice_dist.methods import spice_graph
 from spice_dist.methods.levels import write_levels
@@ -48,8 +46,8 @@ def result(
 ) -> Clustering:
     """The grouping that scores best, its network, and the levels above and below it, also in `levels.csv`."""
     task = with_suggested_clusters(task, run)
-    manifest = read_manifest(run / "data")
-    features = torch.from_numpy(spice_graph.read_features(run, manifest.n)).to(device)
+    manifest = artifacts.manifest(run)
+    features = torch.from_numpy(artifacts.features(run, manifest.n)).to(device)
     reference = features[: manifest.clustered].cpu().numpy()
     tuned = (until or task.stage3) == "spice_tune"
     groupings = _groupings(task, config, run, features, manifest.clustered, tuned, progress)
@@ -121,7 +119,7 @@ def _groupings(
     progress: Progress,
 ) -> dict[str, Grouping]:  # fmt: skip
     """Baselines first, then the stages that are done, in order."""
-    neighbors = np.load(run / "graph/neighbors.npy")
+    neighbors = artifacts.neighbors(run)
     starts_of_all = partial(_show_starts, progress)
     baselines = {
         "kmeans_features": kmeans_of_features(task, features.cpu().numpy(), clustered, starts_of_all),
@@ -159,7 +157,7 @@ def _with_network(probs: Float[np.ndarray, "N K"], network: Callable[[], Cluster
 
 def _posterior(run: Path, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "N K"]:
     """Probabilities: of clustered images from their neighbours too, of others, which have none, from the head alone."""
-    clustered = np.load(run / "spice_graph/posterior.npy").astype(np.float32)
+    clustered = artifacts.posterior(run).astype(np.float32)
     others = features[len(clustered) :]
     if not len(others):
         return clustered
@@ -197,5 +195,5 @@ def _labels_by_head(run: Path, features: Float[Tensor, "M D"]) -> Int[np.ndarray
 
 
 def _reliable(run: Path, labels: Int[np.ndarray, " N"]) -> Reliable:
-    advice = json.loads((run / "reliable/summary.json").read_text())["advice"]
-    return Reliable(np.load(run / "reliable/labels.npy"), labels, advice)
+    advice = artifacts.reliable_summary(run)["advice"]
+    return Reliable(artifacts.reliable_labels(run), labels, advice)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from spice_dist import graph
+from spice_dist import artifacts, graph
 from spice_dist.data.files import publish
 from spice_dist.suggest import FEW_PER_CLUSTER, Suggestion, cut, merge_tree
 from spice_dist.task import Task
@@ -24,7 +24,7 @@ def write_levels(
     belongs to the cluster of most of its images, and images of another cluster go to that cluster's nearest group.
     Returns the numbers of groups and the tree, or None, without a file, where the features suggest no groups.
     """
-    path = run / "levels.csv"
+    path = artifacts.levels_file(run)
     path.unlink(missing_ok=True)
     if suggestion is None or not suggestion.found or task.clusters < 3:
         return None
@@ -33,7 +33,7 @@ def write_levels(
     coarse = cut(tree, min(suggestion.coarse, 2 * task.clusters // 3))[labels]
     finer = -(-3 * task.clusters // 2)
     count = max(suggestion.fine, finer if FEW_PER_CLUSTER * finer <= len(labels) else 0)
-    fine = divided(np.load(run / "graph/neighbors.npy"), labels, task.clusters, count, num_neighbors, task.seed)
+    fine = divided(artifacts.neighbors(run), labels, task.clusters, count, num_neighbors, task.seed)
     rows = [f"{index},{a},{b},{c}" for index, (a, b, c) in enumerate(zip(coarse, labels, fine, strict=True))]
     with publish(path) as file:
         file.write("\n".join(["index,coarse,cluster,fine", *rows, ""]).encode())

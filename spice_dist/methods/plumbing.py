@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spice_dist import artifacts
 from spice_dist.data import augment
 from spice_dist.data.crops import Key
 from spice_dist.data.images import Images
 from spice_dist.data.loaders import open_images
-from spice_dist.data.manifest import Ingested, read_manifest
+from spice_dist.data.manifest import Ingested
 from spice_dist.data.order import epoch_order, worker_batches
 from spice_dist.data.scratch import staged
 from spice_dist.data.views import View
@@ -30,7 +31,6 @@ from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
 VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
-MIXTURE = "features/mixture.json"  # in a run: how a middle stage's features stand beside the final ones
 
 
 def open_dataset(task: Task, worker: Worker) -> tuple[Images, Ingested]:
@@ -49,11 +49,11 @@ def open_run_dataset(
     Args:
         scratch: a folder on this node's own disk, to read the images from a copy there.
     """
-    data, folder = task.data, run / "data"
+    data, folder = task.data, artifacts.data(run)
     if scratch is not None:
         folder = staged(folder, scratch)
     images = open_images(folder, device=device, size=data.size, channels=data.channels, loader=data.loader)
-    return images, read_manifest(run / "data")
+    return images, artifacts.manifest(run)
 
 
 def place(module: M, device: torch.device) -> M:
@@ -213,7 +213,7 @@ def load_backbone(task: Task, run: Path) -> Backbone:
     """The network that stage 1 left, with the mixture of its features if those are there."""
     if task.pretext == "none":
         backbone = new_backbone(task)
-        if backbone.mixture is not None and (path := run / MIXTURE).exists():
+        if backbone.mixture is not None and (path := artifacts.mixture_file(run)).exists():
             backbone.mixture.set(**json.loads(path.read_text()))
         return backbone
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)

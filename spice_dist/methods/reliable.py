@@ -27,13 +27,13 @@ from jaxtyping import Bool, Float16, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from spice_dist import artifacts
 from spice_dist.data.files import Progress, publish, publish_json
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods import spice_graph
-from spice_dist.methods.stage2 import head_features, load_heads
+from spice_dist.methods.stage2 import load_heads
 from spice_dist.neighbors import distinct, label_agreement, nearest, nearest_by_index
 from spice_dist.pseudo_labels import (
     UNRELIABLE,
@@ -103,8 +103,8 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     """
     check(config)
     run, progress = worker.run, partial(_show, worker)
-    manifest = read_manifest(run / "data")
-    stored = np.load(run / "features/features.npy", mmap_mode="r")[: manifest.clustered]
+    manifest = artifacts.manifest(run)
+    stored = artifacts.stored_features(run, manifest.clustered)
     stage2 = spice_graph.predicted if task.stage2 == "spice_graph" else _predicted
     predicted = partial(stage2, run, device=worker.device)
     labels, passed, kept, numbers = choose(task, config, stored, predicted, worker.device, progress)
@@ -131,7 +131,7 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     summary["advice"] = advice(summary)
     if worker.rank == 0:
         (run / "reliable").mkdir(exist_ok=True)
-        publish_json(run / "reliable/summary.json", summary)
+        publish_json(artifacts.reliable_summary_file(run), summary)
     if not summary["count"]:
         raise UserError(summary["advice"])
     if worker.rank > 0:
@@ -140,7 +140,7 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
         tqdm.write(summary["advice"], sys.stderr)
     everywhere = np.full(manifest.n, UNRELIABLE)  # images that are not clustered teach no label
     everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).numpy()
-    with publish(run / "reliable/labels.npy") as file:
+    with publish(artifacts.reliable_labels_file(run)) as file:
         np.save(file, everywhere)
 
 
@@ -168,7 +168,7 @@ def _predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) ->
     """What the selected head says of these images: (M,) labels and their probabilities."""
     heads, loss = load_heads(run)
     head = heads.select(int(loss.argmin())).to(device)
-    features = np.load(head_features(run), mmap_mode="r")
+    features = artifacts.head_features(run)
     chunks = np.array_split(index, -(-len(index) // CHUNK))
     probs = (head(torch.from_numpy(features[chunk].astype(np.float32)).to(device))[0].softmax(1) for chunk in chunks)
     best = [part.max(1) for part in probs]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_dist import losses
+from spice_dist import artifacts, losses
 from spice_dist.clustering import Clustering
 from spice_dist.data import augment
 from spice_dist.data.files import Progress
@@ -217,7 +217,7 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
 @torch.no_grad()
 def find_neighbors(config: ScanConfig, num_images: int, worker: Worker) -> Int[np.ndarray, "N S"]:
     """The nearest images of each in the features of stage 1, itself first; every worker searches its share."""
-    stored = np.load(worker.run / "features/features.npy", mmap_mode="r")[:num_images]
+    stored = artifacts.stored_features(worker.run, num_images)
     features = torch.from_numpy(stored.astype(np.float32)).to(worker.device)
     found = nearest(features, config.neighbors, collectives.share(num_images))
     return collectives.gather_shares(found, num_images).cpu().numpy()

@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from spice_dist import graph
+from spice_dist import artifacts, graph
 from spice_dist.data.files import Progress, publish
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import finished, load_backbone, resume, state_of
@@ -79,8 +78,8 @@ def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
 
     UserError where features are no numbers.
     """
-    manifest = read_manifest(worker.run / "data")
-    features = read_features(worker.run, manifest.clustered)
+    manifest = artifacts.manifest(worker.run)
+    features = artifacts.features(worker.run, manifest.clustered)
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(1)).sum())
         raise UserError(f"the network gives features that are no numbers for {bad} images; its weights are damaged")
@@ -95,7 +94,7 @@ def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
     else:
         found = nearest(on_device, count, progress=progress)
     (worker.run / "graph").mkdir(exist_ok=True)
-    with publish(worker.run / "graph/neighbors.npy") as file:
+    with publish(artifacts.neighbors_file(worker.run)) as file:
         np.save(file, without_itself(found.cpu().numpy().astype(np.int32)))
 
 
@@ -103,9 +102,9 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
     """Leaves `start.npy` (H, N), `posterior.npy` (N, K) and `agreement.npy` (N,) in its folder, and in the last
     checkpoint `heads`, all H of them, and `best`, the head that learnt their consensus.
     """
-    neighbors = np.load(worker.run / "graph/neighbors.npy")
+    neighbors = artifacts.neighbors(worker.run)
     config = for_images(config, len(neighbors), task.clusters)
-    features = torch.from_numpy(read_features(worker.run, len(neighbors))).to(worker.device)
+    features = torch.from_numpy(artifacts.features(worker.run, len(neighbors))).to(worker.device)
     check_distinct(task, features)
     starts = start_probabilities(task, config, features, neighbors, worker)
 
@@ -152,7 +151,7 @@ def start_probabilities(
     task: Task, config: SpiceGraphConfig, features: Tensor, neighbors: Int[np.ndarray, "N S"], worker: Worker
 ) -> Float[np.ndarray, "H N K"]:
     """The start of each head, float32: a clustering of the neighbour graph, spread over neighbours."""
-    path = worker.run / "spice_graph/start.npy"
+    path = artifacts.graph_starts_file(worker.run)
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
         labels = clusterings(task, config, features, neighbors, lambda done, total: worker.progress(done, total, None))
@@ -265,11 +264,6 @@ def write_posterior(
             np.save(file, values.astype(np.float16))
 
 
-def read_features(run: Path, clustered: int) -> Float[np.ndarray, "N D"]:
-    """The features of the clustered images, float32 of unit norm up to the rounding of the file."""
-    return np.load(run / "features/features.npy", mmap_mode="r")[:clustered].astype(np.float32)
-
-
 def head_of(
     task: Task, config: SpiceGraphConfig, features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"]
 ) -> ClusterHeads:
@@ -290,7 +284,7 @@ def network(task: Task, run: Path) -> ClusterNet:
 
 def predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:
     """The cluster of these images of the run and its probability, (M,) each."""
-    probs = np.load(run / "spice_graph/posterior.npy", mmap_mode="r")
+    probs = artifacts.posterior(run)
     best = torch.from_numpy(probs[index].astype(np.float32)).to(device).max(1)
     return best.indices, best.values
 

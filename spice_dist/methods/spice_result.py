@@ -1,6 +1,5 @@
 """The result of SPICE as published: the network of stage 3, or of stage 2 where the run ends before it."""
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,13 +8,14 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from spice_dist import artifacts
 from spice_dist.clustering import Clustering, Reliable
 from spice_dist.data.files import Progress
 from spice_dist.inference import probabilities
 from spice_dist.methods import imc_swav
 from spice_dist.methods.plumbing import open_run_dataset, place
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
-from spice_dist.methods.stage2 import head_features, load_heads, stage2_network
+from spice_dist.methods.stage2 import load_heads, stage2_network
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
@@ -35,8 +35,8 @@ def result(
         stages = {"imc_swav": lambda: _labels_of_pretext(task, run, device), **stages}
     reliable = Reliable(np.full(len(selected), UNRELIABLE), selected)
     if until != "spice_self":
-        advice = json.loads((run / "reliable/summary.json").read_text())["advice"]
-        reliable = Reliable(np.load(run / "reliable/labels.npy"), selected, advice)
+        advice = artifacts.reliable_summary(run)["advice"]
+        reliable = Reliable(artifacts.reliable_labels(run), selected, advice)
     if until not in (None, "spice_semi"):
         return Clustering(task, stage2_network(task, run), by_head, loss, reliable, stages=stages)
     stage3 = network_task(task, config)
@@ -47,7 +47,7 @@ def result(
 @torch.no_grad()
 def _labels_by_head(heads: ClusterHeads, run: Path) -> Int[np.ndarray, "H N"]:
     """By every head, on the features that it was trained on."""
-    features = np.load(head_features(run), mmap_mode="r")
+    features = artifacts.head_features(run)
     chunks = np.array_split(features, -(-len(features) // CHUNK))
     return np.concatenate([heads(torch.tensor(chunk).float()).argmax(2).numpy() for chunk in chunks], 1)
 

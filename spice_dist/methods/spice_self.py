@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spice_dist import artifacts
 from spice_dist.data.crops import Key
 from spice_dist.data.views import SCAN_STRONG, SCAN_WEAK, View
 from spice_dist.distributed import collectives
@@ -39,7 +40,6 @@ from spice_dist.methods.plumbing import (
     place,
     view_features,
 )
-from spice_dist.methods.spice_graph import read_features
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
@@ -106,7 +106,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     images, manifest = open_dataset(task, worker)
     num_images = manifest.clustered
     check(task, config, num_images)
-    features = torch.from_numpy(read_features(worker.run, num_images)).to(worker.device)
+    features = torch.from_numpy(artifacts.features(worker.run, num_images)).to(worker.device)
     batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
     sizes, sizes_of_all = (quotas(count, task.clusters, config.prior) for count in (batch, num_images))
     steps_per_epoch = num_images // batch

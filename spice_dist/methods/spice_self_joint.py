@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spice_dist import artifacts
 from spice_dist.data.files import publish
 from spice_dist.data.images import Images
 from spice_dist.data.views import PLAIN
@@ -24,7 +25,6 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods import spice_self
 from spice_dist.methods.plumbing import load_backbone, open_dataset, place, resume, state_of, view_features
-from spice_dist.methods.spice_graph import read_features
 from spice_dist.methods.spice_self import (
     FOLLOWED,
     ROUND,
@@ -59,7 +59,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     check(task, config, num_images)
     if worker.world > 1:
         raise UserError("a backbone that changes in stage 2 is trained by one worker: use --workers 0")
-    features = torch.from_numpy(read_features(worker.run, num_images)).to(worker.device)
+    features = torch.from_numpy(artifacts.features(worker.run, num_images)).to(worker.device)
     batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
     sizes, sizes_of_all = (quotas(count, task.clusters, config.prior) for count in (batch, num_images))
     steps_per_epoch = num_images // batch
@@ -105,7 +105,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
         mean = losses.sum() / len(order) / config.heads
         worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), probes=probes, every=1)
-    write_features(task, selection.backbone, images, worker.run / "spice_self/features.npy")
+    write_features(task, selection.backbone, images, artifacts.stage2_features_file(worker.run))
     images.close()
 
 

@@ -8,7 +8,6 @@ Beyond the paper: FreeMatch's thresholds, which follow the network's confidence,
 from the averaged network while it trains.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spice_dist import losses
+from spice_dist import artifacts, losses
 from spice_dist.catalog import USING_LABELS
 from spice_dist.data import augment
 from spice_dist.data.images import Images
@@ -130,8 +129,8 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         UserError: no image has a reliable label, or these settings cannot train.
     """
     images, manifest = open_dataset(task, worker)
-    path = "given_labels/labels.npy" if task.method in USING_LABELS else "reliable/labels.npy"
-    labels = torch.from_numpy(np.load(worker.run / path))
+    read_labels = artifacts.given_labels if task.method in USING_LABELS else artifacts.reliable_labels
+    labels = torch.from_numpy(read_labels(worker.run))
     if not (labels != UNRELIABLE).any():
         raise UserError(
             "no image has a reliable label to start from; use --set reliable.rule=adaptive, ask for fewer clusters, "
@@ -347,7 +346,7 @@ def labels_again(
     Those of `now` stay, and a line says so, if no new one would be reliable, and if the averaged network disagrees with
     too many of them: it has not learnt them yet, and would replace them by its own errors.
     """
-    settings = json.loads((worker.run / "reliable/summary.json").read_text())["settings"]
+    settings = artifacts.reliable_summary(worker.run)["settings"]
     share = collectives.share(num_images)
     own = np.arange(share.start, share.stop)
     found = outputs(ema.backbone, images, own, task.backbone.statistics, lambda done, total: None, task.precision)

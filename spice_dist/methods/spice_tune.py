@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spice_dist import graph, losses
+from spice_dist import artifacts, graph, losses
 from spice_dist.data.files import publish_json
 from spice_dist.data.views import PLAIN, View
 from spice_dist.distributed.worker import Worker
@@ -112,7 +112,7 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     net = place(stage2_network(task, worker.run), worker.device).eval()
     assert isinstance(net.backbone, Backbone)
     stage2 = deepcopy(net.state_dict())
-    found = np.load(worker.run / "reliable/labels.npy")
+    found = artifacts.reliable_labels(worker.run)
     try:
         cut = split(net.backbone, task.data.channels, task.data.size, config.blocks)
         if not (found != UNRELIABLE).any():
@@ -355,4 +355,4 @@ def leave_stage2(net: ClusterNet, why: str, worker: Worker, step: int = 1) -> No
 
 def write_summary(run: Path, kept: str, why: str) -> None:
     (run / "spice_tune").mkdir(exist_ok=True)
-    publish_json(run / "spice_tune/summary.json", {"kept": kept, "why": why})
+    publish_json(artifacts.tuning_summary_file(run), {"kept": kept, "why": why})

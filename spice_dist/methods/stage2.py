@@ -17,12 +17,6 @@ def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:
     return ClusterHeads.holding(named(saved, "best.")), saved["loss"]
 
 
-def head_features(run: Path) -> Path:
-    """The file of the features that the heads of stage 2 were made for: stage 1's, unless the backbone changed."""
-    changed = run / "spice_self/features.npy"
-    return changed if changed.exists() else run / "features/features.npy"
-
-
 def stage2_network(task: Task, run: Path) -> ClusterNet:
     """The backbone of stage 1, or what stage 2 made of it, with the selected head or with the head of a consensus."""
     if task.stage2 == "spice_graph":

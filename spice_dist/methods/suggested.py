@@ -6,27 +6,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from spice_dist import artifacts
 from spice_dist.data.files import publish_json
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.worker import Worker
-from spice_dist.methods.spice_graph import read_features
 from spice_dist.suggest import Suggestion, suggest
 from spice_dist.task import AUTO, Task
 
 
 def suggest_clusters(task: Task, config: None, worker: Worker) -> None:
     """Leaves `suggest/suggestion.json`, the fields of a `Suggestion` for the clustered images."""
-    features = read_features(worker.run, read_manifest(worker.run / "data").clustered)
+    features = artifacts.features(worker.run, artifacts.manifest(worker.run).clustered)
 
     def progress(done: int, total: int) -> None:
         worker.progress(done, total, None)
 
-    publish_json(worker.run / "suggest/suggestion.json", asdict(suggest(features, task.seed, progress=progress)))
+    publish_json(artifacts.suggestion_file(worker.run), asdict(suggest(features, task.seed, progress=progress)))
 
 
 def read_suggestion(run: Path) -> Suggestion | None:
     """None where the run has none."""
-    path = run / "suggest/suggestion.json"
+    path = artifacts.suggestion_file(run)
     return Suggestion(**json.loads(path.read_text())) if path.exists() else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spice_dist import artifacts
 from spice_dist.assignments import read_names
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.report.reading import Run
@@ -47,11 +48,10 @@ def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
     import torch
 
     from spice_dist.data.loaders import open_images
-    from spice_dist.data.manifest import read_manifest
 
     order = np.asarray(indices, dtype=np.int64)
-    size = min(read_manifest(run / "data").size, 96)
-    images = open_images(run / "data", device=torch.device("cpu"), size=size, loader="torch", resident_bytes=0)
+    size = min(artifacts.manifest(run).size, 96)
+    images = open_images(artifacts.data(run), device=torch.device("cpu"), size=size, loader="torch", resident_bytes=0)
     try:
         batches = images.batches(order, 256)  # serves exactly this order
         return np.stack([_reduce(image, 96) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])
@@ -119,7 +119,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
     ]
 
     wanted = np.unique(np.concatenate([*nearest, *uncertain]))
-    paths = read_names(run.folder / "assignments.csv", wanted)
+    paths = read_names(artifacts.assignments_file(run.folder), wanted)
     notes = []
     thumbnails: dict[int, Thumbnail] = {}
     try:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spice_dist import artifacts
 from spice_dist.errors import UserError
 from spice_dist.report import charts, sections
 from spice_dist.report.gallery import ReadImages, center_similarity, galleries, read_images
@@ -20,7 +21,7 @@ def write_report(run: Path, out: Path | None = None, images: ReadImages = read_i
     """Write the page about a finished run to `out` (default: report.html inside the run) and return where it is."""
     run = Path(run)
     page = render(load(run), images)
-    out = run / "report.html" if out is None else Path(out)
+    out = artifacts.report_file(run) if out is None else Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; name the file to write")
     beside = out.with_name(f".{out.name}.{os.getpid()}")

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_dist import catalog
+from spice_dist import artifacts, catalog
 from spice_dist.assignments import read_assignments
 from spice_dist.data.files import unguard
 from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
-SHOWN_QUARANTINED = 50  # names and reasons of unreadable images
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 MAX_QUARANTINED = 50  # images that are named
 
@@ -79,12 +78,12 @@ def load(folder: Path) -> Run:
     """Read a finished run; UserError if there is none, DamagedFile if a file that the report needs is wrong."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a finished run")
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(artifacts.metrics_file(folder))
     if metrics is None:
         raise UserError(
             f"{folder} has no metrics.json: the run has not finished; start the same command again to finish it"
         )
-    labels, confidence, reliable = read_assignments(folder / "assignments.csv")
+    labels, confidence, reliable = read_assignments(artifacts.assignments_file(folder))
     num_clusters = metrics.get("k")
     if not isinstance(num_clusters, int) or num_clusters < 1:
         raise DamagedFile(f"{folder / 'metrics.json'}: k must be a positive integer, not {num_clusters!r}")
@@ -93,20 +92,20 @@ def load(folder: Path) -> Run:
             f"{folder / 'assignments.csv'}: clusters {labels.min()}..{labels.max()}, "
             f"but metrics.json says k = {num_clusters}"
         )
-    quarantine, num_quarantined = read_quarantine(folder / "data" / "quarantine.csv", MAX_QUARANTINED)
+    quarantine, num_quarantined = read_quarantine(artifacts.quarantine_file(folder), MAX_QUARANTINED)
     return Run(
         folder=folder,
-        config=read_json(folder / "config.json") or {},
+        config=read_json(artifacts.config_file(folder)) or {},
         metrics=metrics,
         num_clusters=num_clusters,
         labels=labels,
         confidence=confidence,
         reliable=reliable,
-        features=read_features(folder / "features" / "features.npy", len(labels)),
+        features=read_features(artifacts.features_file(folder), len(labels)),
         scores=score_rows(folder, metrics),
         curves={stage: read_curves(folder / stage / "metrics.jsonl") for stage in catalog.TITLES},
-        head_selection=read_curves(folder / "spice_self" / "head_selection.jsonl"),
-        manifest=read_json(folder / "data" / "manifest.json") or {},
+        head_selection=read_curves(artifacts.head_selection_file(folder)),
+        manifest=read_json(artifacts.manifest_file(folder)) or {},
         quarantine=quarantine,
         num_quarantined=num_quarantined,
     )
@@ -152,18 +151,18 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         del rows["Features + k-means"]  # they have seen labels
         return rows | {f"{LEARN_FROM_LABELS[metrics['method']]} ({count:.0f} labels)": final}
     if metrics.get("method") == "scan":
-        alone = read_scores(read_json(folder / "scan" / "eval.json"))
+        alone = read_scores(read_json(artifacts.stage_scores_file(folder, "scan")))
         return rows | {"SCAN, no self-label": alone, "SCAN": final}
     if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
     if (method := metrics.get("method")) in catalog.METHODS and method in catalog.TITLES:  # its one stage has its name
         return rows | {catalog.TITLES[method][0]: final}
-    if pretext := read_scores(read_json(folder / "imc_swav" / "eval.json")):
+    if pretext := read_scores(read_json(artifacts.stage_scores_file(folder, "imc_swav"))):
         rows["IMC-SwAV, stage 1"] = pretext
     if isinstance(metrics.get("result"), str):
         return graph_rows(folder, metrics)
-    spice_self = read_scores(read_json(folder / "spice_self" / "eval.json"))
-    spice = read_scores(read_json(folder / "spice_semi" / "eval.json"))
+    spice_self = read_scores(read_json(artifacts.stage_scores_file(folder, "spice_self")))
+    spice = read_scores(read_json(artifacts.stage_scores_file(folder, "spice_semi")))
     if (folder / "spice_semi").is_dir() or spice_self is None:
         spice = spice or final
     return rows | {"SPICE-Self": spice_self, "SPICE": spice}
@@ -176,7 +175,7 @@ def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
     rows = {title: (name, read_scores(baselines.get(name))) for name, title in names.items()}
     for name, title in {"spice_graph": "SPICE-Graph", "spice_tune": "SPICE, fine-tuned"}.items():
         if name in mapping(metrics.get("compared")):
-            rows[title] = (name, read_scores(read_json(folder / name / "eval.json")))
+            rows[title] = (name, read_scores(read_json(artifacts.stage_scores_file(folder, name))))
     chosen = metrics["result"]
     # the result last, as `final_scores` expects
     ordered = sorted(rows.items(), key=lambda row: row[1][0] == chosen)

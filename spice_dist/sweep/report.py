@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from spice_dist import artifacts
 from spice_dist.data.files import publish
 from spice_dist.objectives import COMBINED, OBJECTIVES, combined, importance, ranks, spearman
 from spice_dist.report import charts
@@ -30,7 +31,7 @@ TOP = 10  # trials in the tables
 
 def write_sweep_report(folder: Path, trials: Sequence[Row], objective: str) -> Path:
     """Write SWEEP/report.html about these trials, which come the best first."""
-    sweep = json.loads((folder / "sweep.json").read_text())
+    sweep = json.loads(artifacts.sweep_file(folder).read_text())
     finished = with_objective(trials, objective)
     several = len(finished) > 1
     names = sorted(sweep["ranges"])
@@ -51,7 +52,7 @@ def write_sweep_report(folder: Path, trials: Sequence[Row], objective: str) -> P
         command=" ".join(sweep["command"] or []),
         short=short,
     )
-    path = folder / "report.html"
+    path = artifacts.report_file(folder)
     with publish(path) as file:
         file.write(page.encode())
     return path

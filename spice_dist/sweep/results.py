@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spice_dist import artifacts
 from spice_dist.config import override, read_config
 from spice_dist.data.files import csv_cell, publish, publish_json
 from spice_dist.evaluate import clustering_accuracy
@@ -61,12 +62,12 @@ def write_results(folder: Path, objective: str) -> list[Row]:
     trials = best_first(write_tables(folder, with_consensus(folder, rows(folder))), objective)
     if comparable := with_objective(trials, objective):
         best = comparable[0]
-        config = override(read_config(folder / "sweep.json"), best["settings"])
+        config = override(read_config(artifacts.sweep_file(folder)), best["settings"])
         contents = {"version": 1, "trial": best["trial"], "objective": objective, "config": asdict(config)}
-        publish_json(folder / "best.json", contents)
+        publish_json(artifacts.best_file(folder), contents)
     else:
         # an earlier call's, by another objective
-        (folder / "best.json").unlink(missing_ok=True)
+        artifacts.best_file(folder).unlink(missing_ok=True)
     write_sweep_report(folder, trials, objective)
     return trials
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from spice_dist import artifacts
 from spice_dist.catalog import PRETEXTS
 from spice_dist.config import Config, dotted, override
 from spice_dist.data.files import publish_json
@@ -201,9 +202,9 @@ def _shared_stages(config: Config) -> list[str]:
 def _begin(sweep: Sweep, resume: bool) -> None:
     """Write sweep.json, or see that the one that is there is of this sweep: one without a trial yet may change."""
     plan = sweep.plan
-    if (plan.folder / "config.json").exists():
+    if artifacts.config_file(plan.folder).exists():
         raise UserError(f"{plan.folder} holds a run; give another --out, or --base {plan.folder} to sweep on it")
-    path = plan.folder / "sweep.json"
+    path = artifacts.sweep_file(plan.folder)
     contents = {
         "version": 1,
         "space": sweep.space.name,
@@ -237,7 +238,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = folder / "sweep.json"
+    path = artifacts.sweep_file(folder)
     try:
         contents = json.loads(path.read_bytes())
         names = ("space", "ranges", "config", "start", "reliable", "images", "command")

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spice_dist import inference, metrics
+from spice_dist import artifacts, inference, metrics
 from spice_dist.config import Config
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods.plumbing import named, open_run_dataset
@@ -33,8 +32,8 @@ class Scorer:
         self.compares_losses = not plan.start.trains_backbone
         self.center_fraction = plan.config.spice_self.center_fraction
         self.prior = plan.config.spice_self.prior
-        self.num_images = read_manifest(plan.base / "data").clustered
-        self.reference = np.load(plan.base / "features/features.npy", mmap_mode="r")[: self.num_images]
+        self.num_images = artifacts.manifest(plan.base).clustered
+        self.reference = artifacts.stored_features(plan.base, self.num_images)
 
     def of_heads(
         self, heads: ClusterHeads, loss: Float[Tensor, " H"], features: Float[np.ndarray, "N D"]

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spice_dist import artifacts
 from spice_dist.config import Config, override
 from spice_dist.data.files import publish
-from spice_dist.data.manifest import read_manifest
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import LocalWorker, StageCall
 from spice_dist.errors import UserError
@@ -83,7 +83,7 @@ def run_trial(plan: Plan, settings: Settings, on_rung: OnRung) -> Scores:
         write_record(folder, record)
         try:
             config = override(plan.config, settings)
-            check_settings(config, read_manifest(plan.base / "data"), "the data set")
+            check_settings(config, artifacts.manifest(plan.base), "the data set")
             link_base(plan, folder)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             scores = _run_stages(Trial(plan, config, folder, device, on_rung))
@@ -139,12 +139,12 @@ def _run_stages(trial: Trial) -> Scores:
         at_rung = None if plan.start.trains_backbone else scorer.heads_at_rung
         train = spice_self_joint.loop_of(config.spice_self)
         _train(trial, StageCall("spice_self", train, config, config.spice_self), at_rung)
-    features = np.load(folder / "features/features.npy", mmap_mode="r")[: scorer.num_images]
+    features = artifacts.stored_features(folder, scorer.num_images)
     heads, loss = load_heads(folder)
     clusters, scores = scorer.of_heads(heads, loss, features)
     if plan.reliable:
         _train(trial, StageCall("reliable", reliable.select, config, config.reliable))
-        labels = np.load(folder / "reliable/labels.npy")[: scorer.num_images]
+        labels = artifacts.reliable_labels(folder)[: scorer.num_images]
         clusters, scores = scorer.of_labels(labels, features)
     with publish(folder / "clusters.npy") as file:
         np.save(file, clusters)

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spice_dist import metrics
+from spice_dist import artifacts, metrics
 from spice_dist.config import Config, override
 from spice_dist.distributed.worker import LocalWorker, usable_cores
 from spice_dist.inference import probabilities
 from spice_dist.methods import spice_self_joint, spice_semi
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_semi import network_task, new_network
-from spice_dist.methods.stage2 import head_features, load_heads
+from spice_dist.methods.stage2 import load_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS: dict[str, tuple[dict[str, object], tuple[float, float, float]]] = {
@@ -97,7 +97,7 @@ def score_head(config: Config, run: Path) -> dict[str, float]:
         train = spice_self_joint.loop_of(config.spice_self)
         train(config, config.spice_self, LocalWorker(copy, "spice_self", DEVICE))
         heads, loss = load_heads(copy)
-        features = torch.from_numpy(np.load(head_features(copy)).astype(np.float32))
+        features = torch.from_numpy(artifacts.head_features(copy).astype(np.float32))
         with torch.no_grad():
             labels = heads.select(int(loss.argmin()))(features)[0].argmax(1).numpy()
     return compared(labels, run)

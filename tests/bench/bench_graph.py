@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans, SpectralClustering
 
-from spice_dist import metrics
+from spice_dist import artifacts, metrics
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import spice_graph
 from spice_dist.task import Task
@@ -54,7 +54,7 @@ def ours(run: Path, features: np.ndarray, clusters: int, seed: int) -> np.ndarra
 
 def table(run: Path, seeds: Sequence[int]) -> str:
     labels = np.load(run / "data/labels.npy")
-    features = spice_graph.read_features(run, len(labels))
+    features = artifacts.features(run, len(labels))
     clusters = len(np.unique(labels))
     groupings: dict[str, Grouping] = {"k-means": kmeans, "UMAP + k-means": umap_kmeans, "spectral": spectral}
     if not find_spec("umap"):

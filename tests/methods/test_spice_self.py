@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from spice_dist import artifacts
 from spice_dist.config import Config, override
 from spice_dist.data.loaders import open_images
 from spice_dist.data.views import PLAIN
@@ -20,7 +21,7 @@ from spice_dist.methods import spice_self, stored_views
 from spice_dist.methods.plumbing import finished, load_backbone, view_features
 from spice_dist.methods.spice_self import Selection, SpiceSelfConfig, check, m_step
 from spice_dist.methods.spice_self_joint import JointSelection
-from spice_dist.methods.stage2 import head_features, load_heads, stage2_network
+from spice_dist.methods.stage2 import load_heads, stage2_network
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.task import Task
@@ -110,7 +111,7 @@ def test_what_is_kept_between_steps_resumes_bit_for_bit(without_stage, tmp_path,
         TRAIN["spice_self"](config, LocalWorker(other, "spice_self", CPU, stop_requested=stop_at(3)))
     TRAIN["spice_self"](config, LocalWorker(other, "spice_self", CPU))
     assert_same_bits(weights(other, "spice_self"), weights(run, "spice_self"))
-    assert np.array_equal(np.load(head_features(other)), np.load(head_features(run)))
+    assert np.array_equal(artifacts.head_features(other), artifacts.head_features(run))
 
 
 def stop_at(step: int) -> Callable[[], bool]:
@@ -141,8 +142,8 @@ def test_batchnorm_in_train_mode_moves_its_statistics_and_no_weight(small_run, w
     plain = [(PLAIN, (0, 0, 0))]
     encode = lambda view: unit(net.backbone.eval()(view).detach())  # noqa: E731
     (features,) = view_features(config, images, np.arange(200), plain, [encode])
-    np.testing.assert_allclose(np.load(head_features(run)).astype(np.float32), features.numpy(), atol=1e-3)
-    assert head_features(small_run) == small_run / "features/features.npy"
+    np.testing.assert_allclose(artifacts.head_features(run).astype(np.float32), features.numpy(), atol=1e-3)
+    assert artifacts.head_features_file(small_run) == small_run / "features/features.npy"
 
 
 def test_joint_training_moves_the_backbones_weights(without_stage):

@@ -1,0 +1,181 @@
+"""The files of a run folder: where each of them is, and how it is read.
+
+True labels are read by `true_labels` alone. Only evaluate.py, probes.py and methods/given_labels.py may call it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float16, Int
+
+from spice_dist.data.manifest import Ingested, read_manifest
+
+
+def data(run: Path) -> Path:
+    """The folder of the packed images."""
+    return run / "data"
+
+
+def manifest_file(run: Path) -> Path:
+    return run / "data/manifest.json"
+
+
+def manifest(run: Path) -> Ingested:
+    """What the packed images are."""
+    return read_manifest(data(run))
+
+
+def quarantine_file(run: Path) -> Path:
+    """The images that could not be read, with reasons."""
+    return run / "data/quarantine.csv"
+
+
+def true_labels_file(run: Path) -> Path:
+    return run / "data/labels.npy"
+
+
+def true_labels(run: Path) -> Int[np.ndarray, " N"] | None:
+    """None where the data has none."""
+    path = true_labels_file(run)
+    return np.load(path) if path.exists() else None
+
+
+def features_file(run: Path) -> Path:
+    return run / "features/features.npy"
+
+
+def stored_features(run: Path, count: int | None = None) -> Float16[np.ndarray, "N D"]:
+    """The unit-norm features of the first `count` images, or of all, memory-mapped."""
+    return np.load(features_file(run), mmap_mode="r")[:count]
+
+
+def features(run: Path, count: int | None = None) -> Float[np.ndarray, "N D"]:
+    """As `stored_features`, in memory and float32."""
+    return stored_features(run, count).astype(np.float32)
+
+
+def mixture_file(run: Path) -> Path:
+    """How a middle stage's features stand beside the final ones."""
+    return run / "features/mixture.json"
+
+
+def stage2_features_file(run: Path) -> Path:
+    """Features that stage 2 has made; only where it has changed the backbone."""
+    return run / "spice_self/features.npy"
+
+
+def head_features_file(run: Path) -> Path:
+    """The features that the heads of stage 2 are for: those of stage 1, unless the backbone has changed."""
+    path = stage2_features_file(run)
+    return path if path.exists() else features_file(run)
+
+
+def head_features(run: Path) -> Float16[np.ndarray, "N D"]:
+    """Memory-mapped."""
+    return np.load(head_features_file(run), mmap_mode="r")
+
+
+def neighbors_file(run: Path) -> Path:
+    return run / "graph/neighbors.npy"
+
+
+def neighbors(run: Path) -> Int[np.ndarray, "M S"]:
+    """Of each clustered image the nearest others, nearest first."""
+    return np.load(neighbors_file(run))
+
+
+def graph_starts_file(run: Path) -> Path:
+    """The clusterings that stage 2 on the neighbour graph starts from."""
+    return run / "spice_graph/start.npy"
+
+
+def posterior(run: Path) -> Float[np.ndarray, "M K"]:
+    """The probabilities of the clusters of each clustered image, by stage 2 on the neighbour graph, memory-mapped."""
+    return np.load(run / "spice_graph/posterior.npy", mmap_mode="r")
+
+
+def suggestion_file(run: Path) -> Path:
+    return run / "suggest/suggestion.json"
+
+
+def reliable_labels_file(run: Path) -> Path:
+    return run / "reliable/labels.npy"
+
+
+def reliable_labels(run: Path) -> Int[np.ndarray, " N"]:
+    """UNRELIABLE where an image has none."""
+    return np.load(reliable_labels_file(run))
+
+
+def reliable_summary_file(run: Path) -> Path:
+    return run / "reliable/summary.json"
+
+
+def reliable_summary(run: Path) -> dict[str, Any]:
+    return json.loads(reliable_summary_file(run).read_text())
+
+
+def tuning_summary_file(run: Path) -> Path:
+    return run / "spice_tune/summary.json"
+
+
+def given_labels_file(run: Path) -> Path:
+    return run / "given_labels/labels.npy"
+
+
+def given_labels(run: Path) -> Int[np.ndarray, " N"]:
+    """Labels that the method was given, UNRELIABLE for every other image."""
+    return np.load(given_labels_file(run))
+
+
+def config_file(run: Path) -> Path:
+    return run / "config.json"
+
+
+def metrics_file(run: Path) -> Path:
+    return run / "metrics.json"
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    return json.loads(metrics_file(run).read_text())
+
+
+def stage_scores_file(run: Path, stage: str) -> Path:
+    return run / stage / "eval.json"
+
+
+def head_selection_file(run: Path) -> Path:
+    return run / "spice_self/head_selection.jsonl"
+
+
+def assignments_file(run: Path) -> Path:
+    return run / "assignments.csv"
+
+
+def levels_file(run: Path) -> Path:
+    return run / "levels.csv"
+
+
+def model(run: Path) -> Path:
+    """The folder of the trained model."""
+    return run / "model"
+
+
+def probes_file(run: Path) -> Path:
+    return run / "probes.json"
+
+
+def report_file(run: Path) -> Path:
+    return run / "report.html"
+
+
+def sweep_file(folder: Path) -> Path:
+    """Of the folder of a sweep: its settings."""
+    return folder / "sweep.json"
+
+
+def best_file(folder: Path) -> Path:
+    """Of the folder of a sweep: the configuration of its best trial."""
+    return folder / "best.json"
