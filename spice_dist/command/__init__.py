@@ -1,1 +1,1 @@
-"""The sub-commands of `spice-dist`, a file each with `add` for the options and one function for the action."""
+"""The sub-commands of `spice-dist`: each file has `add` for the options and one function for the action."""

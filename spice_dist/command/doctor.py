@@ -1,4 +1,4 @@
-"""`spice-dist doctor`: what would end a run, before it starts."""
+"""`spice-dist doctor`: find what would end a run, before it starts."""
 
 import argparse
 from pathlib import Path

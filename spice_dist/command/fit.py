@@ -55,7 +55,7 @@ def fit(options: argparse.Namespace, given: list[str]) -> None:
     if out is None and not options.dry_run:
         raise UserError("the run has no folder; give --out, a folder for the run")
     source = open_source(options)
-    if "torch" not in sys.modules:  # which takes seconds
+    if "torch" not in sys.modules:  # its import takes seconds
         print(f"{len(source.paths):,} images found; loading torch", file=sys.stderr)
     resolved = configuration(options, source)
 

@@ -1,6 +1,6 @@
-"""Options that several sub-commands share, and what they ask for: images, a configuration, a way of running.
+"""Options that several sub-commands share; functions that open the images and resolve the configuration they name.
 
-Imports nothing heavy before it knows what to do.
+Functions import heavy modules when called, so that --help stays fast.
 """
 
 import argparse
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spice_dist.launching import Launch
     from spice_dist.resolve import Resolved
 
-Commands = argparse._SubParsersAction  # of parsers, which argparse gives no public name
+Commands = argparse._SubParsersAction  # of parsers; argparse has no public name for it
 
 
 def add_task_options(command: argparse.ArgumentParser) -> None:
@@ -115,7 +115,7 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
 
 
 def number_of_clusters(text: str) -> int:
-    """K, or AUTO for "auto"."""
+    """Parse K; "auto" is AUTO."""
     from spice_dist.task import AUTO
 
     if text == "auto":
@@ -130,7 +130,7 @@ def number_of_clusters(text: str) -> int:
 
 
 def number_of_workers(text: str) -> int | tuple[int, int]:
-    """N, or MIN:MAX for an elastic run."""
+    """Parse N, or MIN:MAX of an elastic run."""
     least, colon, most = text.partition(":")
     if not all(bound.isdecimal() for bound in (least, most or "0")):
         raise argparse.ArgumentTypeError(f"it is {text}; give a number such as 4, or a range such as 2:8")
@@ -142,14 +142,14 @@ def number_of_workers(text: str) -> int | tuple[int, int]:
 
 
 def open_source(options: argparse.Namespace) -> "Source":
-    """The images that DATA names."""
+    """Open the images that DATA names."""
     from spice_dist.data.dataset import open_data
 
     return open_data(options.data, options.labels, options.split, options.trust_foreign_beton)
 
 
 def configuration(options: argparse.Namespace, source: "Source") -> "Resolved":
-    """The configuration for these images, with the changes that the options ask for."""
+    """Resolve the configuration for these images, with the changes that the options ask for."""
     from spice_dist.errors import UserError
 
     changes: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def configuration(options: argparse.Namespace, source: "Source") -> "Resolved":
 
 
 def launch(options: argparse.Namespace) -> "Launch":
-    """How a run is carried out."""
+    """Return how the run is carried out."""
     from spice_dist.distributed.worker import Storage
     from spice_dist.launching import Launch
 

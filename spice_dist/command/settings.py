@@ -24,5 +24,5 @@ def settings(options: argparse.Namespace, given: list[str]) -> None:
     config = Config() if options.recipe is None else recipe(options.recipe)
     try:
         print(settings_table(config, options.group), flush=True)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+    except BrokenPipeError:  # a reader such as head has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

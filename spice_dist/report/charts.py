@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, colours from the page's style sheet, so that they follow dark mode.
+"""Draw charts as inline SVG without scripts; colours come from the page's style sheet and follow dark mode.
 
 Every text goes through `Markup.format`, which escapes it.
 """
@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from spice_dist.report.reading import Curve
 
-NUM_COLOURS = 8  # .c0 .. .c7 in template.html, told apart by people who are colour-blind too
-SHAPES = ("circle", "square", "triangle", "diamond")  # clusters 8.. take the next shape
+NUM_COLOURS = 8  # .c0 .. .c7 in template.html, which colour-blind people can distinguish
+SHAPES = ("circle", "square", "triangle", "diamond")  # clusters from 8 on take the next shapes
 MAX_POINTS = 240  # per curve; longer ones are averaged, with the range shown behind
 
 
 def ticks(low: float, high: float, count: int) -> np.ndarray:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) within low .. high, at least two."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten) within low .. high, at least two."""
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -27,7 +27,7 @@ def ticks(low: float, high: float, count: int) -> np.ndarray:
 
 
 def tick_texts(values: np.ndarray) -> list[str]:
-    """The same number of decimals for all of them; k and M for thousands and millions."""
+    """Format all values with the same number of decimals; k and M are thousands and millions."""
     largest = float(np.abs(values).max(initial=0.0))
     step = float(values[1] - values[0]) if len(values) > 1 else (largest or 1.0)
     scale, unit = next(((s, u) for s, u in ((1e6, "M"), (1e4, "k")) if largest >= s), (1.0, ""))
@@ -39,7 +39,7 @@ def tick_texts(values: np.ndarray) -> list[str]:
 
 
 def short(value: float) -> str:
-    """Four significant digits."""
+    """Format a number with four significant digits."""
     if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
         return f"{value:.2e}".replace("-", "−")
     if abs(value) >= 1000:
@@ -48,7 +48,7 @@ def short(value: float) -> str:
 
 
 def line_chart(curve: Curve, name: str, width: int, height: int, beside: Curve | None = None) -> Markup:
-    """A curve over steps with both axes, gaps where the value is not finite; another one dotted, to compare it with."""
+    """Draw a curve over steps, with gaps where the value is not finite; `beside` is dotted, for comparison."""
     known = np.isfinite(curve.values)
     if not known.any():
         return Markup('<p class="muted">{}: no finite values.</p>').format(name)
@@ -102,7 +102,7 @@ def line_chart(curve: Curve, name: str, width: int, height: int, beside: Curve |
 
 
 def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Markup:
-    """One bar per cluster in the given order, its reliable part in the strong colour, each a link to its gallery."""
+    """Draw one bar per cluster in this order, its reliable part in the strong colour, with a link to its gallery."""
     width, height = 1040, 250
     left, right, top, bottom = 50, 10, 22, 34
     highest = max(1.0, float(sizes.max()) * 1.04)
@@ -123,7 +123,7 @@ def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Ma
         )
     every = 1 if slot >= 24 else math.ceil(len(order) / (24 if slot >= 6 else 12))
     for place, cluster in enumerate(order.tolist()):
-        size, sure = int(sizes[cluster]), int(reliable[cluster])
+        size, num_reliable = int(sizes[cluster]), int(reliable[cluster])
         middle = left + (place + 0.5) * slot
         parts.append(
             Markup(
@@ -132,10 +132,10 @@ def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Ma
                 '<rect class="bar weak" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
                 '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/></a>'
             ).format(
-                *(cluster, cluster, size, sure),
+                *(cluster, cluster, size, num_reliable),
                 *(middle - slot / 2, top, slot, height - top - bottom),
-                *(middle - bar / 2, y(size), bar, y(sure) - y(size)),
-                *(middle - bar / 2, y(sure), bar, y(0) - y(sure)),
+                *(middle - bar / 2, y(size), bar, y(num_reliable) - y(size)),
+                *(middle - bar / 2, y(num_reliable), bar, y(0) - y(num_reliable)),
             )
         )
         if slot >= 34:
@@ -159,7 +159,7 @@ def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Ma
 
 
 def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool) -> Markup:
-    """Points of shape (n, 2) as small marks by cluster, on equal scales, with the cluster's number at its median."""
+    """Draw points (n, 2) as marks by cluster, on equal scales, with the cluster's number at its median."""
     width = 700
     low, high = points.min(axis=0), points.max(axis=0)
     span = np.maximum(high - low, 1e-9)
@@ -168,8 +168,8 @@ def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool) -> 
     flipped = (points - (low + high) / 2) * [scale, -scale] + [width / 2, height / 2]
     parts = []
     for cluster in np.unique(labels).tolist():
-        mine = flipped[labels == cluster]
-        marks = "".join(_mark(cluster, px, py, 2.9) for px, py in mine.tolist())
+        members = flipped[labels == cluster]
+        marks = "".join(_mark(cluster, px, py, 2.9) for px, py in members.tolist())
         parts.append(
             Markup('<path class="mark {}" d="{}"><title>Cluster {}</title></path>').format(
                 _look(cluster), marks, cluster
@@ -188,7 +188,7 @@ def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool) -> 
 
 
 def cluster_mark(cluster: int) -> Markup:
-    """The colour and shape of a cluster, for legends and headings."""
+    """Draw the colour and shape of a cluster, for legends and headings."""
     return Markup(
         '<svg class="key" viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">'
         '<path class="mark {}" d="{}"/></svg>'
@@ -200,7 +200,7 @@ def _look(cluster: int) -> str:
 
 
 def _mark(cluster: int, x: float, y: float, r: float) -> str:
-    """A closed path around x, y, of about the same area for every shape."""
+    """Return a closed path around x, y; all shapes have about the same area."""
     match SHAPES[cluster // NUM_COLOURS % len(SHAPES)]:
         case "square":
             return f"M{x - r * 0.88:.1f} {y - r * 0.88:.1f}h{r * 1.76:.1f}v{r * 1.76:.1f}h{-r * 1.76:.1f}z"
@@ -220,7 +220,7 @@ def _range(low: float, high: float, pad: float) -> tuple[float, float]:
 
 
 def _pieces(points: list[tuple]) -> list[list[tuple]]:
-    """Runs of points whose value is finite."""
+    """Return the runs of points whose value is finite."""
     pieces, piece = [], []
     for point in points:
         if math.isfinite(point[1]):

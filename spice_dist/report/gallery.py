@@ -1,4 +1,4 @@
-"""What each cluster looks like: the images nearest its center, the ones it is least certain of, as small data URIs."""
+"""Thumbnails of each cluster as data URIs: the images nearest its center and those of lowest confidence."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,
 PAGE_BUDGET = 12_000_000  # bytes of thumbnails with their captions; the rest of the page takes one or two million
 PIXELATED_BELOW = 48  # px; smaller images are kept as they are and shown with hard pixels
 CHUNK = 8192  # rows of features in memory at a time
-MAP_IMAGES = 3000  # of the map of features, at most
+MAP_IMAGES = 3000  # most images on the map of features
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Thumbnail:
 class Gallery:
     cluster: int
     size: int
-    mean_confidence: float | None  # None for an empty cluster, like the next
+    mean_confidence: float | None  # None for an empty cluster, as is the next field
     reliable_fraction: float | None
     nearest: list[Thumbnail] = field(default_factory=list)
     uncertain: list[Thumbnail] = field(default_factory=list)
 
 
 def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
-    """Some images of the run, in the order of `indices`, reduced to what a thumbnail needs: uint8 (n, H, W, 3)."""
+    """Read images of the run in the order of `indices`, reduced to thumbnails: uint8 (n, H, W, 3)."""
     import torch
 
     from spice_dist.data.loaders import open_images
@@ -53,14 +53,14 @@ def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
     size = min(artifacts.manifest(run).size, 96)
     images = open_images(artifacts.data(run), device=torch.device("cpu"), size=size, loader="torch", resident_bytes=0)
     try:
-        batches = images.batches(order, 256)  # serves exactly this order
+        batches = images.batches(order, 256)  # in exactly this order
         return np.stack([_reduce(image, 96) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])
     finally:
         images.close()
 
 
 def counts(num_clusters: int) -> tuple[int, int, int]:
-    """Thumbnails nearest the center, least certain ones, and their longer edge in px, so that many clusters fit too."""
+    """Return how many nearest and least certain thumbnails a cluster gets, and their longer edge in px."""
     if num_clusters <= 60:
         return 24, 12, 96
     if num_clusters <= 200:
@@ -69,7 +69,7 @@ def counts(num_clusters: int) -> tuple[int, int, int]:
 
 
 def center_similarity(features: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Cosine of each image with the center of its cluster: center[k] = normalize(mean of features with label k)."""
+    """Return each image's cosine with its cluster's center: center[k] = normalize(mean of features with label k)."""
     blocks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
     centers = np.zeros((num_clusters, features.shape[1]))
     for block in blocks:
@@ -88,7 +88,7 @@ def center_similarity(features: np.ndarray, labels: np.ndarray, num_clusters: in
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Project MAP_IMAGES images at most on the two main directions of their features.
+    """Project at most MAP_IMAGES images on the two main directions of their features.
 
     Returns their indices (n,), coordinates (n, 2), and each direction's share of the variance (2,). The entry of
     largest size of each direction is positive, so that a map is never mirrored.
@@ -107,7 +107,7 @@ def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tuple[list[Gallery], list[str]]:
-    """One gallery per cluster, and notes on what was left out. Without features the most confident images lead."""
+    """Return one gallery per cluster, and notes on omissions; without features confident images are typical."""
     num_nearest, num_uncertain, edge = counts(run.num_clusters)
     typical = run.confidence if similarity is None else similarity
     by_cluster = np.split(
@@ -131,11 +131,11 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
         notes.append(f"The images could not be read, so no thumbnails are shown: {error}")
         nearest = uncertain = [np.empty(0, np.int64)] * run.num_clusters
 
-    kept_nearest, kept_uncertain = fit_budget(nearest, uncertain, thumbnails)
-    if (kept_nearest, kept_uncertain) != (24, 12) and not notes:
+    shown_nearest, shown_uncertain = fit_budget(nearest, uncertain, thumbnails)
+    if (shown_nearest, shown_uncertain) != (24, 12) and not notes:
         notes.append(
-            f"To keep this page small, each cluster shows at most {kept_nearest} of its most typical images "
-            f"and {kept_uncertain} of its least certain ones."
+            f"To keep this page small, each cluster shows at most {shown_nearest} of its most typical images "
+            f"and {shown_uncertain} of its least certain ones."
         )
     result = []
     for cluster, members in enumerate(by_cluster[:-1]):
@@ -145,8 +145,8 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
                 size=len(members),
                 mean_confidence=float(run.confidence[members].mean()) if len(members) else None,
                 reliable_fraction=float(run.reliable[members].mean()) if len(members) else None,
-                nearest=[thumbnails[i] for i in nearest[cluster][:kept_nearest].tolist()],
-                uncertain=[thumbnails[i] for i in uncertain[cluster][:kept_uncertain].tolist()],
+                nearest=[thumbnails[i] for i in nearest[cluster][:shown_nearest].tolist()],
+                uncertain=[thumbnails[i] for i in uncertain[cluster][:shown_uncertain].tolist()],
             )
         )
     return result, notes
@@ -155,7 +155,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
 def fit_budget(
     nearest: list[np.ndarray], uncertain: list[np.ndarray], thumbnails: dict[int, Thumbnail]
 ) -> tuple[int, int]:
-    """The largest numbers of thumbnails per cluster, two typical ones for one uncertain one, that fit the page."""
+    """Return how many nearest and uncertain thumbnails per cluster fit PAGE_BUDGET, two nearest for one uncertain."""
     most = max(map(len, nearest), default=0), max(map(len, uncertain), default=0)
     num_nearest, num_uncertain = counts(len(nearest))[:2]
     if not max(most):
@@ -169,7 +169,10 @@ def fit_budget(
 
 
 def encode(image: np.ndarray, edge: int) -> tuple[str, bool]:
-    """A data URI of the pixels, nothing of the original file: PNG if small, else JPEG reduced to `edge`."""
+    """Encode the pixels, without the file's metadata: PNG if small, else JPEG reduced to `edge`.
+
+    Returns the data URI, and whether the image is small.
+    """
     from PIL import Image
 
     pixelated = max(image.shape[:2]) < PIXELATED_BELOW
@@ -187,7 +190,7 @@ def encode(image: np.ndarray, edge: int) -> tuple[str, bool]:
 
 
 def _reduce(image: np.ndarray, edge: int) -> np.ndarray:
-    """uint8 (H, W, 3) with its longer edge at most `edge`."""
+    """Return uint8 (H, W, 3) with its longer edge at most `edge`."""
     from PIL import Image
 
     if max(image.shape[:2]) <= edge:

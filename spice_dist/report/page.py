@@ -1,4 +1,4 @@
-"""Put the page of a run together: its sections here, their look in template.html."""
+"""Render the page of a run: template.html lays out what `sections` returns."""
 
 import os
 from pathlib import Path
@@ -14,27 +14,27 @@ from spice_dist.report.text import flatten, percent, printable
 if TYPE_CHECKING:
     from jinja2 import Template
 
-FOLDER = Path(__file__).parent  # of templates and their parts
+FOLDER = Path(__file__).parent  # holds the templates
 
 
 def write_report(run: Path, out: Path | None = None, images: ReadImages = read_images) -> Path:
-    """Write the page about a finished run to `out` (default: report.html inside the run) and return where it is."""
+    """Write the page about a finished run to `out` (default: report.html inside the run) and return its path."""
     run = Path(run)
     page = render(load(run), images)
     out = artifacts.report_file(run) if out is None else Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; name the file to write")
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(page)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, out)
+        os.replace(temporary, out)
     except FileNotFoundError:
         raise UserError(f"{out.parent} does not exist") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return out
 
 
@@ -73,7 +73,7 @@ def render(run: Run, images: ReadImages) -> str:
 
 
 def template(name: str, folder: Path = FOLDER) -> "Template":
-    """Return a page of this folder, or of another one that includes files of this; it escapes what is put into it."""
+    """Return a template of `folder`, which may include those of this folder; it escapes all values."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,7 +1,7 @@
 """Read a finished run folder for the report.
 
-Nothing in it is trusted: names of files, reasons and configuration may hold any character, numbers may be missing or
-not finite, and a curve may end in half a line. What the report cannot do without is a `DamagedFile` when it is wrong.
+Its content is not trusted: names of files, reasons and configuration may hold any character, numbers may be missing or
+not finite, and a curve may end in half a line. `DamagedFile` is raised if a file that the report needs is wrong.
 """
 
 import csv
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def labels_note(self) -> str:
-        """What must be said of a run that learned from true labels; empty for any other."""
+        """Warn that the run learned from true labels; empty if it did not."""
         if self.metrics.get("method") not in LEARN_FROM_LABELS:
             return ""
         given = mapping(self.metrics.get("given_labels"))
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def trust(self) -> str:
-        """How far to trust this grouping, in one line; empty for runs of earlier versions."""
+        """Tell in one line how far to trust this grouping; empty for runs of earlier versions."""
         verdict = mapping(self.metrics.get("verdict"))
         level, why, remedy = (verdict.get(name) for name in ("level", "why", "remedy"))
         if not isinstance(level, str) or not isinstance(why, str):
@@ -112,7 +112,7 @@ def load(folder: Path) -> Run:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for whatever else stands there."""
+    """Return a finite number, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -126,7 +126,7 @@ def mapping(value: object) -> dict:
 
 
 def read_json(path: Path) -> dict | None:
-    """The object in the file; None if there is no file or it says null."""
+    """Return the object in the file; None if there is no file or it holds null."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None]:
-    """The rows of the score table, weakest method first. `eval` of metrics.json belongs to the last stage that ran."""
+    """Return the rows of the score table, weakest method first; `eval` of metrics.json is of the last stage."""
     final = read_scores(metrics.get("eval"))
     baselines = mapping(metrics.get("baselines"))
     rows = {
@@ -148,7 +148,7 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
     }
     if metrics.get("method") in LEARN_FROM_LABELS:
         count = number(mapping(metrics.get("given_labels")).get("count")) or 0
-        del rows["Features + k-means"]  # they have seen labels
+        del rows["Features + k-means"]  # the features have learned from labels
         return rows | {f"{LEARN_FROM_LABELS[metrics['method']]} ({count:.0f} labels)": final}
     if metrics.get("method") == "scan":
         alone = read_scores(read_json(artifacts.stage_scores_file(folder, "scan")))
@@ -169,7 +169,7 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
 
 
 def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None]:
-    """Of a run on the neighbour graph; the result, which label-free scores have chosen, is marked."""
+    """Return the rows of a run on the neighbour graph; the result, chosen by label-free scores, is marked."""
     baselines = mapping(metrics.get("baselines"))
     names = {"kmeans_features": "Features + k-means", "spectral": "Features + spectral"}
     rows = {title: (name, read_scores(baselines.get(name))) for name, title in names.items()}
@@ -183,12 +183,12 @@ def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
 
 
 def read_scores(content: object) -> dict[str, float] | None:
-    found = {name: number(mapping(content).get(name)) for name in SCORES}
-    return {name: value for name, value in found.items() if value is not None} or None
+    scores = {name: number(mapping(content).get(name)) for name in SCORES}
+    return {name: value for name, value in scores.items() if value is not None} or None
 
 
 def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]:
-    """The first rows, and how many there are."""
+    """Return the first `limit` rows as (path, reason), and the number of all rows."""
     rows, total = [], 0
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -216,7 +216,7 @@ def read_features(path: Path, num_images: int) -> np.ndarray | None:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Every numeric key but step, against step. A step written again after a restart replaces the old one."""
+    """Read every numeric key but step, against step; a step written again after a restart replaces the old one."""
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
     try:

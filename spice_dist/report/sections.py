@@ -1,4 +1,4 @@
-"""What each section of a run's page shows: its words, numbers and charts."""
+"""The contents of each section of a run's page: text, numbers and charts."""
 
 import math
 import shlex
@@ -21,7 +21,8 @@ SCORE_TITLES = {
     "nmi_geometric": ("NMI geom.", "the same over the geometric mean, as in the SPICE paper; never lower"),
     "ami": ("AMI", "mutual information corrected for chance"),
 }
-EXPLANATIONS = {  # the label-free numbers by name; other names are shown with a general remark
+# of the label-free numbers by name; other names are shown with a general remark
+EXPLANATIONS = {
     "generalization": "share of held-out images whose group a linear classifier recognises; higher is better",
     "consensus": "mean agreement (ARI) with the other groupings of these features; higher is better",
     "silhouette": "how much closer an image is to its own group than to the next; −1 to 1, higher is better",
@@ -38,21 +39,21 @@ def title(run: Run) -> str:
 
 
 def total_seconds(run: Run) -> float:
-    found = map(number, mapping(run.metrics.get("seconds")).values())
-    return math.fsum(value for value in found if value is not None)
+    seconds = map(number, mapping(run.metrics.get("seconds")).values())
+    return math.fsum(value for value in seconds if value is not None)
 
 
 def reliable_images(run: Run) -> tuple[int, float]:
-    """How many labels were found reliable, and the share of all images; the run's own count where it left one."""
-    noted = mapping(run.metrics.get("reliable"))
-    count, fraction = number(noted.get("count")), number(noted.get("fraction"))
+    """Return the number of reliable labels and their share of all images, as the run recorded or else counted here."""
+    recorded = mapping(run.metrics.get("reliable"))
+    count, fraction = number(recorded.get("count")), number(recorded.get("fraction"))
     if count is None or fraction is None:
         return int(run.reliable.sum()), float(run.reliable.mean())
     return int(count), fraction
 
 
 def final_scores(run: Run) -> tuple[str, dict[str, float]] | None:
-    """The last row of the table that has scores, if it is more than a baseline."""
+    """Return the last row of the table that has scores, unless it is a baseline."""
     rows = [
         (name, row) for name, row in run.scores.items() if row and ("k-means" not in name or name.endswith("(result)"))
     ]
@@ -60,7 +61,7 @@ def final_scores(run: Run) -> tuple[str, dict[str, float]] | None:
 
 
 def summary(run: Run) -> str:
-    """What happened, in one sentence for somebody who has not read the paper."""
+    """Sum the run up in one sentence, for readers who do not know the paper."""
     filled = int((np.bincount(run.labels, minlength=run.num_clusters) > 0).sum())
     groups = f"{filled} group{'s' if filled != 1 else ''}"
     if filled < run.num_clusters:
@@ -87,7 +88,7 @@ def summary(run: Run) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str, str]]:
-    """The large numbers on top: value, unit, name."""
+    """Return the large numbers on top: (value, unit, name)."""
     filled = int((np.bincount(run.labels, minlength=run.num_clusters) > 0).sum())
     rows = [(f"{len(run.labels):,}", "", "images")]
     rows.append((str(filled), f"of {run.num_clusters}" if filled < run.num_clusters else "", "groups"))
@@ -107,7 +108,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
 
 
 def score_rows(run: Run) -> list[dict]:
-    """Rows for the table, the best value of every column marked."""
+    """Return the rows of the table, with the best value of every column marked."""
     if not run.has_labels:
         return []
     best = {
@@ -123,7 +124,7 @@ def score_rows(run: Run) -> list[dict]:
 
 
 def label_free(run: Run) -> list[tuple[str, str, str]]:
-    """The numbers that need no labels: name, value, meaning."""
+    """Return the numbers that need no labels: (name, value, meaning)."""
     rows = []
     advice = mapping(run.metrics.get("reliable")).get("advice")
     for name, value in mapping(run.metrics.get("select")).items():
@@ -145,7 +146,7 @@ def label_free(run: Run) -> list[tuple[str, str, str]]:
 
 
 def heads(run: Run) -> list[dict]:
-    """Loss and, where there are labels, accuracy of every head; the one with the lowest loss is the chosen one."""
+    """Return every head's loss and, where there are labels, accuracy; the head of lowest loss is the chosen one."""
     content = run.metrics.get("heads")
     rows = [mapping(head) for head in content] if isinstance(content, list) else []
     losses = [number(head.get("select_loss")) for head in rows]
@@ -162,11 +163,11 @@ def heads(run: Run) -> list[dict]:
 
 
 def head_selection(run: Run) -> Markup | None:
-    """How well the loss selects among heads and epochs, where there are labels to tell."""
-    found = run.head_selection
-    if not {"selected", "best"} <= set(found):
+    """Draw how well the loss selects among heads and epochs; None without labels."""
+    accuracy = run.head_selection
+    if not {"selected", "best"} <= set(accuracy):
         return None
-    return charts.line_chart(found["selected"], "accuracy of the selected head", 560, 220, beside=found["best"])
+    return charts.line_chart(accuracy["selected"], "accuracy of the selected head", 560, 220, beside=accuracy["best"])
 
 
 def sizes(run: Run) -> dict:
@@ -183,25 +184,25 @@ def sizes(run: Run) -> dict:
 
 
 def curves(run: Run) -> list[dict]:
-    """Per stage: the loss large, every other number small, the ones beyond the limit by name."""
+    """Draw per stage the loss large and the other numbers small, and list the names beyond MAX_SMALL_CHARTS."""
     stages = []
-    for stage, found in run.curves.items():
-        if not found:
+    for stage, named in run.curves.items():
+        if not named:
             continue
-        others = [name for name in found if name != "loss"]
+        others = [name for name in named if name != "loss"]
         name, about = catalog.TITLES[stage]
         if stage == "spice_semi" and run.labels_note:
             name, about = LEARN_FROM_LABELS[run.metrics["method"]], "Trains the whole network, from the labels given."
-        steps = max(int(curve.steps[-1]) for curve in found.values())
+        steps = max(int(curve.steps[-1]) for curve in named.values())
         stages.append(
             {
                 "name": name,
                 "about": about,
                 "steps": f"{steps:,}",
-                "averaged": any(len(curve.steps) > charts.MAX_POINTS for curve in found.values()),
-                "loss": charts.line_chart(found["loss"], "loss", 560, 300) if "loss" in found else None,
+                "averaged": any(len(curve.steps) > charts.MAX_POINTS for curve in named.values()),
+                "loss": charts.line_chart(named["loss"], "loss", 560, 300) if "loss" in named else None,
                 "small": [
-                    (name, charts.short(float(found[name].values[-1])), charts.line_chart(found[name], name, 270, 132))
+                    (name, charts.short(float(named[name].values[-1])), charts.line_chart(named[name], name, 270, 132))
                     for name in others[:MAX_SMALL_CHARTS]
                 ],
                 "left_out": others[MAX_SMALL_CHARTS:],
@@ -227,15 +228,15 @@ def feature_map(run: Run) -> dict | None:
 
 
 def durations(run: Run) -> list[tuple[str, str, float]]:
-    """Stage, time in words, fraction of the longest."""
-    found = [(str(stage), number(value)) for stage, value in mapping(run.metrics.get("seconds")).items()]
-    known = [(stage, value) for stage, value in found if value is not None and value >= 0]
+    """Return (stage, time in words, fraction of the longest)."""
+    seconds = [(str(stage), number(value)) for stage, value in mapping(run.metrics.get("seconds")).items()]
+    known = [(stage, value) for stage, value in seconds if value is not None and value >= 0]
     longest = max((value for _, value in known), default=0.0) or 1.0
     return [(catalog.TITLES.get(stage, (stage,))[0], duration(value), value / longest) for stage, value in known]
 
 
 def manifest(run: Run) -> list[tuple[str, str]]:
-    """What was read: one pair per fact, lists as their length."""
+    """Return what was read as (name, value); of a list its length."""
     rows = []
     for name, shown in (
         ("source", "Source"),

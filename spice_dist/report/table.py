@@ -1,4 +1,4 @@
-"""The scores of a finished run for a terminal."""
+"""Format the scores of finished runs for a terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +13,18 @@ HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo"
 
 
 def format_scores(run: Path) -> str:
-    """A table of every method's scores against true labels, where there are any, and the label-free numbers."""
-    found = load(run)
-    lines = [found.trust] if found.trust else []
-    lines += [found.labels_note, ""] if found.labels_note else []
-    if found.has_labels:
+    """Format every method's scores against true labels, where there are any, and the label-free numbers."""
+    loaded = load(run)
+    lines = [loaded.trust] if loaded.trust else []
+    lines += [loaded.labels_note, ""] if loaded.labels_note else []
+    if loaded.has_labels:
         lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>9}" for name in SCORES))
-        for method, scores in found.scores.items():
+        for method, scores in loaded.scores.items():
             cells = "".join(f"{(scores or {}).get(name, float('nan')):9.3f}" for name in SCORES)
             lines.append(f"{method:<{WIDTH}}{cells}")
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
-    metrics = found.metrics
+    metrics = loaded.metrics
     lines += ["", f"{metrics['n']} images, {metrics['nonempty']} of {metrics['k']} clusters in use"]
     reliable = metrics["reliable"]
     if reliable["count"]:  # IMC-SwAV has none
@@ -41,18 +41,18 @@ def format_scores(run: Path) -> str:
 
 
 def format_seeds(runs: Sequence[Path]) -> str:
-    """A table of several runs: mean ± standard deviation (of a sample) of every score, as in the published tables.
+    """Format the mean ± standard deviation (of a sample) of every score over several runs, as in published tables.
 
     Raises:
         UserError: the runs are of different methods.
     """
-    found = [load(run) for run in runs]
-    methods = sorted({run.metrics["method"] for run in found})
+    loaded = [load(run) for run in runs]
+    methods = sorted({run.metrics["method"] for run in loaded})
     if len(methods) > 1:
         raise UserError(f"these are runs of {' and '.join(methods)}; give runs of one method, or one run at a time")
-    lines = [found[0].labels_note, ""] if found[0].labels_note else []
+    lines = [loaded[0].labels_note, ""] if loaded[0].labels_note else []
     lines.append(f"{len(runs)} runs, mean ± standard deviation")
-    labelled = [run.scores for run in found if run.has_labels]
+    labelled = [run.scores for run in loaded if run.has_labels]
     if labelled:
         lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>15}" for name in SCORES))
         for method in labelled[0]:
@@ -61,7 +61,7 @@ def format_seeds(runs: Sequence[Path]) -> str:
             lines.append(f"{method:<{WIDTH}}{cells}")
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
-    selected = [run.metrics["select"] for run in found]
+    selected = [run.metrics["select"] for run in loaded]
     spreads = (f"{name} {_spread([values.get(name) for values in selected])}" for name in selected[0])
     return "\n".join([*lines, "", "without labels: " + ", ".join(spreads)])
 

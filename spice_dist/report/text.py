@@ -1,20 +1,19 @@
-"""Values as the text of a page."""
+"""Format values as text of a page."""
 
 import json
 import re
 
 from markupsafe import Markup
 
-UNPRINTABLE = re.compile(  # controls, lone surrogates, line separators, marks that turn the reading direction
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
+# controls, lone surrogates, line separators, marks that turn the reading direction
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(value: object) -> object:
-    """Text with its unprintable characters as escapes, shown instead of obeyed."""
+    """Replace unprintable characters of text by escapes; other values pass."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), value)
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), value)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -34,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def flatten(content: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings by dotted name, as one would give them to --set."""
+    """Flatten nested settings to (dotted name, value), as --set takes them."""
     rows = []
     for name, value in content.items():
         dotted = f"{prefix}{name}"
