@@ -1,4 +1,4 @@
-"""k-means, which every run is compared with: of pixels and of features."""
+"""k-means of pixels and of features, the baseline of every run."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from spice_dist.inference import CHUNK
 from spice_dist.task import Task
 
 FITTED_BYTES = 256 << 20  # k-means is fitted on a random sample of this size
-STARTS = 10  # of k-means, of which the best counts
+STARTS = 10  # of k-means; the best is taken
 
 
 def kmeans(
     manifest: Ingested, task: Task, read: Callable[[np.ndarray], Float[np.ndarray, "M D"]]
 ) -> Int[np.ndarray, " N"]:
-    """Labels of all images by k-means, fitted on the clustered images; `read(index)` gives their float32 rows."""
+    """Label all images by k-means, fitted on the clustered ones; `read(index)` gives the float32 rows of images."""
     from sklearn.cluster import KMeans
 
     width = read(np.arange(1)).nbytes
@@ -33,7 +33,7 @@ def kmeans(
 def kmeans_of_features(
     task: Task, features: Float[np.ndarray, "N D"], clustered: int, progress: Progress
 ) -> Int[np.ndarray, " N"]:
-    """As `kmeans`, of features in memory; one start after another, so that `progress` can count them."""
+    """Do as `kmeans` with features in memory, one start after another, so that `progress` can count them."""
     from sklearn.cluster import KMeans
 
     order = np.random.default_rng(task.seed).permutation(clustered)
@@ -47,6 +47,6 @@ def kmeans_of_features(
 
 
 def pixels(images: Images, index: np.ndarray) -> Float[np.ndarray, "M P"]:
-    """The images as rows of C * H * W numbers in [0, 1]."""
+    """Return the images as rows of C * H * W numbers in [0, 1]."""
     rows = [image.flatten(1).cpu().numpy() for image, _ in images.batches(index, CHUNK)]
     return np.concatenate(rows) / np.float32(255)

@@ -1,4 +1,4 @@
-"""The whole configuration of a run, and its one way of being changed: by dotted names."""
+"""The whole configuration of a run, which is changed by dotted names."""
 
 import ast
 import dataclasses
@@ -47,10 +47,10 @@ class Config(Task):
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with fields replaced: override(config, {"moco.lr": 0.1}). Text is read as the field's type.
+    """Return a copy with fields replaced: override(config, {"moco.lr": 0.1}). Text is read as the field's type.
 
     Raises:
-        UserError: no such field (the nearest name is offered), or a value of another type.
+        UserError: there is no such field (the message offers the nearest name), or the value has another type.
     """
     for name, value in changes.items():
         if name not in (leaves := flatten(config)):
@@ -60,7 +60,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration in a JSON file with a "config": a run's config.json, or the best of a sweep.
+    """Read the configuration in a JSON file with a "config": a run's config.json, or the best of a sweep.
 
     Raises:
         UserError: there is no such file, or it holds no configuration of this version.
@@ -75,7 +75,7 @@ def read_config(path: Path) -> Config:
 
 
 def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects by dotted names, as `override` takes them."""
+    """Flatten nested objects to dotted names, as `override` takes them."""
     leaves: dict[str, Any] = {}
     for name, value in content.items():
         leaves |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -83,7 +83,7 @@ def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf by its dotted name."""
+    """Return every leaf by its dotted name."""
     leaves: dict[str, Any] = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -101,7 +101,7 @@ def _replace(config: Any, path: list[str], value: Any, name: str) -> Any:
     wanted = typing.get_type_hints(type(config))[first]
     try:
         return dataclasses.replace(config, **{first: _convert(value, wanted)})
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):  # of reading the text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):  # from literal_eval
         raise UserError(f'"{name}" is {_name(wanted)}, not {_quoted(value)}') from None
 
 
@@ -118,7 +118,7 @@ def _no_setting(name: str, leaves: list[str]) -> str:
 
 
 def _convert(value: Any, wanted: Any) -> Any:
-    """The value as the wanted type; ValueError, or an error of reading the text, if it is of another."""
+    """Convert the value to the wanted type; raise ValueError, or what `literal_eval` raises, if it has another."""
     if isinstance(value, str) and wanted is not str:
         value = {"true": True, "false": False}.get(value.lower()) if wanted is bool else ast.literal_eval(value)
     if typing.get_origin(wanted) is tuple:

@@ -1,8 +1,8 @@
-"""What a run will cost before it starts: arithmetic, time and memory of every stage that trains or embeds.
+"""Estimate what a run will cost: operations, time and memory of every stage that trains or embeds.
 
-Time is operations by speed: this machine's is measured on the run's own networks; a GPU's is PEAK times USED, which is
-an assumption. Left out are reading and augmentation, which overlap with training, the heads of stage 1, metrics, and
-what workers exchange.
+Time is operations divided by speed. This machine's speed is measured on the run's own networks; a GPU's is assumed to
+be PEAK times USED. Not counted are reading and augmentation, which overlap with training, the heads of stage 1,
+metrics, and the exchange between workers.
 """
 
 import time
@@ -30,10 +30,10 @@ from spice_dist.models.folding import folded
 from spice_dist.neighbors import STRIP_GPU
 
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
-USED = 0.2  # share of it that training a ResNet reaches
+USED = 0.2  # share of the peak that training a ResNet reaches
 SUGGEST_SECONDS, SUGGEST_IMAGES = 8.0, 4_000  # measured, of one core; more images are sampled
 START_SECONDS = 1.5e-8  # of one core, for an image, a cluster, a coordinate and a clustering: eigenvectors and k-means
-SUPPOSED = 20  # clusters where the features are to say how many
+SUPPOSED = 20  # clusters, where the features will suggest the number
 TAIL = 0.2  # share of a network's forward pass in its last blocks
 
 
@@ -59,9 +59,9 @@ def imc_swav(counting: Counting, config: ImcSwavConfig) -> Cost:
     networks = {side: counting.network(side) for side in sizes}
     work = [Work(networks[side], images * sizes.count(side), images * sizes.count(side)) for side in networks]
     saved = sum(counting.saved(networks[side], config.batch) for side in sizes)
-    seen = (config.batch + config.queue) * (config.dim + config.prototypes) * FLOAT  # by Sinkhorn
+    assigned = (config.batch + config.queue) * (config.dim + config.prototypes) * FLOAT  # by Sinkhorn
     weights = 4 * counting.backbone.weights  # with gradients and both moments of Adam
-    return Cost(tuple(work), 6.0 * images * len(sizes) * config.dim * config.prototypes, weights + saved + seen)
+    return Cost(tuple(work), 6.0 * images * len(sizes) * config.dim * config.prototypes, weights + saved + assigned)
 
 
 def features(counting: Counting, config: None) -> Cost:
@@ -73,18 +73,18 @@ def spice_self(counting: Counting, config: SpiceSelfConfig) -> Cost:
     batch = min(images, config.samples_per_cluster * clusters)  # M
     steps_per_epoch = images // batch
     # pairs (image, label) per head
-    taught = steps_per_epoch * config.epochs * config.repeats * config.center_fraction * batch
-    made = min(config.epochs, config.view_epochs or config.epochs) * steps_per_epoch * batch * 2.0
-    again = taught * config.heads if config.encodes_anew else 0.0
-    work = Work(counting.backbone, made + again, again if config.joint else 0.0)
-    head = dim * dim * (config.layers - 1) + dim * clusters  # weights
-    asked = config.epochs * (steps_per_epoch * batch + images) + 3 * taught
-    held = (images + 2 * batch) * dim + config.heads * (4 * head + batch * clusters)
-    return Cost((work,), 2.0 * config.heads * head * asked, counting.embedding + held * FLOAT)
+    learned_pairs = steps_per_epoch * config.epochs * config.repeats * config.center_fraction * batch
+    encoded_views = min(config.epochs, config.view_epochs or config.epochs) * steps_per_epoch * batch * 2.0
+    encoded_again = learned_pairs * config.heads if config.encodes_anew else 0.0
+    work = Work(counting.backbone, encoded_views + encoded_again, encoded_again if config.joint else 0.0)
+    head_weights = dim * dim * (config.layers - 1) + dim * clusters
+    head_passes = config.epochs * (steps_per_epoch * batch + images) + 3 * learned_pairs
+    numbers = (images + 2 * batch) * dim + config.heads * (4 * head_weights + batch * clusters)
+    return Cost((work,), 2.0 * config.heads * head_weights * head_passes, counting.embedding + numbers * FLOAT)
 
 
 def graph(counting: Counting, config: GraphConfig) -> Cost:
-    """Neighbours, and the number of clusters that they suggest."""
+    """Count the search for neighbours, and the suggestion of a number of clusters."""
     images, dim = counting.clustered, counting.backbone.dim
     memory = (images * (dim + 10 * config.neighbors) + min(STRIP_GPU, images**2)) * FLOAT
     suggested = SUGGEST_SECONDS * min(1.0, images / SUGGEST_IMAGES)
@@ -94,11 +94,11 @@ def graph(counting: Counting, config: GraphConfig) -> Cost:
 def spice_graph(counting: Counting, config: SpiceGraphConfig) -> Cost:
     images, dim = counting.clustered, counting.backbone.dim
     clusters = counting.task.clusters or SUPPOSED
-    asked = (config.rounds + 1) * (3 * passes_of(config, images) + 1) * images
+    head_passes = (config.rounds + 1) * (3 * passes_of(config, images) + 1) * images
     sample = min(images, landmarks(clusters))
     start = config.heads * sample * clusters * (DIMENSIONS * clusters + max(config.counts)) * START_SECONDS
     memory = (images * dim + 4 * images * config.heads * clusters) * FLOAT
-    return Cost((Work(counting.backbone, 0, 0),), 2.0 * config.heads * dim * clusters * asked, memory, start)
+    return Cost((Work(counting.backbone, 0, 0),), 2.0 * config.heads * dim * clusters * head_passes, memory, start)
 
 
 def reliable(counting: Counting, config: object) -> Cost:
@@ -110,13 +110,14 @@ def reliable(counting: Counting, config: object) -> Cost:
 def spice_semi(counting: Counting, config: SpiceSemiConfig) -> Cost:
     network = counting.network(backbone=network_task(counting.task, config).backbone)
     views = config.labelled * (1 + 2 * config.ratio)
-    learnt = views - config.labelled * config.ratio * config.weak_apart
-    memory = 4 * network.weights + counting.saved(network, learnt)  # with gradients, momentum and the averaged network
-    return Cost((Work(network, config.steps * views, config.steps * learnt),), 0.0, memory)
+    learned = views - config.labelled * config.ratio * config.weak_apart
+    # weights with gradients, momentum and the averaged network
+    memory = 4 * network.weights + counting.saved(network, learned)
+    return Cost((Work(network, config.steps * views, config.steps * learned),), 0.0, memory)
 
 
 def spice_tune(counting: Counting, config: SpiceTuneConfig) -> Cost:
-    """Encoding of every view; the last blocks' share of the network, forth and back; once more to evaluate."""
+    """Count the encoding of every view, training of the last blocks, and one more pass for evaluation."""
     network = counting.backbone
     images = min(counting.clustered, config.images)
     views = images * (1 + config.strong_views)
@@ -131,8 +132,8 @@ def scan(counting: Counting, config: ScanConfig) -> Cost:
     views = config.epochs * (images // config.batch) * config.batch * 2
     selected = config.epochs * images  # images that choose among epochs and heads
     weights = 5 * network.weights  # with gradients, both moments of Adam and the selected network
-    held = images * (config.neighbors + config.heads * counting.task.clusters) * FLOAT
-    memory = weights + counting.saved(network, 2 * config.batch) + held
+    neighbors_and_logits = images * (config.neighbors + config.heads * counting.task.clusters) * FLOAT
+    memory = weights + counting.saved(network, 2 * config.batch) + neighbors_and_logits
     return Cost((Work(network, views + selected, views),), _similarities(counting), memory)
 
 
@@ -144,15 +145,17 @@ def self_label(counting: Counting, config: SelfLabelConfig) -> Cost:
 
 
 def _similarities(counting: Counting) -> float:
-    """Operations of all similarities of features."""
+    """Count the operations of all similarities of features."""
     return 2 * float(counting.clustered) ** 2 * counting.backbone.dim
 
 
 def measured_speed(
     network: Network, learns: bool, device: torch.device, precision: str = "auto", seconds: float = 2.0
 ) -> float:
-    """Operations per second of this network on this device, after a first pass: of training passes, or of forward
-    passes in evaluation, where BatchNorm is folded as for embedding."""
+    """Measure operations per second of this network on this device, after a first pass.
+
+    The passes are training passes, or forward passes in eval mode with BatchNorm folded as for embedding.
+    """
     net = place(Backbone(network.config, network.channels, network.side), device).train(learns)
     images = torch.zeros(min(32, chunk_of(network.side)), network.channels, network.side, network.side, device=device)
     if not learns:
@@ -174,7 +177,7 @@ def measured_speed(
 
 
 def table(costs: Mapping[str, Cost], device: torch.device, precision: str = "auto", workers: int = 1) -> str:
-    """Tabulate costs, with the time that `workers` take here, as measured now, and that one GPU of each kind takes."""
+    """Tabulate costs, with the time of `workers` on this machine, measured now, and of one GPU of each kind."""
     here = cache(partial(measured_speed, device=device, precision=precision))
     speeds: list[Callable[[Network, bool], float]] = [lambda network, learns: workers * here(network, learns)]
     speeds += [lambda network, learns, peak=peak: peak * USED for peak in PEAK.values()]

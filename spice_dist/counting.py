@@ -1,7 +1,7 @@
-"""Operations and memory of a stage, counted on its networks layer by layer.
+"""Count operations and memory of a stage on its networks, layer by layer.
 
-The networks run on tensors without contents (PyTorch's fake tensors), so that a recipe for a large GPU is counted on a
-laptop in seconds.
+The networks run on tensors without contents (PyTorch's fake tensors), so that a laptop counts a recipe for a large GPU
+in seconds.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone for images of one size: what it holds, and what every image costs."""
+    """A backbone for images of one size, with its memory and the cost of an image."""
 
     config: BackboneConfig
     channels: int
     side: int  # pixels
     dim: int  # of the features
     weights: float  # bytes
-    forward: float  # operations of an image, two per multiply-add; a backward pass costs twice as many
-    saved: float  # bytes of an image that are kept for its backward pass
-    widest: float  # those of them in the largest tensor
+    forward: float  # operations for an image, two per multiply-add; a backward pass costs twice as many
+    saved: float  # bytes for an image, kept for its backward pass
+    widest: float  # bytes of the largest of these tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Work:
 
     network: Network
     seen: float  # forward passes
-    learned: float  # those of them with a backward pass
+    learned: float  # forward passes with a backward pass
 
     @property
     def operations(self) -> float:
@@ -50,19 +50,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one stage, of all workers together; the memory is one worker's, beside its libraries."""
+    """The cost of one stage for all workers together; the memory is one worker's, without its libraries."""
 
     work: tuple[Work, ...]
     products: float  # operations of matrix products outside the networks
     memory: float  # bytes on the device at most, without temporary tensors
-    fixed: float = 0.0  # seconds of a CPU core beside: decoding, eigenvectors, k-means, as measured
+    fixed: float = 0.0  # further seconds of a CPU core, as measured: decoding, eigenvectors, k-means
 
     @property
     def operations(self) -> float:
         return self.products + sum(work.operations for work in self.work)
 
     def seconds(self, speed: Callable[[Network, bool], float]) -> float:
-        """At `speed(network, learns)` operations per second; the products run as fast as the first network."""
+        """Convert to time by `speed(network, learns)`, operations per second; products run at the first network's."""
         passes = sum(work.operations / speed(work.network, work.learned > 0) for work in self.work if work.operations)
         learns = any(work.learned for work in self.work)
         return passes + self.products / speed(self.work[0].network, learns) + self.fixed
@@ -70,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Counting:
-    """What the cost of a stage is counted from, beside its settings: `cost(counting, settings) -> Cost`."""
+    """The input of `cost(counting, settings) -> Cost`, which counts a stage."""
 
     task: Task
     training: int  # images that train stages 1 and 3
@@ -78,7 +78,7 @@ class Counting:
     passes: int  # forward passes in which all workers together compute a step
 
     def network(self, side: int | None = None, backbone: BackboneConfig | None = None) -> Network:
-        """The run's backbone or another one, for images of `side` pixels, or of the size of the data set."""
+        """Count the run's backbone or another one, for images of `side` pixels or the data set's size."""
         data = self.task.data
         return counted(backbone or self.task.backbone, side or data.size, data.channels, self.task.precision)
 
@@ -88,18 +88,18 @@ class Counting:
 
     @property
     def images(self) -> float:
-        """Bytes of the images that stay on the device: raw squares that are few enough."""
+        """Count the bytes of images on the device: they stay there if they are raw and take RESIDENT_BYTES at most."""
         data, count = self.task.data, max(self.training, self.clustered)
-        held = count * data.channels * data.size**2
-        return held if stored_format(data.format, data.size, count) == "raw" and held <= RESIDENT_BYTES else 0
+        size = count * data.channels * data.size**2
+        return size if stored_format(data.format, data.size, count) == "raw" and size <= RESIDENT_BYTES else 0
 
     @property
     def embedding(self) -> float:
-        """Bytes without gradients: only neighbouring layers are in memory, an input, an output and a shortcut."""
+        """Count the bytes of embedding: without gradients memory holds a layer's input, output and shortcut only."""
         return self.backbone.weights + 3 * min(chunk_of(self.backbone.side), self.clustered) * self.backbone.widest
 
     def saved(self, network: Network, views: float) -> float:
-        """Bytes of one worker that a step of so many views keeps for its backward passes."""
+        """Count the bytes that one worker keeps for the backward passes of a step of `views`."""
         return network.saved * views / self.passes
 
 
@@ -127,7 +127,8 @@ def counted(config: BackboneConfig, side: int, channels: int, precision: str = "
     with FakeTensorMode(allow_non_fake_inputs=True):
         with FlopCounterMode(display=False) as operations:
             few = saved_by(2)
-        per_image = [(after - before) / 2 for before, after in zip(few, saved_by(4), strict=True)]  # of weights: 0
+        # the difference of 4 and 2 images leaves out the weights
+        per_image = [(after - before) / 2 for before, after in zip(few, saved_by(4), strict=True)]
     weights = sum(parameter.numel() for parameter in network.parameters()) * FLOAT
     forward = operations.get_total_flops() / 2
     return Network(config, channels, side, network.dim, weights, forward, sum(per_image), max(per_image))

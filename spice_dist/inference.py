@@ -1,4 +1,4 @@
-"""Forward passes of trained networks over many images: outputs, probabilities, features."""
+"""Run trained networks over many images: outputs, probabilities, features."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from spice_dist.methods.plumbing import autocast, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.task import Task
 
-CHUNK = 512  # images of 64 pixels and below in a forward pass; fewer of larger ones, see `chunk_of`
+CHUNK = 512  # images of up to 64 pixels in a forward pass; fewer larger ones, see `chunk_of`
 
 
 def outputs(
@@ -27,7 +27,7 @@ def outputs(
     progress: Progress,
     precision: str = "auto",
 ) -> Iterator[Float[Tensor, "B D"]]:
-    """Yields the model's outputs on the un-augmented images `index`, in order, in chunks."""
+    """Yield the model's outputs on the un-augmented images `index`, in order, in chunks."""
     model.eval()
     keep_freed_memory()
     done = 0
@@ -40,7 +40,7 @@ def outputs(
 
 
 def chunk_of(size: int) -> int:
-    """Images of `size` pixels in a forward pass: as many pixels as CHUNK small ones have, for memory and progress."""
+    """Return how many images of `size` pixels a forward pass takes: about the pixels of CHUNK images of 64."""
     return max(16, min(CHUNK, CHUNK * 64**2 // size**2))
 
 
@@ -51,7 +51,7 @@ def probabilities(
     progress: Progress = lambda done, total: None,
     precision: str = "auto",
 ) -> Float[np.ndarray, "N K"]:
-    """Softmax of the model's logits for every image, in image order, float32."""
+    """Compute the softmax of the model's logits for every image, in image order, float32."""
     chunks = outputs(model, images, np.arange(images.n), statistics, progress, precision)
     return torch.cat([logits.softmax(1).cpu() for logits in chunks]).numpy()
 
@@ -63,7 +63,7 @@ def backbone_features(
     device: torch.device,
     progress: Progress = lambda done, total: None,
 ) -> Float16[np.ndarray, "N D"]:
-    """Unit-norm features of all images by a backbone with these weights, rounded as in features.npy."""
+    """Compute unit-norm features of all images by a backbone with these weights, rounded as in features.npy."""
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     backbone.load_state_dict(weights)
     place(backbone, device)

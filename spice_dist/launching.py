@@ -1,4 +1,4 @@
-"""How a run is carried out: on which workers, with how many threads, at what cost. Nothing here changes a result."""
+"""Plan how a run is carried out: workers, threads, cost. Nothing here changes a result."""
 
 from dataclasses import dataclass
 
@@ -17,23 +17,23 @@ from spice_dist.task import require_positive
 class Launch:
     """How a run is carried out; nothing here changes its result."""
 
-    # training processes; 0: this one, without Ray; (least, most): as many as there is room for at the time, elastic;
+    # training processes; 0: this one, without Ray; (least, most): an elastic number, up to the resources at the time;
     # None: one per GPU, or 2 on a CPU
     workers: int | tuple[int, int] | None = None
-    threads: int | None = None  # CPU threads of each; None: cores / bn_groups, so that any number of workers fits
-    address: str | None = None  # of a running Ray cluster; None: our own on this machine
-    insecure: bool = False  # join a cluster that asks for no token
+    threads: int | None = None  # CPU threads of each worker; None: cores / bn_groups, which fits any number of workers
+    address: str | None = None  # of a running Ray cluster; None: one is started on this machine
+    insecure: bool = False  # join a cluster that needs no token
     storage: Storage = Storage()  # how often workers save, and where they read images from
-    labels: str | None = None  # where true labels come from, for scores only
+    labels: str | None = None  # source of true labels, for scores only
 
 
 def plan(config: Config, launch: Launch) -> tuple[tuple[int, ...], int]:
-    """The numbers of workers that may run, ascending, (0,) if none beside this process; and the CPU threads of each.
+    """Return (possible numbers of workers, ascending, (0,) for none beside this process; CPU threads of each).
 
-    Where nothing is trained that several workers could share, on a CPU, none is started unless asked for.
+    On a CPU no worker is started by default if the run has no stage that several workers could share.
 
     Raises:
-        UserError: no number that was asked for divides the BatchNorm groups of a batch.
+        UserError: none of the numbers asked for divides the BatchNorm groups of a batch.
     """
     workers, groups = launch.workers, config.bn_groups
     alone = not any(stage.shared(config, False) for stage in stages_of(config))
@@ -75,7 +75,7 @@ def _num_threads(bn_groups: int, wanted: int | None) -> int:
 
 
 def dry_run(config: Config, source: Source, launch: Launch) -> str:
-    """Return a table of what `fit` would cost; the settings are checked, nothing is written.
+    """Tabulate what `fit` would cost; check the settings, write nothing.
 
     Raises:
         UserError: `fit` would refuse these settings.

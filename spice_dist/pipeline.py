@@ -1,4 +1,4 @@
-"""A run: the stages in order, each skipped when finished, resumed when interrupted, refused when it no longer fits."""
+"""Run all stages in order: finished ones are skipped, interrupted ones resumed, changed settings refused."""
 
 import contextlib
 import json
@@ -30,27 +30,27 @@ from spice_dist.stages import Stage, check_settings, evaluation_settings, images
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
 
-SMALL = 50_000  # fewer images are embedded in less time than FFCV's reader compiles, and by one worker alone
+SMALL = 50_000  # fewer images are embedded by one worker, in less time than FFCV's reader compiles
 
-Settings = dict[str, dict[str, Any]]  # of each stage, in order: all that its result depends on
+Settings = dict[str, dict[str, Any]]  # by stage, in order: what the stage's result depends on
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """One call of `fit` on a run folder, which is ours meanwhile."""
+    """One call of `fit` on a run folder, which this process owns meanwhile."""
 
     config: Config
     source: Source
     settings: Settings
     folder: Path
     device: torch.device
-    sizes: tuple[int, ...]  # numbers of workers that may run, ascending; (0,): none beside this process
+    sizes: tuple[int, ...]  # possible numbers of workers, ascending; (0,): none beside this process
     threads: int
     launch: Launch
     stop: StopSignal
 
     def up_to(self, last: str) -> "OpenRun":
-        """The same run, which ends with the stage `last`."""
+        """Return the same run, ending with the stage `last`."""
         names = list(self.settings)
         return replace(self, settings={name: self.settings[name] for name in names[: names.index(last) + 1]})
 
@@ -64,15 +64,15 @@ def fit(
     until: str | None = None,
     network: str = "",
 ) -> dict[str, Any]:
-    """Run all stages on `data` in the folder `out`; returns the contents of metrics.json.
+    """Run all stages on `data` in the folder `out`; return the contents of metrics.json.
 
     Args:
-        until: the last stage to run; the result is then what there is after it.
-        network: one line about the network, where it was chosen automatically.
+        until: the last stage to run; the result is the clustering after it.
+        network: one line about the network, if it was chosen automatically.
 
     Raises:
-        UserError: the data, the settings or the folder cannot be used; one line says why.
-        Interrupted: asked to stop; the same call goes on from there.
+        UserError: the data, the settings or the folder cannot be used; the message says why.
+        Interrupted: a signal ended the run; the same call resumes it.
     """
     with _opened(config, data, out, launch, command, network) as run:
         if until is not None:
@@ -97,7 +97,7 @@ def fit_until(
     command: list[str] | None = None,
     network: str = "",
 ) -> None:
-    """Run the stages of `fit` up to the one named `last`; raises what `fit` raises."""
+    """Run the stages of `fit` up to the one named `last`; raise what `fit` raises."""
     with _opened(config, data, out, launch, command, network) as run:
         _run_stages(run.up_to(last))
 
@@ -106,10 +106,10 @@ def fit_until(
 def _opened(
     config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None, network: str
 ) -> Iterator[OpenRun]:
-    """Open the run in the folder `out`: everything that can be refused is refused before anything is trained."""
+    """Open the run in the folder `out`; whatever can be refused is refused before anything is trained."""
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
     check_settings(config, source, source.name)
-    backbone = new_backbone(config)  # raises at once if it cannot be built
+    backbone = new_backbone(config)  # raises here, not after packing, if it cannot be built
     if config.spice_semi.network:
         new_backbone(spice_semi.network_task(config, config.spice_semi))
     folder = out.resolve()
@@ -129,7 +129,7 @@ def _opened(
         try:
             yield run
         except Interrupted:
-            stop.check()  # says which signal it was
+            stop.check()  # its message names the signal
             raise
 
 
@@ -144,7 +144,7 @@ def _summary(run: OpenRun, parameters: int) -> str:
 
 
 def _run_stages(run: OpenRun) -> set[str]:
-    """Run the stages that are not finished; returns those that were finished before."""
+    """Run the stages that are not finished; return those that were finished before."""
     finished = {stage for stage in run.settings if (stage_record(run.folder, stage) or {}).get("done")}
     for stage in run.settings:
         if stage in finished:
@@ -166,12 +166,12 @@ def _run_stages(run: OpenRun) -> set[str]:
 
 def _stage_call(row: Stage, run: OpenRun) -> StageCall:
     task = _with_plain_loader(run) if row.plain_loader else run.config
-    many = len(run.source.paths) >= SMALL and run.sizes != (0,)  # alone, this process takes all cores
+    many = len(run.source.paths) >= SMALL and run.sizes != (0,)  # without workers this process takes all cores
     return StageCall(row.name, row.train, task, row.settings_in(run.config), row.shared(run.config, many))
 
 
 def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
-    """Write assignments, scores and the report of a run whose stages are done; returns the scores."""
+    """Write assignments, scores and the report of a run whose stages are done; return the scores."""
     from spice_dist.report import write_report
 
     folder = run.folder
@@ -186,7 +186,7 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
 
 
 def _evaluated_otherwise(run: OpenRun) -> bool:
-    """Whether there are no scores yet, or those of other stages, another method or other settings of evaluation."""
+    """Tell whether scores are missing, or are of other stages, another method or other settings of evaluation."""
     path = artifacts.metrics_file(run.folder)
     if not path.exists():
         return True
@@ -211,7 +211,7 @@ def _ray_session(run: OpenRun) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded(run: OpenRun, stage: str) -> Iterator[Bar]:
-    """Show a stage's bar; its record says how long it took, and that it is done unless an exception ends it."""
+    """Show a stage's bar; record its time, and that it is done unless an exception ends it."""
     spent = (stage_record(run.folder, stage) or {}).get("seconds", 0.0)
     started = time.monotonic()
     write_stage_record(run.folder, stage, run.settings[stage], False, spent)
@@ -235,11 +235,12 @@ def _train_here(run: OpenRun, stages: list[StageCall]) -> None:
 
 
 def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
-    """Train on the workers of the Ray session: one group goes through all stages, and says when it begins one."""
+    """Train on the workers of the Ray session: one group runs all stages, and reports when it begins one."""
     from spice_dist.distributed import ray_channel, ray_elastic, ray_train
 
     names = [stage.name for stage in stages]
-    for name in names:  # before any of them can save: workers go on while this process is held up
+    # before a worker can save: workers go on while this process is held up
+    for name in names:
         spent = (stage_record(run.folder, name) or {}).get("seconds", 0.0)
         write_stage_record(run.folder, name, run.settings[name], False, spent)
     with contextlib.ExitStack() as current:
@@ -283,7 +284,7 @@ def _pack(run: OpenRun, bar: Bar) -> None:
 
 
 def _with_plain_loader(run: OpenRun) -> Config:
-    """The configuration for a pass over the images: a small set is not worth compiling FFCV's reader for."""
+    """Return the configuration with which a small set is read without FFCV, whose reader takes longer to compile."""
     if len(run.source.paths) >= SMALL or run.config.data.loader != "auto":
         return run.config
     return override(run.config, {"data.loader": "torch"})

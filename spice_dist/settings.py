@@ -1,6 +1,6 @@
-"""Settings: fields of frozen dataclasses that say once what they mean and which values they can have.
+"""Settings: fields of frozen dataclasses that declare their meaning and their possible values.
 
-`check_ranges` refuses all other values; `spice-dist settings` prints what is declared.
+`check_ranges` refuses all other values. `spice-dist settings` prints the declarations.
 """
 
 import math
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a setting means, and the bounds or the choices of its value; those of a tuple hold for each item."""
+    """The meaning of a setting, and the bounds or choices of its value, or of each item of a tuple."""
 
     meaning: str
     above: float | None = None
@@ -22,10 +22,10 @@ class Declaration:
     below: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
-    remedy: str = ""  # how a refusal ends; empty: from the range
+    remedy: str = ""  # the end of a refusal; empty: made from the range
 
     def allows(self, value: Any) -> bool:
-        """Whether the value is within the bounds or among the choices; NaN is within none."""
+        """Tell whether the value is within the bounds or among the choices; NaN is within no bounds."""
         if isinstance(value, tuple):
             return all(self.allows(item) for item in value)
         if self.choices:
@@ -39,7 +39,7 @@ class Declaration:
 
     @property
     def range(self) -> str:
-        """The possible values in words; empty if all values of the type are."""
+        """The possible values in words; empty if all values of the type are possible."""
         if self.choices:
             return ", ".join(self.choices)
         if self.least is not None and self.most is not None:
@@ -52,7 +52,7 @@ class Declaration:
         return ", ".join(lower + upper)
 
     def refusal(self, name: str, value: Any) -> str:
-        """One line that names the setting and its value, and says what to give."""
+        """Return one line that names the setting and its value, and says what to give."""
         if self.choices:
             return f'{name} is "{value}"; {self.remedy or f"it can be {self.range}"}'
         if self.above is not None and not isinstance(value, tuple) and not value > self.above:
@@ -72,21 +72,21 @@ def setting(
     choices: tuple[str, ...] = (),
     remedy: str = "",
 ) -> T:
-    """A dataclass field with a default and a `Declaration`: `epochs: int = setting(800, "passes", above=0)`."""
+    """Make a dataclass field with a default and a `Declaration`: `epochs: int = setting(800, "passes", above=0)`."""
     declaration = Declaration(meaning, above, least, below, most, choices, remedy)
     return field(default=default, metadata={"declaration": declaration})
 
 
 def declarations(config: Any) -> dict[str, Declaration]:
-    """By name what the fields of a dataclass declare."""
+    """Return the declarations of a dataclass's fields by name."""
     return {entry.name: entry.metadata["declaration"] for entry in fields(config) if "declaration" in entry.metadata}
 
 
 def check_ranges(group: str, config: Any, *names: str) -> None:
-    """UserError naming the first of these settings, in this order, whose value its declaration does not allow.
+    """Raise a UserError that names the first of these settings, in this order, with a value that is not allowed.
 
     Args:
-        group: what the names stand under, such as "moco"; empty for settings of the whole run.
+        group: the group of the names, such as "moco"; empty for settings of the whole run.
     """
     declared = declarations(config)
     for name in names:
@@ -96,5 +96,5 @@ def check_ranges(group: str, config: Any, *names: str) -> None:
 
 
 def allowed(config: Any, name: str) -> bool:
-    """Whether the value of this setting is one that its declaration allows."""
+    """Tell whether this setting's declaration allows its value."""
     return declarations(config)[name].allows(getattr(config, name))

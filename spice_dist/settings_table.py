@@ -1,4 +1,4 @@
-"""Every setting of a configuration as text: name = value, range, meaning."""
+"""Print every setting of a configuration: name = value, range, meaning."""
 
 import dataclasses
 import difflib
@@ -10,8 +10,8 @@ from typing import Any
 from spice_dist.errors import UserError
 
 WIDTH = 120  # columns of the whole table
-WIDEST = (52, 32)  # columns of names with values, and of ranges, at most
-BETWEEN = "  "  # columns
+WIDEST = (52, 32)  # columns at most of names with values, and of ranges
+BETWEEN = "  "  # separates columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Group:
 
 
 def settings_table(config: Any, group: str = "") -> str:
-    """The settings below `group`, such as "moco" or "spice_self.weak", or the one of that name; all if it is empty.
+    """Tabulate the settings below `group`, such as "moco" or "spice_self.weak", or the setting `group`; "": all.
 
     Raises:
-        UserError: there is no such group or setting; the nearest name is offered.
+        UserError: there is no such group or setting; the message offers the nearest name.
     """
     every = list(_groups(config))
     names = [entry.name for entry in every if entry.name]
@@ -43,7 +43,7 @@ def settings_table(config: Any, group: str = "") -> str:
 
 
 def _groups(config: Any, name: str = "", meaning: str = "the whole run") -> Iterator[Group]:
-    """A group with its own settings, then the groups in it."""
+    """Yield a group with its own settings, then the groups in it."""
     rows, groups = [], []
     for entry in dataclasses.fields(config):
         value, declared = getattr(config, entry.name), entry.metadata["declaration"]

@@ -1,6 +1,6 @@
-"""The stages of a run: one table of what they do, and for every method which of them it takes, in order.
+"""The stages of a run: a table of all stages, and the stages of every method in order.
 
-A method is a file in `methods/` and a row of `TABLE`; its name and title stand in `catalog.py`, its settings in
+A method is a file in `methods/` and a row of `TABLE`. Its name and title are in `catalog.py`, its settings in
 `config.py`.
 """
 
@@ -42,10 +42,10 @@ from spice_dist.methods import (
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.task import AUTO, check_task
 
-Images = Source | Ingested  # whose images they are, and how many: before and after packing
-# settings that change no pixel, and files of weights, which count by their SHA-256
+Images = Source | Ingested  # the images before and after packing
+# settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
-NEW = {"backbone.others": ()}  # settings that older run folders lack, which then had these values
+NEW = {"backbone.others": ()}  # settings that older run folders lack, with the values of these runs
 
 
 def never(config: Config, many: bool) -> bool:
@@ -62,19 +62,19 @@ def if_many(config: Config, many: bool) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run that leaves a folder of its name."""
+    """A part of a run that writes a folder of its name."""
 
     name: str
     train: Callable[[Any, Any, Any], None]  # train(task, settings, worker)
-    settings: str = ""  # the field of Config that holds its own settings; "": it has none
+    settings: str = ""  # the field of Config with the stage's settings; "": it has none
     depends: tuple[str, ...] = ()  # other fields of Config that its result depends on, and no earlier stage's
     check: Callable[[Config, Images], None] = lambda config, images: None  # UserError for what would fail later
     cost: Callable[[Counting, Any], Cost] | None = None
-    shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, are images many)
-    clusters: bool = False  # there is a clustering after it, with which a run can end
-    # reads the clustering that it and the stages after it have left: (config, settings, run, device, progress, until)
+    shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, many images)
+    clusters: bool = False  # a run can end after it, with a clustering
+    # reads the clustering of this stage and those after it: (config, settings, run, device, progress, until)
     result: Callable[[Any, Any, Path, torch.device, Progress, str | None], Clustering] | None = None
-    plain_loader: bool = False  # reads a few images without FFCV, whose reader takes longer to compile
+    plain_loader: bool = False  # a small set is read without FFCV, whose reader takes longer to compile
     reads_labels: bool = False  # learns from true labels
     evaluation: tuple[str, ...] = ()  # settings that only the evaluation of its clusters reads
 
@@ -87,7 +87,7 @@ def _train_heads(task: Config, settings: Any, worker: Any) -> None:
 
 
 def _check_given_labels(config: Config, images: Images) -> None:
-    spice_semi.check(config, config.spice_semi)  # first: their number is compared with a batch of stage 3
+    spice_semi.check(config, config.spice_semi)  # first, since the number of labels is compared with its batch
     given_labels.check(config, config.given_labels, config.spice_semi)
     if isinstance(images, Source):
         given_labels.draw(config, config.given_labels, images.labels, images.clustered, images.held_out)
@@ -160,7 +160,7 @@ TABLE = (
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """The stages of a run after the packing of its images, in order."""
+    """Return the stages of a run after the packing of its images, in order."""
     rows = {stage.name: stage for stage in TABLE}
     return [rows[name] for name in _names(config)]
 
@@ -172,7 +172,7 @@ def _names(config: Config) -> list[str]:
             stage2 = ["spice_self"] if config.stage2 == "spice_self" else ["graph", "suggest", "spice_graph"]
             stage3 = [] if config.stage3 == "none" else [config.stage3]
             return [*features, *stage2, "reliable", *stage3]
-        case "imc_swav":  # it learns features and clusters at once, as its own pretext
+        case "imc_swav":  # it is its own pretext, which learns features and clusters at once
             return features
         case "scan":
             return [*features, "scan", "self_label"]
@@ -183,19 +183,19 @@ def _names(config: Config) -> list[str]:
 
 
 def pretext_stages(config: Config) -> list[Stage]:
-    """Stage 1; none if the backbone is taken as it is."""
+    """Return stage 1; none if the backbone is taken as it is."""
     return [stage for stage in stages_of(config) if stage.name == config.pretext]
 
 
 def result_of(config: Config) -> Callable[[Path, torch.device, Progress, str | None], Clustering]:
-    """What reads the result of a run of these settings: called with the run, the device, progress and last stage."""
+    """Return the function that reads a run's result: called with the run, the device, progress and the last stage."""
     stage = _concluding(config)
     assert stage.result is not None
     return partial(stage.result, config, stage.settings_in(config))
 
 
 def evaluation_settings(config: Config) -> dict[str, Any]:
-    """The settings that only evaluation reads, by their last name, as metrics.json has them; None: not of this run."""
+    """Return the settings that only evaluation reads, by their last name as in metrics.json; None: not of this run."""
     read, values = _concluding(config).evaluation, flatten(config)
     names = [name for stage in TABLE for name in stage.evaluation]
     return {name.rpartition(".")[2]: values[name] if name in read else None for name in names}
@@ -206,7 +206,7 @@ def _concluding(config: Config) -> Stage:
 
 
 def estimate(config: Config, training: int, clustered: int, workers: int = 1, passes: int = 1) -> dict[str, Cost]:
-    """The costs of the stages of a run that cost something, by name, in order.
+    """Estimate the costs of a run's stages, by name, in order; stages without a cost are left out.
 
     Args:
         training: images that train stages 1 and 3.
@@ -223,7 +223,7 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
 
 
 def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
-    """For each stage everything its result depends on: its own settings and those of the stages before it."""
+    """Collect for each stage what its result depends on: its own settings and those of the stages before it."""
     evaluation = {name for stage in TABLE for name in stage.evaluation}
     values = {
         name: value
@@ -246,7 +246,7 @@ def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
 
 
 def images_of(source: Source) -> str:
-    """What tells one list of images from another."""
+    """Identify a list of images by their number and the first digits of their digest."""
     return f"{len(source.paths)} images, {listing(source)[:16]}"
 
 
@@ -255,7 +255,7 @@ def _fingerprint(labels: np.ndarray | None) -> str:
 
 
 def check_settings(config: Config, images: Images, data: str) -> None:
-    """UserError for whatever would otherwise fail after hours of training."""
+    """Raise a UserError for settings with which the run would fail after hours of training."""
     check_task(config)
     if config.clusters != AUTO and config.clusters > images.clustered:
         raise UserError(
