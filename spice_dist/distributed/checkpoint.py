@@ -1,8 +1,8 @@
 """The checkpoint store: what was acknowledged is never lost, what is damaged is never loaded.
 
 A checkpoint is a folder `<step>/` of safetensors files, `state.json` and `manifest.json` with the SHA-256 of each.
-It is written beside, flushed to disk and renamed, so a reader never sees a partial one; it is verified before it is
-loaded, and the newest valid one wins. No pickle is written or read.
+It is written under a temporary name, flushed to disk and renamed, so that a reader never sees a partial one. It is
+verified before it is loaded, and the newest valid one is used. No pickle is written or read.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from spice_dist.data.files import fsync
 from spice_dist.errors import DamagedFile
 
 Tensors = dict[str, dict[str, Tensor]]
-KEPT = 2  # checkpoints of a stage
-DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as no rights, pass: no fallback
+KEPT = 2  # newest checkpoints of a stage
+DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as missing rights, are raised
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict) -> Path:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Damaged ones are set aside as `<step>.bad`, with a warning."""
+    """Return the newest checkpoint that verifies, or None; damaged ones are renamed `<step>.bad`, with a warning."""
     for path in _candidates(folder):
         try:
             return load(path)
@@ -82,7 +82,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def newest_step(folder: Path) -> int:
-    """Of the checkpoints, by their names, unverified; -1 if there is none."""
+    """Return the largest step among the names of the checkpoints, unverified; -1 if there is none."""
     return max((int(path.name) for path in _candidates(folder)), default=-1)
 
 
@@ -90,8 +90,8 @@ def load(path: Path) -> Checkpoint:
     """Verify and open one checkpoint; DamagedFile if anything is missing or altered."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        found = {file.name for file in path.glob("*.safetensors")} | {"state.json"}
-        if (manifest["version"], manifest["step"], set(manifest["sha256"])) != (1, int(path.name), found):
+        names = {file.name for file in path.glob("*.safetensors")} | {"state.json"}
+        if (manifest["version"], manifest["step"], set(manifest["sha256"])) != (1, int(path.name), names):
             raise ValueError("manifest.json does not belong to these files")
         for name, expected in manifest["sha256"].items():
             if _sha256(path / name) != expected:
@@ -106,22 +106,22 @@ def load(path: Path) -> Checkpoint:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that died left behind; call it only while owning the run folder."""
+    """Remove the partial checkpoints of ended processes; call it only while owning the run folder."""
     for leftover in folder.glob(".*.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """What may be a checkpoint, the newest first."""
-    found = [path for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    """Return the folders that may be checkpoints, the newest first."""
+    paths = [path for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: int(path.name), reverse=True)
 
 
 def _set_aside(path: Path, why: DamagedFile) -> None:
     bad, number = path.with_name(f"{path.name}.bad"), 1
     while bad.exists():
         bad, number = path.with_name(f"{path.name}.bad{number}"), number + 1
-    with contextlib.suppress(OSError):  # another process was faster, or we may only read
+    with contextlib.suppress(OSError):  # another process renamed it first, or the folder is read-only
         path.rename(bad)
         warnings.warn(f"{why}; it is set aside as {bad.name}, and the checkpoint before it is used", stacklevel=3)
 
@@ -132,7 +132,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # which is how a full disk shows
+    except SafetensorError as error:  # a full disk raises it
         raise OSError(str(error)) from error
 
 

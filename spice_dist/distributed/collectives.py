@@ -1,4 +1,4 @@
-"""Global tensors: gather, then compute the same pure function everywhere. The identity when there is one process."""
+"""Gather tensors of all workers, so that each computes the same pure function; with one process nothing is sent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _apart = False
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside, this process counts as the only one: it is rank 0 of a world of 1."""
+    """Let this process count as the only one inside the block: rank 0 of a world of 1."""
     global _apart
     _apart = True
     try:
@@ -27,12 +27,12 @@ def alone() -> bool:
 
 
 def world() -> int:
-    """How many workers take part."""
+    """Return the number of workers."""
     return 1 if alone() else dist.get_world_size()
 
 
 def rank() -> int:
-    """The number of this worker, from 0."""
+    """Return the number of this worker, from 0."""
     return 0 if alone() else dist.get_rank()
 
 
@@ -48,14 +48,14 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exchange(x: Tensor, order: np.ndarray) -> Tensor:
-    """This worker's part of `all_gather(x)[order]`, without gathering: every row travels once. No gradient.
+    """Return this worker's part of `all_gather(x)[order]`, without gathering: every row is sent once. No gradient.
 
     Args:
-        x: (B, ...), as many rows on each of the W workers.
-        order: a permutation of the W * B rows, the same on all of them.
+        x: (B, ...), with the same B on each of the W workers.
+        order: a permutation of the W * B rows, the same on all workers.
 
     Returns:
-        (B, ...): the rows `order.reshape(W, B)[rank]` of those of all workers.
+        (B, ...): the rows `order.reshape(W, B)[rank]` of `all_gather(x)`.
     """
     if alone():
         return x[_index(order, x)]
@@ -66,31 +66,31 @@ def exchange(x: Tensor, order: np.ndarray) -> Tensor:
     senders = owner[rank()]
     counts = np.bincount(senders, minlength=world())
     dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
-    place = np.argsort(senders, kind="stable")  # they come from the first worker to the last, each one's in order
+    place = np.argsort(senders, kind="stable")  # rows arrive by sender, those of a sender in order
     return torch.empty_like(incoming).index_copy_(0, _index(place, x), incoming)
 
 
 def _index(rows: np.ndarray, x: Tensor) -> Tensor:
-    """Row numbers where `x` is, without waiting for the device."""
+    """Put row numbers on the device of `x`, without waiting for it."""
     return torch.from_numpy(rows).to(x.device, non_blocking=True)
 
 
 def share(total: int) -> range:
-    """Which of `total` things are this worker's: consecutive ones, as numpy.array_split cuts them."""
+    """Return which of `total` items are this worker's: consecutive ones, cut as by numpy.array_split."""
     each, more = divmod(total, world())
     start = rank() * each + min(rank(), more)
     return range(start, start + each + (rank() < more))
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
-    """All `total` rows, given those of this worker's `share`."""
+    """Gather all `total` rows, given those of this worker's `share`."""
     if alone():
         return rows
     workers = world()
     largest = -(-total // workers)
     padded = torch.cat([rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])])
-    parts = all_gather(padded).chunk(workers)
-    return torch.cat([part[: (total + workers - 1 - number) // workers] for number, part in enumerate(parts)])
+    chunks = all_gather(padded).chunk(workers)
+    return torch.cat([chunk[: (total + workers - 1 - number) // workers] for number, chunk in enumerate(chunks)])
 
 
 @torch.no_grad()
@@ -106,8 +106,8 @@ def mean(x: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """Sum over workers, elementwise, with a gradient.
 
-    Every worker must go on to the same loss of the sum. Its gradient on a worker is then that worker's part of the
-    whole one, times the number of workers, since `Worker.wrap` divides by it when it averages.
+    Every worker must compute the same loss from the sum. A worker's gradient is then its part of the whole gradient
+    times the number of workers, by which `Worker.wrap` divides.
     """
     return x if alone() else _Total.apply(x)  # pyright: ignore[reportReturnType]
 
@@ -125,7 +125,7 @@ class _Total(torch.autograd.Function):
 
 
 def largest_int(value: int, device: torch.device) -> int:
-    """The largest of the workers' integers; every worker gets the same answer."""
+    """Return the largest of the workers' integers, on every worker."""
     if alone():
         return value
     votes = torch.tensor([value], device=device)
@@ -134,7 +134,7 @@ def largest_int(value: int, device: torch.device) -> int:
 
 
 def broadcast_int(value: int, device: torch.device) -> int:
-    """The integer of the first worker."""
+    """Return the integer of the first worker, on every worker."""
     if alone():
         return value
     message = torch.tensor([value], device=device)

@@ -1,4 +1,4 @@
-"""Who may use a Ray cluster: whoever can runs any code on it, so it asks for a token that others cannot read."""
+"""Authenticate at Ray clusters by a private token, since a process that may use a cluster can run any code on it."""
 
 import atexit
 import json
@@ -34,10 +34,7 @@ print(get_ray_address_from_environment("auto", None))
 
 
 def use_own_token() -> None:
-    """Token authentication for a cluster that this process starts: the user's token, or a secret of this process.
-
-    All sessions of a process share it.
-    """
+    """Set the token of the cluster that this process starts: the user's, or a secret that its sessions share."""
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         require_private_token()
         _set_mode("token")
@@ -52,10 +49,10 @@ def use_own_token() -> None:
 
 
 def use_token_of(address: str, insecure: bool = False) -> None:
-    """Make this process one that may use the cluster at `address`, as `host:port`.
+    """Let this process use the cluster at `address`, given as `host:port`.
 
     Raises:
-        UserError: nobody answers; the cluster lets anybody in and `insecure` is False; it refuses our token.
+        UserError: no cluster answers; it asks for no token and `insecure` is False; it refuses our token.
     """
     require_answer(address)
     if answer_to(address, {"RAY_AUTH_MODE": "disabled"}) == OPEN:
@@ -80,7 +77,7 @@ def use_token_of(address: str, insecure: bool = False) -> None:
 
 
 def _set_mode(mode: str) -> None:
-    """Ray reads mode and token when it is imported, which a notebook may have done long ago: there it is told again."""
+    """Set Ray's authentication mode; a Ray that is imported already has read mode and token, and reads them again."""
     os.environ["RAY_AUTH_MODE"] = mode
     if "ray" in sys.modules:
         import ray._raylet
@@ -91,7 +88,7 @@ def _set_mode(mode: str) -> None:
 
 
 def require_answer(address: str, seconds: float = SECONDS) -> None:
-    """UserError at once if nobody listens at host:port; Ray itself would try for many minutes."""
+    """Raise UserError at once if nothing listens at host:port; Ray itself would try for many minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "://" in host:
         raise UserError(
@@ -106,7 +103,7 @@ def require_answer(address: str, seconds: float = SECONDS) -> None:
 
 
 def answer_to(address: str, environment: dict[str, str]) -> str:
-    """How the cluster answers a process with these variables: OPEN or REFUSED. UserError if it does neither."""
+    """Return how the cluster answers a process with these variables, OPEN or REFUSED; UserError if it does neither."""
     command = [sys.executable, "-c", PROBE, address, str(SECONDS)]
     try:
         done = subprocess.run(
@@ -121,7 +118,7 @@ def answer_to(address: str, environment: dict[str, str]) -> str:
 
 
 def resolved(address: str) -> str:
-    """host:port of "auto": the cluster that RAY_ADDRESS names, else the one that runs on this machine."""
+    """Resolve "auto" to host:port: the cluster that RAY_ADDRESS names, else the one that runs on this machine."""
     if address != "auto":
         return address
     try:
@@ -135,7 +132,7 @@ def resolved(address: str) -> str:
 
 
 def has_token() -> bool:
-    """Whether Ray would find a token."""
+    """Return whether Ray would find a token."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
     return token_file().is_file()
@@ -146,12 +143,12 @@ def token_file() -> Path:
 
 
 def token_place() -> str:
-    """Where the token is that Ray uses; never the token."""
+    """Return where Ray's token is; never the token."""
     return "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(token_file())
 
 
 def require_private_token() -> None:
-    """UserError if Ray would read its token from a file that others can read or write."""
+    """Raise UserError if others can read or write the file of Ray's token."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = token_file()

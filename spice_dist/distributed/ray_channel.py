@@ -1,7 +1,7 @@
-"""Files in the run folder through which a group of workers and the process that started it talk.
+"""Files in the run folder for messages between a group of workers and the process that started it.
 
-The first worker writes how far it is and what it says to the user; the process asks the group to stop. Files also work
-while Ray's controller is lost. The folder also holds Ray's own files; it is there while a group runs.
+The first worker writes its progress and its messages to the user; the process asks the group to stop. Files also work
+while Ray's controller is lost. The folder also holds Ray's own files; it exists while a group runs.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from spice_dist.errors import warn_in_one_line
 
 FOLDER = ".ray"
 STOP = f"{FOLDER}/stop"  # asks every worker to save and stop
-PROGRESS = f"{FOLDER}/progress.json"  # how far the first worker is
-MESSAGES = f"{FOLDER}/messages"  # what it says to the user
+PROGRESS = f"{FOLDER}/progress.json"  # of the first worker
+MESSAGES = f"{FOLDER}/messages"  # from the first worker to the user
 RAY_FILES = f"{FOLDER}/train"
 
 
 class Progress(NamedTuple):
-    """How far the first worker is: `done` of `total` steps, or images; both 0 when a stage begins."""
+    """Progress of the first worker: `done` of `total` steps, or images; both 0 when a stage begins."""
 
     stage: str
     done: int
@@ -44,7 +44,7 @@ def close_channel(run: Path) -> None:
 
 
 def write_progress(run: Path, progress: Progress) -> None:
-    """Say how far this worker is. A full disk costs the bar, not the training."""
+    """Write the progress of this worker; a full disk stops the bar, not the training."""
     with contextlib.suppress(OSError):
         temporary = run / f"{PROGRESS}.new"
         temporary.write_text(json.dumps(progress))
@@ -52,7 +52,7 @@ def write_progress(run: Path, progress: Progress) -> None:
 
 
 def read_progress(run: Path) -> Progress | None:
-    """How far the running group is; None before its first stage, and on NFS while another machine writes it."""
+    """Read the progress of the group; None before its first stage, and on NFS while another machine writes it."""
     try:
         return Progress(*json.loads((run / PROGRESS).read_bytes()))
     except (OSError, ValueError):
@@ -73,20 +73,20 @@ def pass_on_messages(run: Path, position: int, message: Callable[[str], None]) -
 
 @contextmanager
 def errors_as_messages(run: Path) -> Iterator[None]:
-    """Send what this process prints as an error to the user, a warning as one line."""
+    """Send what this process writes to stderr to the user, each warning as one line."""
     raw = io.BufferedWriter(LossyFile(run / MESSAGES, "a"))
     with (
         io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True) as file,
         contextlib.redirect_stderr(file),
     ):
         warn_in_one_line()
-        # DDP, of an axis of one entry
+        # DDP warns of it for an axis of one entry
         warnings.filterwarnings("ignore", "Grad strides do not match")
         yield
 
 
 class LossyFile(io.FileIO):
-    """A file to which a full disk is no error: it costs the messages, not the training."""
+    """A file that ignores a full disk, which loses messages but does not stop the training."""
 
     def write(self, data: Any) -> int:
         try:
@@ -95,6 +95,6 @@ class LossyFile(io.FileIO):
             return memoryview(data).nbytes
 
     def close(self) -> None:
-        # where NFS reports a full disk
+        # NFS reports a full disk here
         with contextlib.suppress(OSError):
             super().close()

@@ -1,7 +1,7 @@
-"""Stages on as many workers as the cluster has room for: on with fewer after a loss, with more when nodes come.
+"""Train stages on as many workers as the cluster has room for: fewer after a loss, more when nodes come.
 
-The number of workers divides the BatchNorm groups of a batch, so that the result stays that of any other number. Ray's
-own elastic training takes any number between two; here the group is ended and started again from the last checkpoint.
+The number of workers divides the BatchNorm groups of a batch, so that the result does not depend on it. Ray's own
+elastic training takes any number in a range; here the group ends and starts again from the last checkpoint.
 """
 
 import time
@@ -10,17 +10,17 @@ from spice_dist.distributed import ray_channel, ray_nodes
 from spice_dist.distributed.ray_train import Job, WorkersLost, run_group
 from spice_dist.errors import Interrupted, UserError
 
-ATTEMPTS = 3  # groups lost in a row without a new checkpoint after which it is not the nodes that are to blame
+ATTEMPTS = 3  # groups lost in a row without a new checkpoint, after which training fails
 LOOK_SECONDS = 3.0  # between two looks at the cluster
 WAIT_SECONDS = 600.0  # for nodes, when there is room for no group at all
 
 
 def train(job: Job, sizes: tuple[int, ...]) -> None:
-    """Train on the largest of `sizes` (ascending) that there is room for, again whenever that changes.
+    """Train on the largest of `sizes` (ascending) that has room, and start again whenever that size changes.
 
     Raises:
         Interrupted: the job was asked to stop; the state is saved.
-        UserError: the workers reported one, were lost again and again, or have no room for too long.
+        UserError: the workers reported one, were lost ATTEMPTS times in a row, or had no room for WAIT_SECONDS.
     """
     lost = 0
     while True:
@@ -42,7 +42,7 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
 
 
 def _wait_for_room(job: Job, sizes: tuple[int, ...]) -> int:
-    """The largest size that there is room for, once two looks agree: a lost node takes a moment to be noticed."""
+    """Return the largest size that has room, once two looks agree: a lost node is noticed late."""
     started, before = time.monotonic(), None
     while True:
         size = largest(sizes, ray_nodes.free_seats())
@@ -60,12 +60,12 @@ def _wait_for_room(job: Job, sizes: tuple[int, ...]) -> int:
 
 
 def largest(sizes: tuple[int, ...], seats: int) -> int | None:
-    """The largest of the ascending `sizes` that `seats` hold; None if they hold none."""
+    """Return the largest of the ascending `sizes` that fits into `seats`; None if none does."""
     return max((size for size in sizes if size <= seats), default=None)
 
 
 class _Growth:
-    """Whether a running group could be a larger one: asked often, it looks every LOOK_SECONDS, and twice."""
+    """Tests whether a running group could be larger: every LOOK_SECONDS at most, and true after two looks in a row."""
 
     def __init__(self, job: Job, sizes: tuple[int, ...], size: int):
         self.job, self.sizes, self.size = job, sizes, size

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster have: room for workers, the same program, and the run folder."""
+"""Check the nodes of a Ray cluster: room for workers, versions of the program, access to the run folder."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ PACKAGES = ("spice_dist", "torch", "ray")
 
 @dataclass(frozen=True)
 class Report:
-    """What one node says of itself."""
+    """The answer of one node."""
 
     host: str
     versions: dict[str, str]  # of Python and PACKAGES
@@ -28,30 +28,30 @@ class Report:
 
 
 def kind_of_seat() -> str:
-    """What a worker sits on in this session's cluster: "GPU" if any node has one, else "CPU"."""
+    """Return what a worker occupies in this session's cluster: "GPU" if any node has one, else "CPU"."""
     import ray
 
     return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
 
 def seats() -> int:
-    """How many workers the nodes that answer could run if nobody else used them."""
+    """Return how many workers the nodes that answer could run if nothing else used them."""
     return sum(amounts(kind_of_seat()))
 
 
 def amounts(kind: str) -> list[int]:
-    """How many CPUs or GPUs, by `kind`, each node has that answers."""
+    """Return how many CPUs or GPUs, by `kind`, each node that answers has."""
     return [int(node["Resources"].get(kind, 0)) for node in _nodes()]
 
 
 def fits_a_node(resources: Mapping[str, float]) -> bool:
-    """Whether any one node that answers has all of these, by their names."""
-    there = [node["Resources"] for node in _nodes()]
-    return any(all(has.get(kind, 0) >= amount for kind, amount in resources.items()) for has in there)
+    """Return whether a single node that answers has all of these resources."""
+    totals = [node["Resources"] for node in _nodes()]
+    return any(all(total.get(kind, 0) >= amount for kind, amount in resources.items()) for total in totals)
 
 
 def free_seats() -> int:
-    """How many more workers they could run now."""
+    """Return how many more workers the nodes could run now."""
     from ray._private.state import available_resources_per_node
 
     kind, free = kind_of_seat(), available_resources_per_node()
@@ -59,7 +59,7 @@ def free_seats() -> int:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """The nodes whose daemon takes a connection: Ray itself notices one that is gone only after many seconds."""
+    """Return the nodes whose daemon takes a connection: Ray itself notices a lost node only after many seconds."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
@@ -74,10 +74,10 @@ def _answers(node: dict[str, Any], seconds: float = 3.0) -> bool:
 
 
 def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Report | str]]:
-    """Ask every node of this session's cluster at once; sorted by name, each with its report or why there is none.
+    """Ask every node of this session's cluster at once; return (name, its report or why it has none), by name.
 
     Args:
-        folder: the run folder, which must exist here: that every node sees the same one is tried by files.
+        folder: the run folder, which must exist here; a file in it shows whether every node sees the same folder.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -97,24 +97,24 @@ def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Rep
 
 
 def report_of_this_node(mark: Path | None, text: str | None) -> Report:
-    """Whether this node reads the file `mark` with its content and can write beside it."""
+    """Report whether this node reads `text` in the file `mark` and can write beside it."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))} | {name: _version(name) for name in PACKAGES}
     if mark is None:
         return Report(socket.gethostname(), versions)
     folder = mark.parent
-    own = mark.with_name(f"{mark.name}.{socket.gethostname()}.{os.getpid()}")
+    probe = mark.with_name(f"{mark.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         if mark.read_text() != text:
             return Report(socket.gethostname(), versions, problem=f"{folder} is another folder there")
-        own.write_text("")
-        own.unlink()
+        probe.write_text("")
+        probe.unlink()
     except OSError as error:
         return Report(socket.gethostname(), versions, problem=f"{error.strerror or error}: {error.filename or folder}")
     return Report(socket.gethostname(), versions, free=shutil.disk_usage(folder).free)
 
 
 def require_shared(folder: Path) -> None:
-    """UserError if a node of the cluster cannot use the run folder: workers there would lose what they train."""
+    """Raise UserError if a node of the cluster cannot use the run folder: workers there would lose what they train."""
     for name, answer in survey(folder):
         problem = answer if isinstance(answer, str) else answer.problem
         if problem:

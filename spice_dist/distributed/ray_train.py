@@ -1,7 +1,6 @@
-"""Ray Train runs stages on many workers; the training code never knows. Ray only schedules: state is in our store.
+"""Run stages on many workers by Ray Train, which only schedules: state is in our checkpoints.
 
-One group of workers goes through all stages of a run: to start it, with Python and torch in every process, takes longer
-than many a stage.
+One group of workers runs all stages: its start, with Python and torch in every process, takes longer than many stages.
 """
 
 import contextlib
@@ -29,10 +28,10 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.stage_records import stage_record
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
-PATIENCE = timedelta(days=30)  # with a worker that does a stage alone
-ENDING_SECONDS = 5.0  # that Ray's workers have to end with their cluster
-STALE_SECONDS = 120.0  # twice as long as NFS shows a machine an old listing of a folder, by default
-_cluster_is_ours = False  # of the session, of which Ray allows one
+PATIENCE = timedelta(days=30)  # for a worker that does a stage alone
+ENDING_SECONDS = 5.0  # for Ray's workers to end with their cluster
+STALE_SECONDS = 120.0  # twice the default time for which NFS shows an old listing of a folder
+_cluster_is_ours = False  # of the session; Ray allows one
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
@@ -41,9 +40,9 @@ RAY_SETTINGS = {
     "RAY_enable_metrics_collection": "0",  # those of the daemons: nobody reads them
     "RAY_task_events_report_interval_ms": "0",  # the history of the tasks: never sent
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the state of the machine: nobody reads it
-    "RAY_worker_niceness": "0",  # Ray's 15 lets its own daemons, and whatever else runs here, go before training
-    "RAY_num_workers_soft_limit": "0",  # processes that wait for work wake 100 times a second: end them,
-    "RAY_prestart_worker_first_driver": "0",  # and start none before it is known what for
+    "RAY_worker_niceness": "0",  # Ray's 15 prefers its own daemons and other programs to training
+    "RAY_num_workers_soft_limit": "0",  # idle processes wake 100 times a second: end them
+    "RAY_prestart_worker_first_driver": "0",  # start none in advance
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
 }
 
@@ -68,7 +67,7 @@ class RayWorker(LocalWorker):
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """The module with gradients averaged over all workers; buffers, which are the same everywhere, are not sent."""
+    """Wrap the module to average gradients over all workers; buffers, the same everywhere, are not sent."""
     wrapped = nn.parallel.DistributedDataParallel(module)
     wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
     return wrapped
@@ -76,14 +75,14 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def session(address: str | None, num_cpus: int, insecure: bool = False) -> Iterator[None]:
-    """A Ray session: the cluster at `address`, or one of our own on this machine, with a token that only we know.
+    """Hold a Ray session: the cluster at `address`, or one of our own on this machine, with a secret token.
 
     Args:
-        num_cpus: how many workers our own cluster has room for; a running one knows its room.
+        num_cpus: how many workers our own cluster has room for; unused with `address`.
         insecure: join a cluster that asks for no token.
 
     Raises:
-        UserError: no cluster answers there; it lets anybody in, and `insecure` is False; it refuses our token.
+        UserError: no cluster answers there; it asks for no token and `insecure` is False; it refuses our token.
     """
     address = prepare(address, insecure)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -107,7 +106,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
 
 
 def _worker_processes() -> list[psutil.Process]:
-    """Of a cluster of our own, whose processes descend from this one."""
+    """Return the worker processes of our own cluster, which descend from this process."""
     workers = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
@@ -117,9 +116,9 @@ def _worker_processes() -> list[psutil.Process]:
 
 
 def _end(workers: list[psutil.Process]) -> None:
-    """Kill those that do not end by themselves, which nobody else would: the daemon that started them is gone.
+    """Kill workers that do not end by themselves: the daemon that started them is gone.
 
-    Seen with Ray 2.60, which may wait for a lock that it holds itself.
+    A worker of Ray 2.60 may wait for a lock that it holds itself.
     """
     for process in psutil.wait_procs(workers, ENDING_SECONDS)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -127,9 +126,9 @@ def _end(workers: list[psutil.Process]) -> None:
 
 
 def prepare(address: str | None, insecure: bool = False) -> str | None:
-    """Before Ray is imported, if it can be: that is when it reads its settings. Ours and a token; the address in full.
+    """Set Ray's settings and token, before Ray is imported if possible, as it reads them then; return the full address.
 
-    It raises what `session` raises.
+    Raises what `session` raises.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -153,12 +152,12 @@ class Job:
     run: Path
     threads: int  # of the CPU, for each worker
     stop_requested: Callable[[], bool]
-    progress: Callable[[Progress], None]  # called now and then; a short stage may pass between
-    message: Callable[[str], None]  # called with each line that the first worker says to the user
+    progress: Callable[[Progress], None]  # called at intervals; it may miss a short stage
+    message: Callable[[str], None]  # called with each line of the first worker's messages
     storage: Storage = Storage()  # how often workers save, and where they read images from
 
     def reached(self) -> list[tuple[bool, int]]:
-        """Grows with every checkpoint and every finished stage."""
+        """Return a value that grows with every checkpoint and every finished stage."""
         return [
             (_is_finished(self.run, stage), checkpoint.newest_step(self.run / stage.name / "checkpoints"))
             for stage in self.stages
@@ -166,21 +165,21 @@ class Job:
 
 
 class WorkersLost(UserError):
-    """Workers ended without saying why: they were killed, their node went down, or the program has a bug."""
+    """Workers ended without a report: they were killed, their node went down, or the program has a bug."""
 
 
 def train_on_workers(job: Job, workers: int) -> None:
     """Train on exactly `workers` workers of the current session.
 
-    Lost ones are replaced three times, and again if that brought the job on.
+    Lost workers are replaced three times, and again if the job made progress.
 
     Raises:
         Interrupted: `stop_requested` came true; the state is saved.
-        UserError: there is no room for them, or they reported one; WorkersLost if they are lost again and again.
+        UserError: there is no room for them, or they reported one; WorkersLost if they are lost without progress.
     """
-    there, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
-    if there < workers:
-        raise UserError(f"--workers is {workers}, but Ray has {there} {kind}s for them; ask for fewer workers")
+    seats, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
+    if seats < workers:
+        raise UserError(f"--workers is {workers}, but Ray has {seats} {kind}s for them; ask for fewer workers")
     while True:
         before = job.reached()
         try:
@@ -194,7 +193,7 @@ def train_on_workers(job: Job, workers: int) -> None:
 
 
 def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
-    """Start one group of workers and wait for its end: True if all stages are done, False if it saved and stopped.
+    """Run one group of workers to its end; return True if all stages are done, False if it saved and stopped.
 
     Args:
         max_failures: how often Ray may replace lost workers by itself.
@@ -214,7 +213,7 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
         except BaseException as error:
             outcome.append(error)
 
-    # beside the main thread, which stays free to take signals: Ray would answer them by killing the workers
+    # not in the main thread, which takes signals: Ray would kill the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     stop_at, position = None, 0
@@ -272,19 +271,19 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
 
 
 def _train_loop(options: dict[str, Any]) -> str:
-    """What every worker runs. Its value says how it ended: an exception would make Ray try again."""
+    """Run the stages on one worker; return how they ended, since an exception would make Ray try again."""
     import ray.train.torch
 
     os.environ.update(options["environment"])
     run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
-    everybody = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
-    # only the first looks: NFS would remember for the others that later stages had left nothing yet
+    group = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
+    # only the first worker looks: NFS would cache for the others that later stages have no files
     first = collectives.rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
     # what other workers print goes to Ray's logs
     with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
         for stage in stages[collectives.broadcast_int(finished, device) :]:
-            (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may remember that it was not there
+            (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may cache that it was missing
             if first:
                 ray_channel.write_progress(run, Progress(stage.name, 0, 0, None))
             if collectives.largest_int(int((run / ray_channel.STOP).exists()), device):
@@ -294,7 +293,7 @@ def _train_loop(options: dict[str, Any]) -> str:
                 with contextlib.nullcontext() if stage.shared else collectives.apart():
                     outcome = _outcome(stage, RayWorker(run, stage, options["storage"]), options["threads"])
             store = run / stage.name / "checkpoints"
-            outcome, last = _agreed(outcome, checkpoint.newest_step(store) if first else -1, everybody)
+            outcome, last = _agreed(outcome, checkpoint.newest_step(store) if first else -1, group)
             if outcome != "done":
                 return outcome
             _wait_to_see(last, store)
@@ -316,7 +315,7 @@ def _outcome(stage: StageCall, worker: LocalWorker, threads: int) -> str:
 
 
 def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
-    """Once all workers are through with a stage: how it ended, and the largest of their steps."""
+    """Wait for all workers; return how the stage ended, and the largest of their steps."""
     if everybody is None:
         return outcome, step
     reports: list[Any] = [None] * dist.get_world_size()
@@ -326,7 +325,7 @@ def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
 
 
 def _wait_to_see(step: int, store: Path) -> None:
-    """Until this node shows the checkpoint, too: NFS may show an old listing of the folder."""
+    """Wait until this node shows the checkpoint: NFS may show an old listing of the folder."""
     deadline = time.monotonic() + STALE_SECONDS
     while checkpoint.newest_step(store) != step:
         if time.monotonic() > deadline:
@@ -346,6 +345,6 @@ def _is_done(outcome: Any) -> bool:
 
 
 def last_line(text: str) -> str:
-    """Where an exception of Ray, which may hold a trace, says what happened."""
+    """Return the last line, in which an exception of Ray, after a possible trace, states the cause."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

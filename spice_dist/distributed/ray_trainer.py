@@ -1,4 +1,4 @@
-"""Ray's TorchTrainer as we use it: over the network of the Ray node, and without processes that we do not need."""
+"""Adapt Ray's TorchTrainer: use the network of the Ray node, and start no needless processes."""
 
 import os
 import socket
@@ -13,9 +13,10 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 class Trainer(TorchTrainer):
     """Starts fewer processes beside the workers: each imports for seconds and then wakes 100 times a second."""
 
-    cleans_up = True  # after a lost controller; nobody needs that on a cluster which ends with it
+    cleans_up = True  # after a lost controller; needless on a cluster that ends with it
 
-    def _create_default_callbacks(self) -> list:  # Ray's own; if it is called otherwise one day, they start again
+    # Ray's own method; where a version has renamed it, the processes start again
+    def _create_default_callbacks(self) -> list:
         needless = {"DatasetsCallback"}  # hands out Ray's data sets, of which there are none
         if not self.cleans_up:
             needless.add("PlacementGroupCleanerCallback")
@@ -41,7 +42,7 @@ class _Backend(_TorchBackend):
 
 
 def use_interface_of_node() -> None:
-    """Name the interface in the variables that gloo and NCCL read, unless the user has."""
+    """Set the variables in which gloo and NCCL read their interface, unless the user has."""
     name = interface_of(ray.util.get_node_ip_address())
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -49,7 +50,7 @@ def use_interface_of_node() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has this IPv4 or IPv6 address."""
+    """Return the interface that has this IPv4 or IPv6 address."""
     kinds = (socket.AF_INET, socket.AF_INET6)
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.family in kinds and entry.address.partition("%")[0] == address for entry in entries):

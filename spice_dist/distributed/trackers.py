@@ -1,7 +1,7 @@
-"""Metrics of training for MLflow and Weights & Biases, through their own libraries, where a user asks for them.
+"""Send metrics of training to MLflow and Weights & Biases, through their own libraries, if a user asks for it.
 
-The names travel in an environment variable, with the variables that say where the servers are, from the command to the
-first worker, wherever that runs. Secrets do not: what a server asks for must be known on the machine of that worker.
+The command passes the trackers' names and the servers' addresses to the first worker as environment variables. It
+passes no secrets: these must be on the machine of that worker.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from spice_dist.errors import UserError
 
 TRACK = "SPICE_DIST_TRACK"  # such as "mlflow,wandb"
 PLACES = ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY")
-DEFAULTS = {  # a server that is gone must not hold training up for minutes, and nobody else is told of it
+# a lost server must not delay training by minutes, and no telemetry is sent
+DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,9 +53,9 @@ class Mlflow:
 
         self.metric, self.client = Metric, MlflowClient()
         experiment = _experiment(self.client)
-        found = self.client.search_runs([experiment], f"tags.spice_dist_id = '{identity}'", max_results=1)
-        if found:
-            self.id = found[0].info.run_id
+        runs = self.client.search_runs([experiment], f"tags.spice_dist_id = '{identity}'", max_results=1)
+        if runs:
+            self.id = runs[0].info.run_id
             self.client.update_run(self.id, status="RUNNING")
         else:
             tags = {"spice_dist_id": identity}
@@ -69,7 +70,7 @@ class Mlflow:
 
 
 class Wandb:
-    """A run of the project "spice_dist"; what is sent waits in RUN/wandb, in offline mode for `wandb sync`."""
+    """A run of the project "spice_dist"; RUN/wandb holds what is not sent yet, in offline mode for `wandb sync`."""
 
     name = "wandb"
 
@@ -105,7 +106,7 @@ TRACKERS: dict[str, type[Mlflow] | type[Wandb]] = {"mlflow": Mlflow, "wandb": Wa
 
 
 def request(names: Sequence[str]) -> None:
-    """Have this process, and the workers that it starts from now on, report to these trackers, and to no other.
+    """Let this process, and the workers that it starts later, report to these trackers and no other.
 
     Raises:
         UserError: no such tracker, its library is missing, or it cannot be reached now.
@@ -119,17 +120,17 @@ def request(names: Sequence[str]) -> None:
 
 
 def requested() -> list[str]:
-    """The names of the trackers that were asked for, in this process or in the one that started it."""
+    """Return the names of the trackers that were requested, in this process or in the one that started it."""
     return [name for name in os.environ.get(TRACK, "").split(",") if name]
 
 
 def environment() -> dict[str, str]:
-    """What a worker on another machine has to know to report to the same place; no secrets."""
+    """Return the variables by which a worker on another machine reports to the same place; no secrets."""
     return {name: os.environ[name] for name in (TRACK, *PLACES) if name in os.environ}
 
 
 def check(names: Sequence[str]) -> None:
-    """UserError if there is no such tracker or its library is missing; sets the defaults of those that are there."""
+    """Raise UserError if there is no such tracker or its library is missing; set DEFAULTS."""
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"there is no tracker {name!r}; there are {', '.join(TRACKERS)}")
@@ -143,9 +144,9 @@ def check(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], run: Path, stage: str) -> list[Tracker]:
-    """A tracker for each name; one that does not open is warned about and left out, for it must not cost a run.
+    """Open a tracker for each name; one that fails is left out with a warning, since it must not end a run.
 
-    A stage that resumes goes on with its run of before: RUN/STAGE/tracking_id names it.
+    A stage that resumes goes on with its earlier tracking run, which RUN/STAGE/tracking_id names.
 
     Raises:
         UserError: no such tracker, or its library is missing.
@@ -161,29 +162,29 @@ def open_trackers(names: Sequence[str], run: Path, stage: str) -> list[Tracker]:
 
 
 def log_to(trackers: list[Tracker], step: int, metrics: dict[str, float]) -> list[Tracker]:
-    """Log to each; returns those that took it. One that did not is warned about, once, as it is dropped."""
-    kept = []
+    """Log to each tracker; return those that took it. One that fails is dropped with a warning."""
+    working = []
     for tracker in trackers:
         try:
             tracker.log(step, metrics)
-            kept.append(tracker)
+            working.append(tracker)
         except Exception as error:  # of any kind, as above
             warnings.warn(
                 f"{tracker.name} takes no more metrics, from step {step} on ({_brief(error)}); training goes on",
                 stacklevel=2,
             )
-    return kept
+    return working
 
 
 def close(trackers: list[Tracker]) -> None:
-    """Close each; what does not close is given up."""
+    """Close each tracker; errors are ignored."""
     for tracker in trackers:
         with contextlib.suppress(Exception):  # the metrics themselves were taken
             tracker.close()
 
 
 def _identity(path: Path) -> str:
-    """A random name that is kept in the file: it goes where the folder goes, and away with it."""
+    """Return the random name in the file, which is made if it is missing; it moves with the folder."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with publish(path) as file:
@@ -192,17 +193,17 @@ def _identity(path: Path) -> str:
 
 
 def _experiment(client: Any) -> str:
-    """The id of our experiment, made if it is not there."""
+    """Return the id of our experiment, which is made if it is missing."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(PROJECT)
-    if found is None:
-        with contextlib.suppress(MlflowException):  # another run was faster
+    experiment = client.get_experiment_by_name(PROJECT)
+    if experiment is None:
+        with contextlib.suppress(MlflowException):  # another run made it first
             return client.create_experiment(PROJECT)
-        found = client.get_experiment_by_name(PROJECT)
-    if found is None:
+        experiment = client.get_experiment_by_name(PROJECT)
+    if experiment is None:
         raise UserError(f"MLflow neither has nor makes an experiment {PROJECT!r}")
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _reach_mlflow() -> None:

@@ -1,4 +1,4 @@
-"""How a method meets the world: who it is among its peers, where it reports and saves, from where it resumes."""
+"""The worker that trains a stage: its rank, where it reports and saves, and from where it resumes."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StageCall:
-    """A stage with its arguments, to be called on every worker; it keeps what it makes in a folder of its name."""
+    """A stage with its arguments, to be called on every worker; its files are in a folder of its name."""
 
     name: str
     train: Callable[[Task, Any, Any], None]
@@ -52,7 +52,7 @@ class StageCall:
     shared: bool = True  # False: one worker does it, on all cores of its node, and the others wait
 
     def run(self, worker: "LocalWorker", threads: int) -> None:
-        """In this process, on so many CPU threads, or on all cores if no other worker takes part.
+        """Run the stage in this process on `threads` CPU threads, or on all cores if it is not shared.
 
         Raises:
             UserError: the GPU's memory does not suffice.
@@ -68,7 +68,7 @@ class StageCall:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: a SLURM share or a container has fewer than its machine."""
+    """Return the cores that this process may run on: a SLURM share or a container has fewer than its machine."""
     return len(os.sched_getaffinity(0))
 
 
@@ -81,14 +81,14 @@ class Worker(Protocol):
     device: torch.device
     run: Path
     scratch: Path | None  # where the packed images are copied to first, on this node's own disk
-    progress: Callable[[int, int, float | None], None]  # told (done, total, loss); only the first worker's is shown
+    progress: Callable[[int, int, float | None], None]  # gets (done, total, loss); only the first worker's is shown
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, averaging gradients over workers in its backward pass if there are several."""
+        """Return the module, which averages gradients over workers in its backward pass if there are several."""
         ...
 
     def resume(self) -> Checkpoint | None:
-        """The newest valid checkpoint of this stage, the same on every worker; None to start from the beginning."""
+        """Return the stage's newest valid checkpoint, the same on every worker; None to start from the beginning."""
         ...
 
     def report(
@@ -107,7 +107,7 @@ class Worker(Protocol):
 
         Args:
             save: gives the state at this step, for a checkpoint.
-            every: steps between two at which a GPU, which must not wait for every step, may save or stop.
+            every: on a GPU, steps from one chance to save or stop to the next: each waits for the device.
 
         Raises:
             Interrupted: the worker was asked to stop, and has saved.
@@ -117,7 +117,7 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """A worker without Ray: the only one, but for subclasses, whose `wrap` averages gradients over a process group."""
+    """A worker without Ray, the only one; in subclasses `wrap` averages gradients over a process group."""
 
     def __init__(
         self,
@@ -144,17 +144,17 @@ class LocalWorker:
         return module
 
     def resume(self) -> Checkpoint | None:
-        found = None
+        saved = None
         if self.rank == 0:
             checkpoint.sweep(self.store)
-            found = checkpoint.newest(self.store)
-        step = collectives.broadcast_int(-1 if found is None else found.step, self.device)
-        if step >= 0 and found is None:
-            found = checkpoint.load(self.store / f"{step:09d}")
+            saved = checkpoint.newest(self.store)
+        step = collectives.broadcast_int(-1 if saved is None else saved.step, self.device)
+        if step >= 0 and saved is None:
+            saved = checkpoint.load(self.store / f"{step:09d}")
         if self.rank == 0:
             opened = trackers.open_trackers(trackers.requested(), self.run, self.stage)
             self.log = MetricLog(self.folder, max(step, 0), opened)
-        return found
+        return saved
 
     def report(
         self,
@@ -193,7 +193,7 @@ class LocalWorker:
         self.sums, self.summed = {}, 0
 
     def _require_finite(self, step: int, loss: Tensor) -> None:
-        """UserError on all workers if the loss of any is infinite or no number."""
+        """Raise UserError on all workers if the loss of any is infinite or NaN."""
         if not torch.isfinite(collectives.mean(loss.detach().float())):
             raise UserError(
                 f"the loss of {self.stage} is not finite at step {step}; lower {self.stage}.lr and run again"
@@ -205,10 +205,10 @@ class LocalWorker:
         decision = collectives.largest_int(wish, self.device)  # all workers save and stop at the same step
         if decision == NOTHING and step < total:
             return
-        self._require_finite(step, loss)  # no checkpoint holds what cannot be gone on with
+        self._require_finite(step, loss)  # training must be able to resume from the checkpoint
         error = self._save(step, total, save) if self.rank == 0 else None
         self.saved_at = time.monotonic()
-        failed = collectives.largest_int(int(error is not None), self.device)  # no worker goes on before all know
+        failed = collectives.largest_int(int(error is not None), self.device)  # all workers wait for the outcome
         if self.log and (step == total or decision == STOP):
             self.log.close()
         if failed and (step == total or decision == STOP):
@@ -228,28 +228,28 @@ class LocalWorker:
 
 
 class MetricLog:
-    """metrics.jsonl, one line per reported step, and the same numbers as TensorBoard events and for the trackers."""
+    """Writes metrics.jsonl, one line per reported step, and the same numbers to TensorBoard events and trackers."""
 
     def __init__(self, folder: Path, step: int, opened: Sequence[Tracker] = ()):
-        """Keeps the lines up to `step`, where training resumes, so that steps strictly increase."""
-        # not SummaryWriter: once its thread has died of a full disk, it blocks whoever writes
+        """Keep the lines up to `step`, where training resumes, so that steps strictly increase."""
+        # not SummaryWriter: it blocks after a full disk has ended its thread
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         text = self.path.read_bytes() if self.path.exists() else b""
-        kept = b"".join(_lines_up_to(step, text))
-        if kept != text:
+        earlier = b"".join(_lines_up_to(step, text))
+        if earlier != text:
             with publish(self.path) as file:
-                file.write(kept)
+                file.write(earlier)
         self.event: Any = Event
         self.events = EventsWriter(str(folder / "events"), f".{step}")
         self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self.trackers = list(opened)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """A full disk costs the line, not the training."""
+        """Write one line; a full disk loses the line but does not stop the training."""
         from tensorboardX.summary import scalar
 
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -262,17 +262,17 @@ class MetricLog:
             self.events.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # or the next line would be glued to half of this one
+                os.truncate(self.path, size)  # else the next line would continue half of this one
             warnings.warn(f"no metrics at step {step} ({error}); training goes on", stacklevel=2)
         self.trackers = trackers.log_to(self.trackers, step, metrics)
 
     def close(self) -> None:
-        """Tell the trackers that the stage ends here, or stops."""
+        """Close the trackers at the end of the stage, or at a stop."""
         trackers.close(self.trackers)
 
 
 def _lines_up_to(step: int, text: bytes) -> Iterator[bytes]:
-    """The whole lines of rising steps up to `step`: none of a later step, none that a killed writer tore."""
+    """Yield the whole lines of rising steps up to `step`, without half lines of a killed writer."""
     before = 0
     for line in text.splitlines(keepends=True):
         try:
