@@ -32,9 +32,9 @@ from spice_dist.data.files import publish_json
 from spice_dist.data.views import PLAIN, View
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
+from spice_dist.methods.head_calibration import best_temperature
 from spice_dist.methods.plumbing import load_state, open_dataset, place, state_of
 from spice_dist.methods.spice_graph import SpiceGraphConfig, clusterings
-from spice_dist.methods.spice_semi import best_temperature
 from spice_dist.methods.stage2 import stage2_network
 from spice_dist.methods.trunk_activations import encode, features_of, folded_trunk, logits_of, predicted
 from spice_dist.methods.tune_guard import SAMPLE, Guard, Limits

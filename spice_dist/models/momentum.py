@@ -1,4 +1,4 @@
-"""Slow copies and memory: the momentum encoder, the EMA network, MoCo's queue of keys, FreeMatch's thresholds."""
+"""Slow copies and memory: the momentum encoder, the EMA network, MoCo's queue of keys."""
 
 import copy
 from typing import TypeVar
@@ -47,37 +47,3 @@ class Queue(nn.Module):
         before_end = min(len(keys), len(self.keys) - start)
         self.keys[start : start + before_end] = keys[:before_end]
         self.keys[: len(keys) - before_end] = keys[before_end:]
-
-
-class AdaptiveThreshold(nn.Module):
-    """FreeMatch's self-adaptive thresholds (Wang et al. 2023), from the predictions q_b of a step's weak views:
-
-        tau_t = lambda tau_{t-1} + (1 - lambda) mean_b max_k q_b(k)        starts at 1 / K
-        p_t(k) = lambda p_{t-1}(k) + (1 - lambda) mean_b q_b(k)            starts at 1 / K
-        tau_t(k) = tau_t p_t(k) / max_j p_t(j)
-
-    A network that is unsure has low thresholds, a class that is rarely predicted a lower one than the others.
-    """
-
-    def __init__(self, clusters: int, momentum: float):
-        super().__init__()
-        self.momentum = momentum
-        self.confidence: Tensor
-        self.register_buffer("confidence", torch.tensor(1 / clusters))
-        self.shares: Tensor
-        self.register_buffer("shares", torch.full((clusters,), 1 / clusters))
-
-    def of_classes(self) -> Float[Tensor, " K"]:
-        """tau_t(k), in (0, 1]."""
-        return self.confidence * self.shares / self.shares.max()
-
-    @staticmethod
-    def summary(logits: Float[Tensor, "B K"]) -> Float[Tensor, " L"]:
-        """What `update` has to know of these predictions, L = K + 1: the mean of max_k q(k), then those of q(k)."""
-        probs = logits.detach().float().softmax(1)
-        return torch.cat([probs.amax(1).mean()[None], probs.mean(0)])
-
-    def update(self, summary: Float[Tensor, " L"]) -> None:
-        """`summary` of a step's global batch, or the mean over its equal parts."""
-        self.confidence.lerp_(summary[0], 1 - self.momentum)
-        self.shares.lerp_(summary[1:], 1 - self.momentum)

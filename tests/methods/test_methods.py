@@ -18,7 +18,7 @@ from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
-from spice_dist.methods import moco, plumbing, reliable, spice_semi
+from spice_dist.methods import labelled_draw, moco, plumbing, reliable, spice_semi
 from spice_dist.methods.plumbing import finished
 from spice_dist.models.backbone import unit
 from spice_dist.models.split_batch_norm import set_groups
@@ -238,7 +238,7 @@ class Recorder:
 def test_labelled_images_come_first_and_every_draw_is_a_function_of_the_step(small_run):
     def drawn(start: int) -> np.ndarray:
         images, worker, teachers = Recorder(), LocalWorker(small_run, "none", CPU), [np.array([3]), np.array([5])]
-        list(spice_semi.images_of_steps(images, teachers, 9, SMALL.spice_semi, 0, start, worker, span=3))
+        list(labelled_draw.images_of_steps(images, teachers, 9, 16, 112, 0, range(start, 8), worker, span=3))
         return np.concatenate(images.orders)
 
     whole = drawn(0)
@@ -251,18 +251,19 @@ LABELS = np.array([0] * 90 + [4] * 9 + [7] + [UNRELIABLE] * 50)
 
 
 def test_the_teachers_are_grouped_by_cluster_or_all_in_one():
-    by_cluster = spice_semi.groups_of_teachers(LABELS, balanced=True)
+    by_cluster = labelled_draw.groups_of_teachers(LABELS, balanced=True)
     assert [group.tolist() for group in by_cluster] == [list(range(90)), list(range(90, 99)), [99]]
-    assert [group.tolist() for group in spice_semi.groups_of_teachers(LABELS, balanced=False)] == [list(range(100))]
+    assert [group.tolist() for group in labelled_draw.groups_of_teachers(LABELS, balanced=False)] == [list(range(100))]
     for balanced in (True, False):
-        assert spice_semi.groups_of_teachers(np.full(3, UNRELIABLE), balanced) == []
+        assert labelled_draw.groups_of_teachers(np.full(3, UNRELIABLE), balanced) == []
 
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_an_image_is_drawn_in_proportion_to_a_weight_of_mean_one(small_run, balanced):
     config = spice_semi.SpiceSemiConfig(steps=700)
     images, worker = Recorder(), LocalWorker(small_run, "none", CPU)
-    list(spice_semi.images_of_steps(images, spice_semi.groups_of_teachers(LABELS, balanced), 150, config, 0, 0, worker))
+    teachers = labelled_draw.groups_of_teachers(LABELS, balanced)
+    list(labelled_draw.images_of_steps(images, teachers, 150, config.labelled, 448, 0, range(700), worker))
     drawn = np.concatenate(images.orders)[:, : config.labelled]
     counts = np.bincount(drawn.ravel(), minlength=150)
     assert counts.sum() == counts[:100].sum()

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,13 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import spice_semi
+from spice_dist.methods.head_calibration import best_temperature, calibrate
+from spice_dist.methods.label_refresh import ReliableLabels, refreshed_labels
+from spice_dist.methods.labelled_draw import images_of_steps
 from spice_dist.methods.plumbing import finished, open_run_dataset
-from spice_dist.methods.spice_semi import Monitor, ReliableLabels, best_temperature, calibrate
+from spice_dist.methods.prediction_monitor import PredictionMonitor
+from spice_dist.methods.thresholds import AdaptiveThreshold
 from spice_dist.models.heads import ClusterNet
-from spice_dist.models.momentum import AdaptiveThreshold
 from spice_dist.pseudo_labels import UNRELIABLE
 from tests.methods.conftest import CPU, SMALL, TRAIN, kept_above
 from tests.methods.test_methods import assert_same_bits, weights
@@ -54,7 +58,7 @@ def batches(run: Path, config: Config, labels: np.ndarray):
     images = open_images(run / "data", device=CPU, size=8, channels=1)
     teachers = [np.flatnonzero(labels == cluster) for cluster in np.unique(labels[labels >= 0])]
     worker = LocalWorker(run, "none", CPU)
-    drawn = spice_semi.images_of_steps(images, teachers, 200, own, 0, 0, worker)
+    drawn = images_of_steps(images, teachers, 200, own.labelled, own.labelled * own.ratio, 0, range(own.steps), worker)
     position = torch.arange(own.labelled * (1 + own.ratio))
     for step, (image, index) in enumerate(drawn):
         weak = augment.apply(own.weak, image, position, (0, step, 20 + 1), config.backbone.statistics).double()
@@ -159,7 +163,7 @@ def test_adaptive_thresholds_follow_confidence_class_by_class():
     torch.testing.assert_close(threshold.of_classes(), torch.full((3,), 1 / 3))
     logits = torch.tensor([[9.0, 0, 0]] * 3 + [[0.0, 5, 0]])
     for _ in range(200):
-        threshold.update(threshold.summary(logits))
+        threshold.update([logits])
     probs = logits.softmax(1)
     torch.testing.assert_close(threshold.confidence, probs.amax(1).mean())
     found = threshold.of_classes()
@@ -213,9 +217,9 @@ def test_labels_made_again_are_the_rules_answer_to_the_averaged_network(small_ru
     images = open_images(small_run / "data", device=CPU, size=8, channels=1)
     net = spice_semi.stage2_network(SMALL, small_run).eval()
     before = torch.from_numpy(np.load(small_run / "reliable/labels.npy"))
-    again = spice_semi.labels_again(SMALL, SMALL.spice_semi, net, images, 200, worker, before)
+    again = refreshed_labels(SMALL, SMALL.spice_semi.refresh_agreement, net, images, 200, worker, before)
     assert (again == before).float().mean() > 0.98, "the same network and rule, but for the rounding of its features"
-    fewer = spice_semi.labels_again(SMALL, SMALL.spice_semi, net, images, 150, worker, before)
+    fewer = refreshed_labels(SMALL, SMALL.spice_semi.refresh_agreement, net, images, 150, worker, before)
     assert (fewer[150:] == UNRELIABLE).all()
     predicted = inference.probabilities(net, images, SMALL.backbone.statistics).argmax(1)
     labelled = (fewer[:150] != UNRELIABLE).numpy()
@@ -244,8 +248,7 @@ def test_a_network_that_has_not_learnt_its_labels_replaces_none(small_run, capsy
     labels = torch.where(torch.arange(200) % 2 == 0, predicted, UNRELIABLE)
     labels[:20:2] = (labels[:20:2] + 1) % 10
     for asked, changed in ((0.89, True), (0.91, False)):
-        own = replace(SMALL.spice_semi, refresh_agreement=asked)
-        again = spice_semi.labels_again(SMALL, own, net, images, 200, worker, labels)
+        again = refreshed_labels(SMALL, asked, net, images, 200, worker, labels)
         assert torch.equal(again, labels) is not changed
         assert ("has learnt 90% of the reliable labels" in capsys.readouterr().err) is not changed
 
@@ -293,14 +296,17 @@ def test_lines_tell_how_healthy_the_predictions_are(small_run):
 
 def monitored(run: Path, config: Config, logits: Tensor, labels: list[int], steps: list[int]) -> list[dict]:
     """What the probes say after each of `steps`, of ten alike."""
-    monitor = Monitor(config, config.spice_semi, LocalWorker(run, "none", CPU))
+    own = config.spice_semi
+    warning = partial(spice_semi.collapse_warning, config, own)
+    images_per_step = own.labelled * (1 + own.ratio)
+    monitor = PredictionMonitor(config, own.steps, images_per_step, warning, LocalWorker(run, "none", CPU))
     reliable = ReliableLabels(torch.tensor(labels))
     images = torch.zeros(len(logits), 1, 1, 1)
     told = []
     for step in steps:
         probes = {}
         for _ in range(10):
-            probes = monitor.see(step, nn.Sequential(nn.Flatten(), nn.Linear(1, 10)), images, [logits], reliable)
+            probes = monitor.probes(step, nn.Sequential(nn.Flatten(), nn.Linear(1, 10)), images, [logits], reliable)
         told.append({name: probe().item() for name, probe in probes.items()})
     return told
 
@@ -364,7 +370,7 @@ def test_calibrating_changes_no_prediction_and_makes_reliable_labels_likelier_on
         net.head.weights[-1].mul_(1000)
         net.head.biases[-1].mul_(1000)
     sharp = copy.deepcopy(net).eval()
-    calibrate(config, own, net, images, labels)
+    calibrate(config, own.strong, net, images, labels)
 
     chosen = (labels != UNRELIABLE).nonzero()[:, 0]
     (batch, index) = next(images.batches(chosen.numpy(), len(chosen)))
@@ -383,7 +389,7 @@ def test_stage_three_goes_on_from_a_calibrated_network(without_stage):
     train(config, run)
     began = spice_semi.new_network(config, config.spice_semi, run)
     images, _ = open_run_dataset(config, run, CPU)
-    calibrate(config, config.spice_semi, began, images, torch.from_numpy(np.load(run / "reliable/labels.npy")))
+    calibrate(config, config.spice_semi.strong, began, images, torch.from_numpy(np.load(run / "reliable/labels.npy")))
     images.close()
     kept = finished(run / "spice_semi").tensors("ema")
     assert_same_bits(dict(began.named_parameters()), {name: kept[name] for name, _ in began.named_parameters()})
