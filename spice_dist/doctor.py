@@ -1,6 +1,6 @@
-"""`spice-dist doctor`: checks whether a run can start here and end well, before it waits in a queue; one line a check.
+"""`spice-dist doctor`: check whether a run can start and finish here, before it waits in a queue.
 
-Every check returns findings and raises nothing: one thing that is broken must not hide the others.
+Every check yields findings, each shown in one line; an error in a check is a finding, so that it hides no other.
 """
 
 import os
@@ -59,7 +59,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class IntendedRun:
-    """The run that is meant, as far as it was given; without any of it, this machine alone is checked."""
+    """The intended run, as far as it is given; without it only this machine is checked."""
 
     prepare: Callable[[], tuple[Source, Config]] | None = None  # UserError if they cannot be used
     out: Path | None = None
@@ -70,7 +70,7 @@ Check = Callable[[IntendedRun], Iterator[Finding]]
 
 
 def findings(run: IntendedRun) -> Iterator[Finding]:
-    """Run all checks; each needs what those before it have found to work."""
+    """Run all checks in order; each relies on those before it."""
     checks: dict[str, Check] = {
         "python": python, "packages": packages, "torch": accelerator, "ffcv": ffcv, "limits": limits,
         "network": network, "slurm": slurm, "storage": storage, "ray": ray_cluster, "data": images,
@@ -115,7 +115,7 @@ def _satisfied(name: str, wanted) -> bool:
 
 
 def accelerator(run: IntendedRun) -> Iterator[Finding]:
-    """GPUs as torch sees them; a driver without them in torch is the commonest way to train on the CPU by mistake."""
+    """Check that torch sees the GPUs of this machine: otherwise a run trains on the CPU by mistake."""
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         text = f"{torch.__version__}, {torch.cuda.device_count()} GPUs ({', '.join(sorted(names))})"
@@ -138,7 +138,7 @@ def accelerator(run: IntendedRun) -> Iterator[Finding]:
 
 
 def ffcv(run: IntendedRun) -> Iterator[Finding]:
-    """In a child process: a library of another version may end it."""
+    """Import FFCV in a child process: a library of another version may crash it."""
     code = "from spice_dist.data.ffcv_decoder import why_no_ffcv as why; print(why() or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     missing = done.stdout.strip() if done.returncode == 0 else f"FFCV ends Python ({done.returncode})"
@@ -161,7 +161,7 @@ def limits(run: IntendedRun) -> Iterator[Finding]:
 
 
 def network(run: IntendedRun) -> Iterator[Finding]:
-    """Other nodes must reach what this host's name stands for; Debian maps it to 127.0.1.1."""
+    """Check that other nodes can reach the address of this host's name; Debian maps it to 127.0.1.1."""
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
@@ -178,8 +178,8 @@ def network(run: IntendedRun) -> Iterator[Finding]:
 def slurm(run: IntendedRun) -> Iterator[Finding]:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        there = shutil.which("sbatch")
-        yield Finding("slurm", OK, f"{there} is here, and this is no job" if there else "none here")
+        sbatch = shutil.which("sbatch")
+        yield Finding("slurm", OK, f"{sbatch} is here, and this is no job" if sbatch else "none here")
         return
     names = ("SLURM_JOB_NUM_NODES", "SLURM_CPUS_ON_NODE", "SLURM_GPUS_ON_NODE")
     nodes, cores, gpus = (os.environ.get(name, "no") for name in names)
@@ -194,7 +194,7 @@ def slurm(run: IntendedRun) -> Iterator[Finding]:
 
 
 def storage(run: IntendedRun) -> Iterator[Finding]:
-    """Write where the run folder and the scratch folder are or will be made, with the calls that save a checkpoint."""
+    """Write where the run folder and the scratch folder are or will be, with the calls that save a checkpoint."""
     for option, wanted in (("--out", run.out), ("--scratch", run.launch.storage.scratch)):
         folder = _existing(wanted)
         if folder is not None:
@@ -202,16 +202,16 @@ def storage(run: IntendedRun) -> Iterator[Finding]:
 
 
 def _of_folder(option: str, folder: Path) -> Finding:
-    tried = folder / f".doctor-{os.getpid()}.json"
+    probe = folder / f".doctor-{os.getpid()}.json"
     try:
-        publish_json(tried, {})
-        tried.unlink()
+        publish_json(probe, {})
+        probe.unlink()
         free = shutil.disk_usage(folder).free
     except (OSError, UserError) as error:
         return Finding("storage", BAD, f"{folder}: {error}", f"give another {option}, or ask for the rights")
-    few = free < FREE
+    scarce = free < FREE
     text = f"{folder}: written, flushed and renamed; {free / 1e9:,.0f} GB free"
-    return Finding("storage", NOTE if few else OK, text, "make room: a full disk stops checkpoints" * few)
+    return Finding("storage", NOTE if scarce else OK, text, "make room: a full disk stops checkpoints" * scarce)
 
 
 def _existing(folder: Path | None) -> Path | None:
@@ -275,7 +275,7 @@ def images(run: IntendedRun) -> Iterator[Finding]:
 
 
 def _of_beton(path: Path) -> Finding:
-    """Verify its structure and every checksum."""
+    """Verify the structure and every checksum of a .beton file."""
     info = verify(path)
     check_pixels(info)
     return Finding("data", OK, f"{info.n:,} images, {info.file_size / 1e9:.2f} GB, structure and checksums as written")
@@ -283,24 +283,24 @@ def _of_beton(path: Path) -> Finding:
 
 def _of_source(source: Source) -> Finding:
     """Decode some of the images, at even distances, as a run would."""
-    which = list(range(0, len(source.paths), max(1, len(source.paths) // LOOK_AT)))
+    subset = list(range(0, len(source.paths), max(1, len(source.paths) // LOOK_AT)))
     file = source.file
-    few = replace(
+    tried = replace(
         source,
-        paths=[source.paths[i] for i in which],
-        read=lambda i: source.read(which[i]),
-        file=None if file is None else lambda i: file(which[i]),
+        paths=[source.paths[i] for i in subset],
+        read=lambda i: source.read(subset[i]),
+        file=None if file is None else lambda i: file(subset[i]),
     )
-    packed = packed_in_order(few, Packing("raw", 32), workers=1)
-    bad = [name for name, result in zip(few.paths, packed, strict=True) if isinstance(result, str)]
-    text = f"{len(source.paths):,} images; of {len(which)} tried {len(bad)} cannot be used"
+    packed = packed_in_order(tried, Packing("raw", 32), workers=1)
+    bad = [name for name, result in zip(tried.paths, packed, strict=True) if isinstance(result, str)]
+    text = f"{len(source.paths):,} images; of {len(subset)} tried {len(bad)} cannot be used"
     if bad:
         return Finding("data", NOTE, f"{text}, such as {bad[0]!r}", "look at it; more than data.max_bad stop a run")
     return Finding("data", OK, text)
 
 
 def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
-    """Count memory of the largest stage with the fewest workers, and time of all stages, on this machine."""
+    """Estimate memory of the largest stage with the fewest workers, and time of all stages, on this machine."""
     check_settings(config, source, source.name)
     sizes, threads = plan(config, launch)
     gpu = torch.cuda.is_available()
@@ -328,7 +328,7 @@ def _of_cost(source: Source, config: Config, launch: Launch) -> Finding:
 
 
 def _memory() -> float:
-    """Return the bytes that this process and its children may still take: of the job, or else of the machine."""
+    """Return the bytes that this process and its children may still use: of the job, or else of the machine."""
     megabytes = os.environ.get("SLURM_MEM_PER_NODE")
     free = float(psutil.virtual_memory().available)
     return min(free, float(megabytes) * 2**20) if megabytes and megabytes.isdecimal() else free

@@ -1,4 +1,4 @@
-"""What a user can get wrong, told in one line."""
+"""Errors and warnings that a user reads in one line."""
 
 import warnings
 from pathlib import Path
@@ -12,15 +12,15 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Asked to stop from outside; the state is saved and the same command goes on from it."""
+    """The run was asked to stop; the state is saved, and the same command resumes from it."""
 
 
 class DamagedFile(UserError):
-    """A file of ours that is truncated, altered or was never finished."""
+    """A file of this program that is truncated, altered or unfinished."""
 
 
 def warn_in_one_line() -> None:
-    """From now on this process prints our warnings without the file and the code that they come from."""
+    """Print this package's warnings, from now on, without the file and the code that they come from."""
     warnings.formatwarning = _one_line
 
 
@@ -33,6 +33,6 @@ def _one_line(
 
 
 def out_of_memory(stage: str, error: Exception) -> UserError:
-    """What a user is told of a GPU whose memory did not suffice."""
+    """Return the error for a GPU whose memory did not suffice."""
     reason = str(error).splitlines()[0] if str(error) else "out of memory"
     return UserError(f"{stage} needs more memory than the GPU has ({reason}); set a smaller batch or image size")

@@ -1,4 +1,4 @@
-"""Who owns a run folder: one process at a time, on any host that shares it."""
+"""Lock a run folder for one process at a time, on all hosts that share it."""
 
 import _thread
 import contextlib
@@ -21,18 +21,18 @@ from spice_dist.errors import UserError
 
 OWNER = ".owner.json"
 HEARTBEAT_SECONDS = 5.0
-WRITING_SECONDS = 1.0  # longer than anybody takes to fill the owner file after creating it
+WRITING_SECONDS = 1.0  # longer than a process takes to fill the owner file after creating it
 
 
 @contextmanager
 def owned(run: Path) -> Iterator[None]:
-    """Owns the folder for the block. UserError if another live process owns it, or it cannot be written.
+    """Own the folder for the block; UserError if another live process owns it, or it cannot be written.
 
-    The owner file holds the host, the process and its start time. On this machine a dead owner is recognised by its
-    process. An owner elsewhere counts as alive while its heartbeat moves, which is watched for three beats.
+    The owner file holds the host, the process and its start time. An owner on this machine is dead if its process is.
+    An owner elsewhere is alive while its heartbeat changes, which is watched for three beats.
 
-    flufl.lock would not replace this: it takes over by a file's time and two machines' clocks, also from a process that
-    was only stopped, needs a heartbeat all the same, and waited 25 s for a dead process of this machine.
+    flufl.lock does not replace this: it compares a file's time across machines' clocks, takes over from a process that
+    is only suspended, needs a heartbeat too, and waited 25 s for a dead process of this machine.
     """
     owner, identity = run / OWNER, _identity()
     try:
@@ -48,17 +48,17 @@ def owned(run: Path) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
-        with contextlib.suppress(OSError):  # must not hide what went wrong inside
+        with contextlib.suppress(OSError):  # must not hide an error of the block
             if _is_open_as(descriptor, owner):
                 owner.unlink()
             os.close(descriptor)
 
 
 def _claim(path: Path, identity: dict[str, Any]) -> int:
-    """Writes this process's identity to `path` and returns it open. UserError if a live process holds it.
+    """Write this process's identity to `path` and return it open; UserError if a live process holds it.
 
     A dead holder is replaced under a second claim, on a file named after that holder: two processes that see the same
-    dead holder cannot both replace it, and none can replace its successor by mistake.
+    dead holder cannot both replace it, and neither can replace its successor by mistake.
     """
     while True:
         with contextlib.suppress(FileExistsError):
@@ -98,7 +98,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Identifies one boot of one host and one process namespace of containers: processes there see each other."""
+    """Name one boot of one host and one process namespace of containers, whose processes see each other."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -106,7 +106,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """Seconds from boot to the start of a process, None if it is dead; setting the clock does not change it."""
+    """Return the seconds from boot to the start of a process, which setting the clock does not change; None if dead."""
     try:
         process = psutil.Process(pid)
         dead = process.status() == psutil.STATUS_ZOMBIE
@@ -127,7 +127,7 @@ def _alive(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The identity in the file, None if it is unreadable; waits for a holder that is just writing it."""
+    """Read the identity in the file; None if it is unreadable, after waiting for a holder that is writing it."""
     deadline = time.monotonic() + WRITING_SECONDS
     while True:
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -145,7 +145,7 @@ def _is_identity(holder: Any) -> bool:
 
 
 def _write(descriptor: int, identity: dict[str, Any], beat: int) -> None:
-    """Writes in place and at constant length: a beat needs no space on a full disk and replaces nobody else's file."""
+    """Write in place and at constant length: a beat needs no space on a full disk and replaces no other file."""
     os.pwrite(descriptor, json.dumps({**identity, "beat": f"{beat:09d}"}).encode(), 0)
     os.fsync(descriptor)
 
@@ -164,6 +164,6 @@ def _beat(owner: Path, descriptor: int, identity: dict[str, Any], stop: threadin
         with contextlib.suppress(OSError):  # a failing disk must not end the run; the next beat tries again
             if owner.exists() and not _is_open_as(descriptor, owner):
                 warnings.warn(f"another process has taken {owner.parent} over; this one stops", stacklevel=1)
-                _thread.interrupt_main(signal.SIGTERM)  # nothing if nobody handles it
+                _thread.interrupt_main(signal.SIGTERM)  # no effect without a handler
                 return
             _write(descriptor, identity, number)

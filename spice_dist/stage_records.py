@@ -11,7 +11,7 @@ from spice_dist.errors import DamagedFile, UserError
 
 
 def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
-    """{"settings", "done", "seconds"} of a stage; None if it never began."""
+    """Read {"settings", "done", "seconds"} of a stage; None if it never began."""
     path = run / stage / "stage.json"
     try:
         record = json.loads(path.read_bytes())
@@ -31,7 +31,7 @@ def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bo
 def refuse_changes(
     run: Path, stage: str, settings: dict[str, Any], remedy: str = "give another --out or the same settings"
 ) -> None:
-    """UserError, with the difference, if the stage has left anything that was made with other settings than these."""
+    """Raise UserError, with the difference, if the stage has files that were made with other settings."""
     record = stage_record(run, stage)
     trained = any((run / stage).glob("checkpoints/*"))
     if record is None:
@@ -54,7 +54,7 @@ def refuse_changes(
 def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> None:
     """Remove what was made for another number of clusters, or other settings of stage 2 on the neighbour graph.
 
-    The features and neighbours stay, from which it is made in seconds; one line says so.
+    The features and neighbours stay, from which it is made again in seconds; one line is printed.
     """
     names = list(settings)
     record = stage_record(run, "spice_graph") if "spice_graph" in names else None
@@ -72,7 +72,7 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
 
 
 def _of_earlier_stages(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the stage `spice_graph` without its own."""
+    """Return the settings that `spice_graph` takes from earlier stages."""
     return {name: value for name, value in settings.items() if not name.startswith(("clusters", "spice_graph."))}
 
 

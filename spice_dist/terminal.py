@@ -1,4 +1,4 @@
-"""What a command shows and hears while it works: a progress bar, and the signals that ask it to stop."""
+"""The progress bar of a command, and the signals that ask it to stop."""
 
 import contextlib
 import signal
@@ -11,14 +11,14 @@ from spice_dist.errors import Interrupted
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM or SIGUSR1: save and stop. A second Ctrl-C stops at once."""
+    """Takes Ctrl-C, SIGTERM and SIGUSR1 as requests to save and stop; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        with contextlib.suppress(ValueError):  # not the main thread: whoever owns it takes the signals
+        with contextlib.suppress(ValueError):  # outside of the main thread, whose owner handles the signals
             for number in self.before:
                 signal.signal(number, self._receive)
         return self
@@ -43,11 +43,11 @@ class StopSignal:
 
 
 class Bar:
-    """A stage's progress: done of total, rate, time left, loss."""
+    """Shows a stage's progress: done of total, rate, time left, loss."""
 
     def __init__(self, stage: str, stop: StopSignal):
         self.stage, self.stop = stage, stop
-        self.tqdm: Any = None  # until there is something to show: a mistake is one line
+        self.tqdm: Any = None  # until the first progress, so that an early error is one line
 
     def __enter__(self) -> "Bar":
         return self
@@ -57,12 +57,12 @@ class Bar:
             self.tqdm.close()
 
     def fill(self) -> None:
-        """The stage is done, whatever was shown last."""
+        """Show the stage as done."""
         if self.tqdm is not None:
             self.tqdm.update(self.tqdm.total - self.tqdm.n)
 
     def show(self, done: int, total: int, loss: float | None = None) -> None:
-        """A stage without a loss keeps no state of its own: here is where it stops when asked to."""
+        """Show the progress; a stage without a loss saves no state, and stops here when asked to."""
         if loss is None:
             self.stop.check()
         if self.tqdm is None:

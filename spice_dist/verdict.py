@@ -1,4 +1,4 @@
-"""How far to trust a grouping, in words, from numbers that need no labels. Numbers in, words out."""
+"""State in words how far to trust a grouping, from numbers that need no labels."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ STRONG, FAIR, WEAK, FAILED = "strong", "fair", "weak", "failed"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run knows of its own grouping; None where it does not know."""
+    """The label-free numbers of a run; None where a number is missing."""
 
     clusters: int  # K, asked for or suggested
     nonempty: int  # of them in use
     largest: float  # share of the images in the largest cluster, 0 to 1
-    agreement: float | None = None  # between heads, of different starts: mean ARI, 1 where all find the same groups
+    agreement: float | None = None  # mean ARI between heads of different starts; 1 where all find the same groups
     confidence: float | None = None  # mean, 0 to 1, calibrated
     groups_found: bool | None = None  # False: structureless data would score as well
     suggested: tuple[int, int] | None = None  # range of plausible K
-    too_few: bool = False  # images, to test whether there are groups at all
+    too_few: bool = False  # whether there are too few images to test for groups
     below: str = ""  # the baseline that is better by label-free scores; "" if none is
 
 
@@ -31,10 +31,10 @@ class Verdict:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The first of these that holds, worst first.
+    """Return the first verdict that holds, worst first.
 
-    Heads of one neighbour graph agree easily: on the clothing photos by .77 to .81 in mean ARI, where two thirds of
-    the images are in the group of their class. Below .4 the groups are those of the start and of chance.
+    Heads on one neighbour graph agree easily: on the clothing photos by .77 to .81 in mean ARI, where two thirds of
+    the images are in the group of their class. Below .4 the groups depend on the start and on chance.
     """
     empty = evidence.clusters - evidence.nonempty
     if evidence.nonempty < 2:
@@ -59,16 +59,16 @@ def judge(evidence: Evidence) -> Verdict:
     if agreement is None:
         level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
         return Verdict(level, "one head alone, whose stability is unknown", "" if level == FAIR else "train longer")
-    told = f"heads of different starts agree by {agreement:.2f} of 1"
+    why = f"heads of different starts agree by {agreement:.2f} of 1"
     if agreement < 0.4:
-        return Verdict(WEAK, told, asked or "take another --backbone")
+        return Verdict(WEAK, why, asked or "take another --backbone")
     if agreement < 0.85 or asked:
-        return Verdict(FAIR, told, asked)
-    return Verdict(STRONG, told)
+        return Verdict(FAIR, why, asked)
+    return Verdict(STRONG, why)
 
 
 def _asked(evidence: Evidence) -> str:
-    """A hint if the number of clusters is outside of the suggested range."""
+    """Return a hint if the number of clusters is outside of the suggested range."""
     if evidence.suggested is None or evidence.suggested[0] <= evidence.clusters <= evidence.suggested[1]:
         return ""
     low, high = evidence.suggested

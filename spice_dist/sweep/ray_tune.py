@@ -1,6 +1,6 @@
-"""Ray Tune proposes settings and runs trials side by side; what they leave is in their folders, and Ray only schedules.
+"""Propose settings and run trials in parallel by Ray Tune, which only schedules: results are in the trials' folders.
 
-Ray's own state of a sweep is thrown away: a sweep that goes on gives a new search the scores of the finished trials.
+Ray's own state of a sweep is deleted: a resumed sweep gives a new search the scores of the finished trials.
 """
 
 import logging
@@ -56,7 +56,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Round:
-    """Trials to run now, and what earlier ones teach the search."""
+    """Trials to run now, and the scores of earlier ones for the search."""
 
     ranges: Ranges
     count: int
@@ -162,7 +162,7 @@ def run_trials(
         except BaseException as error:
             errors.append(error)
 
-    # beside the main thread, which stays free to take signals, as in ray_train
+    # not in the main thread, which takes signals, as in ray_train
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     while thread.is_alive():
@@ -179,7 +179,7 @@ def _trial(settings: dict[str, Any], run_trial: RunTrial, plan: Plan, search: Se
     from ray import tune
 
     def on_rung(rung: int, scores: Scores) -> None:
-        # a rung of stage 1 knows fewer scores
+        # a rung of stage 1 has fewer scores
         if search.metric in scores:
             tune.report({"rung": rung, "objective": search.direction * scores[search.metric], "scores": scores})
 
@@ -195,12 +195,12 @@ def _resources(plan: Plan, search: Search) -> dict[str, float]:
 
 
 def _search_algorithm(search: Search, this_round: Round, seed: int) -> Any:
-    """What proposes the settings of the next trial."""
+    """Return the search that proposes the settings of the next trial."""
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    # a sweep that goes on draws other settings
+    # a resumed sweep draws other settings
     seed = seed * 1000 + len(this_round.scored)
     samplers = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     try:
@@ -218,7 +218,7 @@ def _search_algorithm(search: Search, this_round: Round, seed: int) -> Any:
 
 
 def _scheduler(search: Search) -> Any:
-    """What may stop a trial at a rung."""
+    """Return the scheduler that may stop a trial at a rung."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
     if search.scheduler == "none":
@@ -230,7 +230,7 @@ def _scheduler(search: Search) -> Any:
 
 
 def _end_callback(deadline: float | None, on_end: OnEnd) -> Any:
-    """Ray's callback that passes on the end of every trial."""
+    """Return Ray's callback that passes on the end of every trial."""
     from ray.tune import Callback
 
     class EndCallback(Callback):
@@ -242,7 +242,7 @@ def _end_callback(deadline: float | None, on_end: OnEnd) -> Any:
                 self._end(trial, STOPPED, "stopped early by the scheduler")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            # get_error looks where it has not been copied to yet
+            # Ray's get_error reads a copy that does not exist yet
             trace = Path(trial.error_file or "")
             self._end(trial, FAILED, why_it_died(trace.read_text() if trace.is_file() else ""))
 
@@ -253,7 +253,7 @@ def _end_callback(deadline: float | None, on_end: OnEnd) -> Any:
 
 
 def why_it_died(trace: str) -> str:
-    """Return one line for a trial whose process wrote none, from Ray's trace."""
+    """Return one line from Ray's trace, for a trial whose process wrote none."""
     if "low on memory" in trace:
         return "out of memory: Ray ended its process, as the machine had too little left"
     if "actor died" in trace or "worker died" in trace:

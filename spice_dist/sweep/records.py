@@ -1,4 +1,4 @@
-"""What the trials of a sweep share, and what each of them leaves on disk: its folder and the record in it."""
+"""The plan that the trials of a sweep share, and the folder and record of each trial."""
 
 import json
 import time
@@ -48,7 +48,7 @@ class Record:
 
 
 def trial_folder(plan: Plan, settings: Settings) -> Path:
-    """Return the folder of these settings, where an unfinished trial of the same goes on."""
+    """Return the folder of these settings, in which an unfinished trial of them resumes."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return plan.folder / "trials" / sha256(text.encode()).hexdigest()[:12]
 

@@ -79,7 +79,7 @@ def format_sweep(folder: Path, trials: Sequence[Row]) -> str:
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
-    """Show the settings by the last part of their names, which tells them apart well enough in a line."""
+    """Show the settings in one line, by the last part of their names."""
     return " ".join(f"{name.rpartition('.')[2]}={_plain(value)}" for name, value in sorted(settings.items()))
 
 
@@ -125,7 +125,7 @@ def correlations(finished: Sequence[Row]) -> list[tuple[str, float | None, int]]
 
 
 def importances(finished: Sequence[Row], names: Sequence[str], objective: str) -> dict[str, float]:
-    """Return the weight of each setting for the trials' places; scores would be ruled by one failure."""
+    """Return the importance of each setting for the trials' places; one failure would dominate scores."""
     places = (-ranks(goodness(finished, objective), +1)).tolist()
     return {name: importance([row["settings"].get(name) for row in finished], places) for name in names}
 
@@ -162,7 +162,7 @@ def short(value: Any) -> str:
 
 
 class Axis:
-    """Where the values of one setting or score lie between 0 and 1: numbers by size, others in order of their names."""
+    """Places the values of one setting or score in 0 .. 1: numbers by size, others in order of their names."""
 
     def __init__(self, name: str, values: Sequence[Any]):
         self.name = name
@@ -186,7 +186,7 @@ class Axis:
 
 
 def parallel_coordinates(finished: Sequence[Row], names: Sequence[str], objective: str) -> Markup:
-    """Draw a line per trial through its settings to its score, the better the darker, the best one marked."""
+    """Draw a line per trial through its settings to its score; better ones are darker, the best one is marked."""
     values = goodness(finished, objective)
     columns = [(name.partition(".")[2] or name, [row["settings"].get(name) for row in finished]) for name in names]
     columns.append((objective, values))

@@ -55,7 +55,7 @@ def with_accuracy(folder: Path, trials: Sequence[Row]) -> list[Row]:
 
 
 def write_results(folder: Path, objective: str) -> list[Row]:
-    """Leave trials.csv, trials.parquet, report.html, and best.json if a finished trial has the objective.
+    """Write trials.csv, trials.parquet, report.html, and best.json if a finished trial has the objective.
 
     Returns the rows, the best first.
     """
@@ -66,14 +66,14 @@ def write_results(folder: Path, objective: str) -> list[Row]:
         contents = {"version": 1, "trial": best["trial"], "objective": objective, "config": asdict(config)}
         publish_json(artifacts.best_file(folder), contents)
     else:
-        # an earlier call's, by another objective
+        # left by an earlier call with another objective
         artifacts.best_file(folder).unlink(missing_ok=True)
     write_sweep_report(folder, trials, objective)
     return trials
 
 
 def with_consensus(folder: Path, trials: Sequence[Row]) -> list[Row]:
-    """Add the score that takes all finished trials to know: how far each agrees with the others."""
+    """Add the consensus: how far each finished trial agrees with the others."""
     finished = [row["trial"] for row in trials if row["state"] == FINISHED]
     if len(finished) < 2:
         return list(trials)
@@ -83,7 +83,7 @@ def with_consensus(folder: Path, trials: Sequence[Row]) -> list[Row]:
 
 
 def write_tables(folder: Path, trials: Sequence[Row]) -> list[Row]:
-    """Leave trials.csv and trials.parquet of these rows; return them with their ACC, where there are true labels."""
+    """Write trials.csv and trials.parquet of these rows; return them with their ACC, where there are true labels."""
     import pyarrow as pa
     from pyarrow.parquet import write_table
 
@@ -110,7 +110,7 @@ def _flat(row: Row) -> Row:
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Give values of several types as text, as a column holds values of one type."""
+    """Convert values of several types to text, as a column holds values of one type."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} or len(kinds) <= 1:
         return values

@@ -1,4 +1,4 @@
-"""A sweep: many trials of settings on what one base run left, compared without labels.
+"""A sweep: many trials of settings on the results of one base run, compared without labels.
 
 SWEEP/sweep.json      what is searched, from which settings, by which command
 SWEEP/base/           the run that all trials share, up to what they do not change
@@ -7,7 +7,7 @@ SWEEP/trials.csv      one row per trial, and the same as trials.parquet
 SWEEP/best.json       the best configuration, for `fit --config`
 SWEEP/report.html     one page
 
-The trials' folders are what counts: everything else is made from them, and a sweep that was killed goes on from them.
+Everything but the base run is made from the trials' folders, and a killed sweep resumes from them.
 """
 
 import json
@@ -79,7 +79,7 @@ def tune(
 
     Raises:
         UserError: data, settings, space or folder cannot be used.
-        Interrupted: asked to stop; the same call with `resume` goes on.
+        Interrupted: asked to stop; the same call with `resume` continues.
     """
     searched = read_space(space_file(space), launch.address, launch.insecure)
     plan = _plan(place.folder, config, searched.ranges, launch)
@@ -143,7 +143,7 @@ def objectives_of(plan: Plan) -> list[str]:
     """Return the scores by which the trials of this sweep can be compared."""
     if plan.start is Start.HEADS and not plan.reliable:
         return list(OBJECTIVES)
-    # trials have heads of other features, or no heads
+    # trials have heads on other features, or no heads
     return [name for name in OBJECTIVES if name != "select_loss"]
 
 
@@ -200,7 +200,7 @@ def _shared_stages(config: Config) -> list[str]:
 
 
 def _begin(sweep: Sweep, resume: bool) -> None:
-    """Write sweep.json, or see that the one that is there is of this sweep: one without a trial yet may change."""
+    """Write sweep.json, or check that the existing one is of this sweep; before the first trial it may change."""
     plan = sweep.plan
     if artifacts.config_file(plan.folder).exists():
         raise UserError(f"{plan.folder} holds a run; give another --out, or --base {plan.folder} to sweep on it")
@@ -275,7 +275,7 @@ def _run_base(sweep: Sweep) -> None:
 
 
 def _run_rounds(sweep: Sweep, stop: StopSignal) -> None:
-    """Run rounds of trials until there are enough, or a round draws no settings that are new."""
+    """Run rounds of trials until there are enough, or a round draws no new settings."""
     plan, search, launch = sweep.plan, sweep.search, sweep.launch
     began = time.monotonic()
     lines = TrialLines(plan.folder, search)

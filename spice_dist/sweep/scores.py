@@ -1,4 +1,4 @@
-"""What the clustering of a trial is worth, without labels, in the one space that all trials share."""
+"""Score the clustering of a trial without labels, by the features that all trials share."""
 
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +19,7 @@ from spice_dist.objectives import generalization
 from spice_dist.pseudo_labels import UNRELIABLE, quotas, selection_loss
 from spice_dist.sweep.records import Plan, Scores
 
-STUDENTS = 4  # that learn from halves of the reliable labels, two from each
+STUDENTS = 4  # that learn from halves of the reliable labels, two from each random split
 STUDENT_STEPS = 200
 
 
@@ -28,7 +28,7 @@ class Scorer:
 
     def __init__(self, plan: Plan, config: Config, device: torch.device):
         self.config, self.device, self.seed = config, device, plan.config.seed
-        # losses on features of a trial's own cannot be compared
+        # losses on different features cannot be compared
         self.compares_losses = not plan.start.trains_backbone
         self.center_fraction = plan.config.spice_self.center_fraction
         self.prior = plan.config.spice_self.prior
@@ -40,7 +40,7 @@ class Scorer:
     ) -> tuple[Int[np.ndarray, " N"], Scores]:
         """Return the clusters by the head of the lowest loss, and their scores.
 
-        `select_loss` is by the same loss and share of a center for all trials, whatever they learned by.
+        `select_loss` uses the same loss and center fraction for all trials, whatever they were trained with.
         """
         x = torch.from_numpy(features.astype(np.float32)).to(self.device)
         heads = heads.to(self.device)
@@ -61,10 +61,10 @@ class Scorer:
     def of_labels(
         self, labels: Int[np.ndarray, " N"], features: Float[np.ndarray, "N D"]
     ) -> tuple[Int[np.ndarray, " N"], Scores]:
-        """Return the clusters that students learn from reliable labels, and their scores: stage 3 in small.
+        """Return the clusters that students learn from reliable labels, and their scores: a small stage 3.
 
         Each student learns one half of the labels by a linear map of the frozen features; the clusters are their mean
-        prediction of every image. Labels that are few or wrong leave students that disagree.
+        prediction of every image. Students of few or wrong labels disagree.
 
         Args:
             labels: UNRELIABLE where an image has none.
@@ -82,7 +82,7 @@ class Scorer:
         return self.of_heads(heads, state["select"]["loss"], self.reference)[1]
 
     def backbone_at_rung(self, folder: Path, state: Tensors) -> Scores:
-        """Score stage 1 in the middle of its training, by k-means on its features: a rough sign of what heads reach."""
+        """Score stage 1 in the middle of its training, by k-means on its features: a rough estimate for heads."""
         from sklearn.cluster import KMeans
 
         config = self.config
@@ -112,11 +112,11 @@ def students(
     orders = [labelled[torch.randperm(len(labelled))] for _ in range(STUDENTS // 2)]
     size = max(1, len(labelled) // 2)
     # (S, size)
-    taught = torch.stack([half for order in orders for half in (order[:size], order[-size:])]).to(features.device)
+    halves = torch.stack([half for order in orders for half in (order[:size], order[-size:])]).to(features.device)
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.05)
     batch = min(size, 256)
     for _ in range(STUDENT_STEPS):
-        rows = taught[:, torch.randint(size, (batch,))]
+        rows = halves[:, torch.randint(size, (batch,))]
         logits = heads(features[rows])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
         optimizer.zero_grad()

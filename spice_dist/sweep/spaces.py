@@ -1,4 +1,4 @@
-"""What a sweep searches: a file with ranges of settings, and the stage at which trials of these settings begin."""
+"""The search space of a sweep: a file with ranges of settings, and the stage at which its trials begin."""
 
 import os
 import random
@@ -76,7 +76,7 @@ def start_of(names: Iterable[str]) -> Start:
 
 
 def space_file(name: str) -> Path:
-    """Return the file of a search space: one of ours by its name, in a checkout or an installation, or the user's."""
+    """Return the file of a search space: ours by name, in a checkout or an installation, or the user's by path."""
     package = Path(spice_dist.__file__).parent
     ours = [folder / f"tune_spaces/{name}.py" for folder in (package, package.parent)]
     return next((path for path in ours if path.is_file()), Path(name))

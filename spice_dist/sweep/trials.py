@@ -1,10 +1,10 @@
-"""One trial of a sweep: the stages that its settings touch, on what all trials share, then scores without labels.
+"""One trial of a sweep: the stages that its settings change, on shared results, then scores without labels.
 
-A sweep's base run holds what no trial changes. A trial is a run folder of its own whose unchanged parts are links to
-it; it begins at the first stage that the searched settings touch:
+A sweep's base run holds what no trial changes. A trial is a run folder whose unchanged parts are links to the base; it
+begins at the first stage that the searched settings change:
 
 pretrain    stage 1, its features, then the heads
-heads       the heads, on the base's features; views that are not searched are read from where the base stored them
+heads       the heads, on the base's features; views that are not searched are read from the base
 thresholds  the reliable labels of the base's heads, and students that learn from these on the features
 
 The clustering that is scored is that of the head with the lowest loss, or the students' vote. True labels are never
@@ -66,7 +66,7 @@ class Trial:
 
 
 def run_trial(plan: Plan, settings: Settings, on_rung: OnRung) -> Scores:
-    """Leave trial.json, the record, and clusters.npy, (N,), in the trial's folder; return the scores.
+    """Run the trial; write trial.json and clusters.npy, (N,), in its folder, and return the scores.
 
     Raises:
         Exception: what stopped the trial, such as a UserError; the record says why too.
@@ -87,7 +87,7 @@ def run_trial(plan: Plan, settings: Settings, on_rung: OnRung) -> Scores:
             link_base(plan, folder)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             scores = _run_stages(Trial(plan, config, folder, device, on_rung))
-        # whatever it is: a row with its reason, and the sweep goes on
+        # any error makes a row with its reason, and the sweep goes on
         except Exception as error:
             seconds = spent + time.time() - began
             write_record(folder, replace(record, state=FAILED, reason=reason_of(error), seconds=seconds))
@@ -105,14 +105,14 @@ def reason_of(error: BaseException) -> str:
     """Return one line that says what stopped a trial."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    # the second is what torch says on a CPU
+    # torch raises the second on a CPU
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
         return f"out of memory: {first}"
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def link_base(plan: Plan, folder: Path) -> None:
-    """Make the trial's folder a run folder: what it does not make itself is a relative link to the base."""
+    """Make the trial's folder a run folder: stages that it does not run are relative links to the base."""
     shared = ["data"]
     if not plan.start.trains_backbone:
         shared += [plan.config.pretext, "features", "views"]
@@ -124,7 +124,7 @@ def link_base(plan: Plan, folder: Path) -> None:
 
 
 def _run_stages(trial: Trial) -> Scores:
-    """Run the stages that the settings touch and leave the clustering; return its scores."""
+    """Run the stages that the settings change and write the clustering; return its scores."""
     plan, config, folder = trial.plan, trial.config, trial.folder
     scorer = Scorer(plan, config, trial.device)
     if plan.start.trains_backbone:
