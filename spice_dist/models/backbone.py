@@ -1,7 +1,7 @@
 """Feature models: any timm backbone or a wide ResNet, with the small-image stem and the split BatchNorm of MoCo.
 
-The network starts from random weights, from those that timm publishes or a package ships, or from those of a file.
-Several networks make one: their unit features stand side by side.
+Initial weights are random, or are published by timm, shipped by a package or read from a file. The unit features of
+several networks are concatenated.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class BackboneConfig:
 
     @property
     def networks(self) -> tuple[tuple[str, str], ...]:
-        """Name and initial weights of every network; UserError if the others' weights are not as many as they."""
+        """Name and initial weights of every network; a UserError if `others` and `other_weights` differ in length."""
         weights = self.other_weights or (self.weights,) * len(self.others)
         if len(weights) != len(self.others):
             raise UserError(f"backbone.other_weights names {len(weights)} weights for {len(self.others)} networks")
@@ -86,9 +86,9 @@ class BackboneConfig:
 class Backbone(nn.Module):
     """Images (B, C, H, W) to pooled features (B, dim).
 
-    With `config.others`, dim is the sum of all networks' and the features have unit norm: the parts count alike. With
-    `config.intermediate` a `Mixture` adds those of a middle stage of the first network, if it has one.
-    The weights are random, for a checkpoint to replace, unless `pretrained`; then they are what `config.weights` says.
+    With `config.others`, dim is the sum over all networks, which have equal weight, and the features have unit norm.
+    With `config.intermediate` a `Mixture` adds the features of a middle stage of the first network, if it has one. The
+    weights are random, for a checkpoint to replace, or those of `config.weights` if `pretrained`.
     """
 
     def __init__(self, config: BackboneConfig, channels: int, size: int, pretrained: bool = False):
@@ -104,9 +104,9 @@ class Backbone(nn.Module):
         if pretrained:
             self.body = _trained(self.body, config, channels, size)
         split_batch_norm(self.body)  # last: it renames tensors
-        beside = [OtherNetwork(config, own, channels, size, pretrained) for own in others]
-        self.others = nn.ModuleList(beside)  # no tensor's name changes if it is empty
-        self.dim += sum(other.dim for other in beside)
+        other_networks = [OtherNetwork(config, other, channels, size, pretrained) for other in others]
+        self.others = nn.ModuleList(other_networks)  # an empty list changes no name of a tensor
+        self.dim += sum(other.dim for other in other_networks)
         self.mixture = None
         if self.middle is not None:
             self.mixture = Mixture(stages(self.body)[self.middle]["num_chs"])
@@ -118,22 +118,23 @@ class Backbone(nn.Module):
         return self._beside_others(self.body(images), images) if self.others else self.body(images)
 
     def parts(self, images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B D1"], Float[Tensor, "B D2"]]:
-        """The final features, of unit norm, and those of the middle stage, as the mixture takes them."""
+        """Compute the final features, of unit norm, and those of the middle stage, as the mixture takes them."""
         body: Any = self.body
         last, (middle,) = body.forward_intermediates(images, indices=[self.middle])
         features = body.forward_head(last)
         return self._beside_others(features, images) if self.others else unit(features.float()), peaks(middle)
 
     def _beside_others(self, features: Float[Tensor, "B D"], images: Tensor) -> Float[Tensor, "B D1"]:
-        parts = [unit(features.float()), *(unit(network(images).float()) for network in self.others)]
-        return torch.cat(parts, 1) / len(parts) ** 0.5
+        units = [unit(features.float()), *(unit(network(images).float()) for network in self.others)]
+        return torch.cat(units, 1) / len(units) ** 0.5
 
 
 class OtherNetwork(nn.Module):
-    """Features (B, dim) of a further network, of images (B, C, H, W) that are normalised as the first one's.
+    """Maps images (B, C, H, W), normalised for the first network, to features (B, dim) of a further network.
 
-    The images are normalised anew as this network was trained. One that is built for a single size, as transformers
-    are, gets them at that size: the images' own if it can be, otherwise the nearest of whole patches, or its published.
+    The images are normalised anew, as this network was trained. A network of a single size, such as a transformer, is
+    built for the images' size if possible, otherwise for the nearest size of whole patches, or for its published size.
+    The images are then resized to it.
     """
 
     def __init__(self, first: BackboneConfig, own: tuple[str, str], channels: int, size: int, pretrained: bool):
@@ -149,7 +150,7 @@ class OtherNetwork(nn.Module):
         self.scale: Tensor
         self.shift: Tensor
         scale, shift = _renormalisation(first.statistics, config.statistics, channels)
-        self.register_buffer("scale", scale, persistent=False)  # known from the two names
+        self.register_buffer("scale", scale, persistent=False)  # not saved: it follows from the two configurations
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
@@ -160,16 +161,16 @@ class OtherNetwork(nn.Module):
 
 
 def _renormalisation(one: Statistics, other: Statistics, channels: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (C, 1, 1) each, from images normalised by `one` to the same ones normalised by `other`."""
+    """Compute scale and shift, (C, 1, 1) each, that change the normalisation of images from `one` to `other`."""
     means, stds = (torch.tensor([one[i], other[i]], dtype=torch.float64) for i in range(2))
-    if channels == 1:  # grey images take the mean of the three
+    if channels == 1:  # grey images take the mean over the three channels
         means, stds = means.mean(1, keepdim=True), stds.mean(1, keepdim=True)
     scale, shift = stds[0] / stds[1], (means[0] - means[1]) / stds[1]
     return scale.float()[:, None, None], shift.float()[:, None, None]
 
 
 def _fitting(config: BackboneConfig, channels: int, size: int, own_size: int) -> tuple[nn.Module, int]:
-    """The network with random weights, and the size of images, near `size`, for which it is built."""
+    """Build the network with random weights for a size near `size`; return it with that size."""
     with suppress(UserError):
         body = _create(config, channels, size)
         _feature_width(body, channels, size)
@@ -191,7 +192,7 @@ def _takes_one_size(body: nn.Module) -> bool:
 
 
 def check_size(backbone: Backbone, channels: int, size: int) -> None:
-    """UserError if the network cannot take images of this size, such as crops that are smaller than the images."""
+    """Raise a UserError if the network cannot take images of this size, such as crops smaller than the images."""
     _feature_width(backbone.body, channels, size)
     for other in backbone.others:
         assert isinstance(other, OtherNetwork)
@@ -203,28 +204,28 @@ def unit(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
 
 def pretrained_backbone(config: BackboneConfig, channels: int, size: int) -> Backbone:
-    """The backbone with which training starts; images are of `size` pixels.
+    """Build the backbone with which training starts, for images of `size` pixels.
 
     Raises:
-        UserError: there is no such network, it cannot take such images, or its weights cannot be had or do not fit.
+        UserError: there is no such network, it cannot take such images, or its weights are not available or do not fit.
     """
     return Backbone(config, channels, size, pretrained=True)
 
 
 def is_resnet(name: str) -> bool:
-    """Whether timm builds the network of a stem that can be shrunk and blocks that start with all their branches."""
+    """Tell whether timm builds the network as a ResNet: its stem can be shrunk, and `zero_init_last` is an option."""
     import timm
 
     return name.partition(".")[0] in timm.list_models(module="resnet")
 
 
 def weights_fingerprint(config: BackboneConfig) -> str:
-    """What tells initial weights from others: SHA-256 of a file, timm's tag, or "" if random; "+" between networks."""
+    """Identify initial weights: SHA-256 of a file, timm's tag, or "" if random; "+" between networks."""
     return "+".join(fingerprint(name, weights) for name, weights in config.networks)
 
 
 def _trained(body: nn.Module, config: BackboneConfig, channels: int, size: int) -> nn.Module:
-    """The network with the weights that it starts from; `body` is the one that has random ones."""
+    """Return the network `body`, of random weights, with its initial weights, or a new one in its place."""
     if config.weights in (TIMM, PACKAGE) and (config.stem != "native" or config.widths or config.depths):
         raise UserError(
             f'backbone.weights "{config.weights}" needs backbone.stem="native", and no backbone.widths or depths'
@@ -239,13 +240,13 @@ def _trained(body: nn.Module, config: BackboneConfig, channels: int, size: int) 
 
 
 def _published(config: BackboneConfig, channels: int, size: int) -> nn.Module:
-    """timm's model with timm's weights, from its cache or the network."""
+    """Build timm's model with timm's weights, from the cache or the internet."""
     try:
         path = published_file(config.name)
         body = _create(config, channels, size, pretrained=True, file=path)
     except UserError:
         raise
-    except Exception as error:  # each of timm's sources has its own: the hub, the network, the disk
+    except Exception as error:  # the hub, the internet and the disk each raise errors of their own
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"the weights of {config.name} cannot be had from timm ({reason}); download them elsewhere and give "
@@ -259,7 +260,7 @@ def _published(config: BackboneConfig, channels: int, size: int) -> nn.Module:
 def _create(
     config: BackboneConfig, channels: int, size: int, pretrained: bool = False, file: Path | None = None
 ) -> nn.Module:
-    """The network of timm or ours; if `pretrained` with the weights of timm's `file`, or as timm itself finds them."""
+    """Build a network of timm or a wide ResNet; if `pretrained`, with the weights in `file`, or those timm finds."""
     import timm
 
     check_name(config.name)
@@ -273,7 +274,7 @@ def _create(
     if config.depths:
         options["layers"] = config.depths
     if is_resnet(config.name):
-        options["zero_init_last"] = False  # as MoCo and SPICE initialise: every block starts with all its branches
+        options["zero_init_last"] = False  # as in MoCo and SPICE: no block starts as the identity
     try:
         try:
             return timm.create_model(config.name, img_size=size, **options)  # transformers are built for one size
@@ -292,7 +293,7 @@ def _wide_resnet(config: BackboneConfig, channels: int) -> nn.Module:
 
 
 def _shrink_stem(body: nn.Module, stem: str) -> None:
-    """Replace the first convolution by 3x3 stride 1 and the pooling after it by that of POOLINGS.
+    """Replace the first convolution by one of 3x3 and stride 1, and the pooling after it by POOLINGS[stem].
 
     The width of the stem follows the first stage, so that a narrow network has a narrow stem.
     """
@@ -325,7 +326,7 @@ def _unfit(size: int, error: Exception) -> UserError:
 
 
 def _check_patches(body: nn.Module, size: int) -> None:
-    """UserError if patches do not cover the image: most transformers would leave out the rest without a word."""
+    """Raise a UserError if patches do not cover the image: most transformers would silently leave out the rest."""
     patch = _patch(body)
     if size % patch:
         below = size // patch * patch
@@ -334,6 +335,6 @@ def _check_patches(body: nn.Module, size: int) -> None:
 
 
 def _patch(body: nn.Module) -> int:
-    """The side of a transformer's patches in pixels; 1 for other networks."""
+    """Return the side of a transformer's patches in pixels; 1 for other networks."""
     sides = getattr(getattr(body, "patch_embed", None), "patch_size", 1)
     return sides if isinstance(sides, int) else max(sides)

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it: the same network in evaluation, in two thirds of a CPU's time."""
+"""Fold BatchNorm into the convolution before it: the same outputs in eval mode, in two thirds of a CPU's time."""
 
 from copy import deepcopy
 from typing import TypeVar
@@ -16,10 +16,10 @@ TOLERANCE = 1e-3  # of the largest output
 
 @torch.no_grad()
 def folded(module: M, example: Float[Tensor, "B C H W"]) -> M:
-    """A copy in eval mode without those BatchNorms that follow a convolution; the module itself if that changes it.
+    """Copy the module in eval mode without the BatchNorms that follow a convolution; return it itself if that fails.
 
-    Which BatchNorm follows which convolution is read from the order in which a block registers them. Networks may use
-    another order, so the copy is tried on `example`: it must give the same outputs within TOLERANCE of the largest.
+    A BatchNorm is taken to follow the convolution that its block registered before it. A network may use another order,
+    so the copy is checked on `example`: its outputs must be the same within TOLERANCE of the largest.
     """
     module.eval()
     copy = deepcopy(module)

@@ -21,7 +21,7 @@ class Projection(nn.Sequential):
 class MLP(nn.Sequential):
     """BYOL's projection and prediction: Linear(dim, hidden)-BatchNorm-ReLU-Linear(hidden, out).
 
-    The BatchNorm is over the same groups of the global batch as the backbone's.
+    The BatchNorm normalises the same groups of the global batch as the backbone's.
     """
 
     def __init__(self, dim: int, hidden: int, out: int):
@@ -38,9 +38,9 @@ class MLP(nn.Sequential):
 class ClusterHeads(nn.Module):
     """H independent heads of `layers` linear layers, Linear(D, D)-ReLU-...-Linear(D, K), as batched matrix products.
 
-    Features have unit norm and are shared, (B, D), or a head's own, (H, B, D); the logits are (H, B, K), in float32
-    also under autocast, as losses of many clusters need. Initialised as nn.Linear is, which expects entries of size
-    one: unit vectors are scaled by the root of D first.
+    Features have unit norm and are shared by the heads, (B, D), or different for each head, (H, B, D). The logits are
+    (H, B, K), in float32 also under autocast, as losses of many clusters need. The initialisation is nn.Linear's, which
+    expects entries of size one: features are multiplied by the root of D first.
     """
 
     def __init__(self, heads: int, dim: int, clusters: int, layers: int = 2):
@@ -57,7 +57,7 @@ class ClusterHeads(nn.Module):
 
     @classmethod
     def holding(cls, tensors: dict[str, Tensor]) -> "ClusterHeads":
-        """The heads whose state these tensors are."""
+        """Make heads of this state."""
         layers = len(tensors) // 2
         heads, dim, clusters = tensors[f"weights.{layers - 1}"].shape
         module = cls(heads, dim, clusters, layers)
@@ -73,13 +73,13 @@ class ClusterHeads(nn.Module):
             return torch.baddbmm(out_bias, x.float().expand(len(self), -1, -1), out_weight)
 
     def part(self, start: int, stop: int) -> "ClusterHeads":
-        """A copy of the heads start .. stop - 1, on the same device."""
+        """Copy the heads start .. stop - 1, on the same device."""
         return self.holding({name: value[start:stop] for name, value in self.state_dict().items()}).to(
             self.biases[0].device
         )
 
     def select(self, head: int) -> "ClusterHeads":
-        """A copy that holds only the given head."""
+        """Copy one head."""
         return self.part(head, head + 1)
 
 
@@ -95,14 +95,14 @@ class ClusterNet(nn.Module):
 
 
 class LinearProjection(nn.Sequential):
-    """IMC-SwAV's projection, Linear(D, D)-Linear(D, out) with nothing between: a linear map of two factors."""
+    """IMC-SwAV's projection, Linear(D, D)-Linear(D, out) without an activation: a linear map of two factors."""
 
     def __init__(self, dim: int, out: int):
         super().__init__(nn.Linear(dim, dim), nn.Linear(dim, out))
 
 
 class Prototypes(nn.Module):
-    """J unit vectors (J, D): unit embeddings (..., D) to cosines (..., J) in [-1, 1], float32 also under autocast."""
+    """J unit vectors (J, D): maps unit embeddings (..., D) to cosines (..., J), in float32 also under autocast."""
 
     def __init__(self, dim: int, count: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def renormalise(self) -> None:
-        """Unit length in place, after a step has changed it: no gradient passes through the normalisation."""
+        """Normalise in place after a step; no gradient passes through the normalisation."""
         self.weight.copy_(unit(self.weight))
 
     def forward(self, embeddings: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch J"]:
@@ -121,9 +121,9 @@ class Prototypes(nn.Module):
 class Classifiers(nn.Module):
     """H independent MLPs, Linear(D, hidden)-BatchNorm-ReLU-Linear(hidden, hidden)-BatchNorm-ReLU-Linear(hidden, K).
 
-    Features (..., D) are shared by all; the logits are (H, ..., K), in float32 also under autocast. The BatchNorm is
-    over the groups of `set_groups`, consecutive rows of the features. Initialised as nn.Linear is; linear layers in
-    front of a BatchNorm have no bias, which it would take away again.
+    Features (..., D) are shared by all; the logits are (H, ..., K), in float32 also under autocast. BatchNorm
+    normalises the groups of `set_groups`, consecutive rows of the features. The initialisation is nn.Linear's. Linear
+    layers before a BatchNorm have no bias, since BatchNorm subtracts it.
     """
 
     def __init__(self, heads: int, dim: int, hidden: int, clusters: int):
@@ -140,7 +140,7 @@ class Classifiers(nn.Module):
 
     @classmethod
     def holding(cls, tensors: dict[str, Tensor]) -> "Classifiers":
-        """The classifiers whose state these tensors are."""
+        """Make classifiers of this state."""
         heads, dim, hidden = tensors["in_weight"].shape
         module = cls(heads, dim, hidden, tensors["out_weight"].shape[2])
         module.load_state_dict(tensors)
@@ -155,22 +155,22 @@ class Classifiers(nn.Module):
         return logits.unflatten(1, features.shape[:-1])
 
     def _activate(self, norm: SplitBatchNorm2d, x: Tensor) -> Tensor:
-        """ReLU of the normalised (H, R, hidden), every head's columns by themselves."""
+        """Normalise (H, R, hidden), each column of each head by itself, and apply ReLU."""
         columns = x.transpose(0, 1).flatten(1)  # R (H hidden)
         return norm(columns[..., None, None]).relu().flatten(1).unflatten(1, (len(x), -1)).transpose(0, 1)
 
     def select(self, head: int) -> "Classifiers":
-        """A copy on the CPU that holds only the given one."""
+        """Copy one classifier to the CPU."""
         heads = len(self.in_weight)
         tensors = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         for name, value in tensors.items():
-            if value.ndim:  # not the counter of a BatchNorm; its vectors hold the heads one after another
+            if value.ndim:  # not BatchNorm's counter; BatchNorm's vectors hold the heads one after another
                 tensors[name] = value.unflatten(0, (heads, -1))[head].reshape(-1, *value.shape[1:]).clone()
         return self.holding(tensors)
 
 
 class ClassifierNet(nn.Module):
-    """A backbone and one classifier on its features as they are: images (B, C, H, W) to logits (B, K)."""
+    """A backbone and one classifier on its features, not normalised: images (B, C, H, W) to logits (B, K)."""
 
     def __init__(self, backbone: nn.Module, head: Classifiers):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A file of weights on a model hub: whether it is in the cache here, and a download that cannot hang.
+"""Find a file of weights in the hub's cache, or download it with a deadline.
 
-A child process asks the network: a name look-up and a server that trickles obey no time-out of a library, but a child
-can be ended. It leaves a file in the cache only if that is whole and is what the hub announced.
+A child process downloads, since it can be ended: no library's time-out holds for a name look-up or a server that
+trickles. The child puts a file into the cache only if it is complete and is the one that the hub announced.
 """
 
 import hashlib
@@ -18,28 +18,28 @@ from urllib.parse import urlsplit
 
 from spice_dist.data.files import Progress
 
-ANSWER_SECONDS = 6.0  # from the start of the child until the hub has said what the file is
-WINDOW_SECONDS = 10.0  # in each of these a download must move as fast as it has to
+ANSWER_SECONDS = 6.0  # from the start of the child to the hub's description of the file
+WINDOW_SECONDS = 10.0  # over which the speed of a download is measured
 DOWNLOAD_SECONDS = 120.0  # for the whole file
-PIECE = 1 << 18  # bytes written at a time, so that a slow download is seen to move
+PIECE = 1 << 18  # bytes written at a time, so that a slow download is not taken for a stalled one
 
 
 class HubError(Exception):
-    """Why a file cannot be had from the hub, in one clause."""
+    """A file is not available from the hub; the message is one clause."""
 
 
 class NoSuchFile(HubError):
-    """The hub answers, and lacks the file."""
+    """The hub answers, but lacks the file."""
 
 
 def cached(repo: str, filename: str) -> Path | None:
-    """The file in huggingface_hub's cache, if it is there and whole; `repo` is "owner/name" or "owner/name@tag"."""
+    """Find a complete file in huggingface_hub's cache, or None; `repo` is "owner/name" or "owner/name@tag"."""
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repo.partition("@")
     try:
         path = try_to_load_from_cache(name, filename, revision=revision or None)
-    except OSError:  # a cache that others wrote and we may not read
+    except OSError:  # another user's cache that this one may not read
         return None
     return Path(path) if isinstance(path, str) and _is_whole(Path(path)) else None
 
@@ -47,7 +47,7 @@ def cached(repo: str, filename: str) -> Path | None:
 def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda done, total: None) -> Path:
     """Download the file into the cache, within ANSWER_SECONDS for a first answer and `seconds` for the rest.
 
-    A download that would take longer ends after WINDOW_SECONDS; `progress` gets (bytes that are here, all bytes).
+    A download that would take longer ends after WINDOW_SECONDS. `progress` gets (bytes received, all bytes).
 
     Raises:
         HubError: HF_HUB_OFFLINE is set, or the hub cannot be reached, answers with an error, or is too slow.
@@ -58,7 +58,7 @@ def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda 
         raise HubError("HF_HUB_OFFLINE is set")
     host = urlsplit(constants.ENDPOINT).netloc
     variables = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}
-    # partial files of Xet are elsewhere and tell nothing of the speed; telemetry would ask the hub one more question
+    # Xet's partial files are elsewhere and show no speed; telemetry would send one more request
     variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     package = str(Path(__file__).parents[2])
     variables["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -77,7 +77,7 @@ def fetch(repo: str, filename: str, seconds: float, progress: Progress = lambda 
 
 
 def _first_answer(child: subprocess.Popen, host: str) -> int:
-    """The size of the file in bytes, as the hub says."""
+    """Return the size of the file in bytes that the hub announces."""
     assert child.stdout is not None
     if not wait([child.stdout.fileno()], ANSWER_SECONDS):
         raise HubError(f"{host} did not answer within {ANSWER_SECONDS:g} s")
@@ -85,14 +85,14 @@ def _first_answer(child: subprocess.Popen, host: str) -> int:
 
 
 def _wait(child: subprocess.Popen, host: str, folder: Path, size: int, seconds: float, progress: Progress) -> None:
-    """Until the child has ended well; HubError if it says why not, or falls behind."""
+    """Wait for the child's success; raise a HubError if it reports an error, or is too slow."""
     began = since = time.monotonic()
     before = first = _bytes_in(folder)
     while child.poll() is None:
         time.sleep(0.05 if time.monotonic() < began + 1 else 0.2)
         now, here = time.monotonic(), _bytes_in(folder)
         progress(min(max(here - first, 0), size), size)
-        if here < before:  # the file is complete, or another process has ended its own
+        if here < before:  # a download is complete, this one or another process's
             before, since = here, now
         if now - since < WINDOW_SECONDS and now - began < seconds:
             continue
@@ -104,7 +104,7 @@ def _wait(child: subprocess.Popen, host: str, folder: Path, size: int, seconds: 
 
 
 def _answer(child: subprocess.Popen, host: str) -> dict:
-    """The next line of the child; HubError if it holds an error."""
+    """Read the next line of the child; raise a HubError if it holds an error."""
     assert child.stdout is not None
     try:
         answer = json.loads(child.stdout.readline())
@@ -133,7 +133,7 @@ def _partial_files(cache: Path, repo: str) -> Path:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Of all downloads into the folder that are not complete: another process may be the one that moves."""
+    """Count the bytes of all incomplete downloads in the folder: another process may be downloading this file."""
     total = 0
     for path in folder.glob("*.incomplete"):
         try:
@@ -144,7 +144,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is as long as its header says; only safetensors have one."""
+    """Tell whether a file is as long as its header says; only safetensors have a header."""
     from safetensors import safe_open
 
     if path.suffix != ".safetensors":
@@ -152,19 +152,19 @@ def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, framework="numpy") as file:
             return len(file.keys()) > 0
-    except Exception:  # a page of HTML, an empty file, a part of one
+    except Exception:  # a page of HTML, an empty or an incomplete file
         return False
 
 
 def _download(repo: str, filename: str) -> None:
-    """In the child: a line with the size once the hub has answered, one more when the file is in the cache."""
+    """Run in the child: print the size once the hub has answered, and one more line when the file is in the cache."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     constants.DOWNLOAD_CHUNK_SIZE = PIECE
     name, _, tag = repo.partition("@")
     revision = tag or None
     about = get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), timeout=ANSWER_SECONDS)
-    if not (about.commit_hash and about.etag and about.size):  # a page to log in at, the front page of a proxy
+    if not (about.commit_hash and about.etag and about.size):  # a log-in page or a proxy's front page
         raise HubError("is no model hub: its answer lacks what one says of a file")
     _say(size=about.size)
     earlier = try_to_load_from_cache(name, filename, revision=revision)
@@ -192,7 +192,7 @@ def _say(**said: object) -> None:
 
 
 def _clause(error: Exception) -> str:
-    """What the host did, without what a library adds of its own."""
+    """Describe the failure of the host, without the text that libraries add."""
     response = getattr(error, "response", None)
     if (status := getattr(response, "status_code", None)) is not None:
         return f"answers with status {status}"
@@ -207,10 +207,10 @@ def _clause(error: Exception) -> str:
 def _main(repo: str, filename: str, seconds: str) -> None:
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda *_: sys.exit(1))  # an exception, so that the partial file is removed
-    signal.alarm(int(ANSWER_SECONDS + float(seconds)) + 1)  # whatever became of the parent
+    signal.alarm(int(ANSWER_SECONDS + float(seconds)) + 1)  # ends the child even if the parent has died
     try:
         _download(repo, filename)
-    except Exception as error:  # of the network, the hub, the disk: each has its own
+    except Exception as error:  # the internet, the hub and the disk each raise errors of their own
         missing = getattr(getattr(error, "response", None), "status_code", None) == 404
         _say(error=_clause(error), missing=missing)
         sys.exit(1)

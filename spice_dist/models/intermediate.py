@@ -1,8 +1,8 @@
-"""What a middle stage of a network saw, beside its final features.
+"""Features of a middle stage of a network, beside its final ones.
 
-The final features of a classifier tell apart what it was trained for. On other images, such as digits, an earlier stage
-tells more. Its part is the largest activation of each channel, of the last stage at a 16th of the image's side.
-`spice_dist.mixing` chooses by the images how much it counts.
+A classifier's final features separate the classes that it was trained for. Other images, such as digits, are separated
+better by an earlier stage: by the largest activation of each channel in the last stage at a 16th of the image's side.
+`spice_dist.mixing` chooses its weight by the images.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-REDUCTION = 16  # of the image's side, of the stage that is taken
+REDUCTION = 16  # of the image's side, in the middle stage
 
 
 def stages(body: nn.Module) -> list[dict[str, Any]]:
-    """Of a network whose stages timm knows, each one's "module", "num_chs" and "reduction" of the side; else empty."""
+    """List "module", "num_chs" and "reduction" of the side for each stage; empty if timm lists no stages."""
     info: Any = getattr(body, "feature_info", ())
     return list(getattr(info, "info", info)) if hasattr(body, "forward_intermediates") else []
 
 
 def middle_stage(body: nn.Module) -> int | None:
-    """The place among the stages of the last one at a 16th of the side, if one of lower resolution follows.
+    """Return the index of the last stage at a 16th of the side, if a stage of lower resolution follows.
 
-    None for networks without such stages, as transformers of one resolution are.
+    It is None for networks without such stages, such as transformers of one resolution.
     """
     reductions = [stage["reduction"] for stage in stages(body)]
     if REDUCTION not in reductions or max(reductions) == REDUCTION:
@@ -34,15 +34,15 @@ def middle_stage(body: nn.Module) -> int | None:
 
 
 def peaks(activations: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C"]:
-    """The largest activation of each channel."""
+    """Take the largest activation of each channel."""
     return activations.float().amax((2, 3))
 
 
 class Mixture(nn.Module):
-    """Unit final features f (B, D) and peaks p (B, C) as one feature of unit norm, (B, D + C).
+    """Joins unit final features f (B, D) and peaks p (B, C) to one feature of unit norm, (B, D + C).
 
-    [f, weight u] / sqrt(1 + weight^2), u = (p - center) / |p - center|. `center`, a mean over images, and `weight` are
-    tensors of the network's state; until they are set the final features count alone.
+    It is [f, weight u] / sqrt(1 + weight^2) with u = (p - center) / |p - center|. `center`, a mean over images, and
+    `weight` are tensors of the network's state. The weight is 0 until it is set.
     """
 
     def __init__(self, channels: int):

@@ -1,4 +1,4 @@
-"""Slow copies and memory: the momentum encoder, the EMA network, MoCo's queue of keys."""
+"""Moving averages and queues: the momentum encoder, the EMA network, MoCo's queue of keys."""
 
 import copy
 from typing import TypeVar
@@ -11,13 +11,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def slow_copy(module: M) -> M:
-    """A copy that no gradient reaches, to be moved by `follow`."""
+    """Copy a module without gradients; `follow` moves the copy."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """slow <- momentum * slow + (1 - momentum) * fast, parameters only, as one fused operation."""
+    """Set slow <- momentum * slow + (1 - momentum) * fast, parameters only, as one fused operation."""
     torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
         list(slow.parameters()), list(fast.parameters()), 1 - momentum
     )
@@ -30,9 +30,9 @@ def copy_buffers(slow: nn.Module, fast: nn.Module) -> None:
 
 
 class Queue(nn.Module):
-    """A ring of the last `size` keys, any number; starts as random unit vectors.
+    """A ring buffer of the last `size` keys, which starts as random unit vectors.
 
-    Where the next keys go is a function of the step: there is nothing to save and the device is never asked.
+    The position of the next keys is a function of the step: it is not saved, and no call waits for the device.
     """
 
     def __init__(self, size: int, dim: int):
@@ -42,7 +42,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Float[Tensor, "B D"], step: int) -> None:
-        """Overwrite the oldest keys by those of `step`; B is the same in all steps and at most the size."""
+        """Overwrite the oldest keys by those of `step`; B is the same in all steps, and at most `size`."""
         start = step * len(keys) % len(self.keys)
         before_end = min(len(keys), len(self.keys) - start)
         self.keys[start : start + before_end] = keys[:before_end]

@@ -1,4 +1,4 @@
-"""The settings with which a run takes another network than its recipe names."""
+"""Settings that replace a recipe's network by another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from spice_dist.models.pretrained import (
 
 
 def for_untrained(name: str) -> dict[str, Any]:
-    """Replace a recipe's network by another from random weights: settings by dotted names."""
+    """Return the settings, by dotted names, that replace a recipe's network by another of random weights."""
     check_name(name)
     settings: dict[str, Any] = {"backbone.name": name, "backbone.widths": (), "backbone.depths": ()}
     settings |= {"backbone.others": (), "backbone.other_weights": ()}
@@ -26,10 +26,10 @@ def for_untrained(name: str) -> dict[str, Any]:
 
 
 def for_small_images(name: str, statistics: Statistics) -> BackboneConfig:
-    """Configure a whole network from random weights: a ResNet of timm with the small stem, others with their own.
+    """Configure a network of random weights: a ResNet of timm with the small stem, others with their own stem.
 
     Raises:
-        UserError: there is no such network; it offers near names.
+        UserError: there is no such network; the message offers near names.
     """
     check_name(name)
     mean, std = statistics
@@ -37,9 +37,9 @@ def for_small_images(name: str, statistics: Statistics) -> BackboneConfig:
 
 
 def for_pretrained(name: str, weights: str) -> dict[str, Any]:
-    """The settings, by dotted names, that a timm model needs to be used as it was trained, without a stage 1.
+    """Return the settings, by dotted names, with which a timm model is used as it was trained, without a stage 1.
 
-    Put what a user asked for on top: another data.size is possible, position embeddings are interpolated to it.
+    The user's settings go on top. Another data.size is possible: position embeddings are interpolated to it.
 
     Raises:
         UserError: there is no such network, or weights are "package" and no installed package ships them.
@@ -61,15 +61,15 @@ def for_pretrained(name: str, weights: str) -> dict[str, Any]:
 
 
 def for_several(names: Sequence[str], weights: str | None = None) -> dict[str, Any]:
-    """As `for_pretrained`, of several networks whose unit features stand side by side; sizes are those of the first.
+    """Do as `for_pretrained` for several networks, whose unit features are concatenated; data.size is the first's.
 
     Args:
-        names: timm models; "NAME=WEIGHTS" names the weights of one.
-        weights: of those that name none: "timm", "package" or, for a single one, a file. None: those of an installed
+        names: timm models, each with or without weights: "NAME" or "NAME=WEIGHTS".
+        weights: of models named without: "timm", "package" or, for a single one, a file. None: those of an installed
             package, or else timm's.
 
     Raises:
-        UserError: as `for_pretrained`, or a network is named twice, or one file is to fill several networks.
+        UserError: as `for_pretrained`, or a network is named twice, or one file is given for several networks.
     """
     networks = [(name, source or weights or "") for name, _, source in (text.partition("=") for text in names)]
     of_file = [name for name, source in networks if source == weights and weights not in (TIMM, PACKAGE)]
@@ -80,14 +80,14 @@ def for_several(names: Sequence[str], weights: str | None = None) -> dict[str, A
     first, *others = [(name, source or (PACKAGE if find_packaged(name) else TIMM)) for name, source in networks]
     settings = for_pretrained(*first)
     for name, _ in others:
-        published_data_config(name)  # UserError if there is no such network
+        published_data_config(name)  # raises a UserError if there is no such network
     settings["backbone.others"] = tuple(name for name, _ in others)
     settings["backbone.other_weights"] = tuple(_checked(*other) for other in others)
     return settings
 
 
 def _checked(name: str, weights: str) -> str:
-    """The weights as the configuration holds them: a file by its full path, as workers have other folders."""
+    """Return the weights as the configuration holds them: a file by its full path, since workers use other folders."""
     if weights == PACKAGE:
         packaged_file(name)
     return weights if weights in (TIMM, PACKAGE) else str(Path(weights).resolve())

@@ -1,4 +1,4 @@
-"""Trained weights of a timm model: those that timm publishes, that an installed package ships, or that a file holds."""
+"""Load trained weights of a timm model: published by timm, shipped by an installed package, or held by a file."""
 
 import difflib
 import hashlib
@@ -19,21 +19,22 @@ from spice_dist.models.wide_resnet import SHAPES
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-TIMM = "timm"  # the word for timm's own pretrained weights
-PACKAGE = "package"  # the word for those of a package in PACKAGED
+TIMM = "timm"  # names timm's own pretrained weights
+PACKAGE = "package"  # names the weights of a package in PACKAGED
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 HUB_FILE = "model.safetensors"  # timm's name for the weights of a model
-HUB_SECONDS = 3600.0  # for weights that somebody asked for by name
+HUB_SECONDS = 3600.0  # for weights that the user has named
 COUNTER = "num_batches_tracked"  # of a BatchNorm: nothing reads it, and some files lack it
 NAMED = 3  # tensors of each kind that an error lists
-MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)  # of timm, told a wrong size
+# what timm raises for a size of images that does not fit
+MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a Python package keeps the weights of a timm model: the same tensors in the same order, by other names."""
+    """A file of a timm model's weights in a Python package: timm's tensors in timm's order, under other names."""
 
-    package: str  # its import name; pip takes dashes for underscores
+    package: str  # its import name; pip's name has dashes for underscores
     file: str  # inside the package
     licence: str  # as SPDX writes it
 
@@ -53,7 +54,7 @@ PACKAGED = {
 
 
 def check_name(name: str) -> None:
-    """UserError with near names if there is no such model, or timm has no such weights of it."""
+    """Raise a UserError with near names if there is no such model, or timm has no such weights of it."""
     import timm
 
     if name in SHAPES:
@@ -69,7 +70,7 @@ def check_name(name: str) -> None:
 
 
 def published(name: str) -> "PretrainedCfg":
-    """What timm notes about the weights of this name, or about a model's usual ones if it has no tag.
+    """Return timm's entry about the weights of this name, or a model's default ones if the name has no tag.
 
     Raises:
         UserError: timm has no such model or no such weights.
@@ -85,7 +86,7 @@ def published(name: str) -> "PretrainedCfg":
 
 
 def published_data_config(name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Pixels of a side, and the mean and deviation of values in [0, 1], of the images that timm's weights expect."""
+    """Return side in pixels, mean and deviation of the images that timm's weights expect, for values in [0, 1]."""
     from timm.data.config import resolve_data_config
 
     about = resolve_data_config(pretrained_cfg=published(name).to_dict())
@@ -93,10 +94,10 @@ def published_data_config(name: str) -> tuple[int, tuple[float, ...], tuple[floa
 
 
 def published_file(name: str) -> Path | None:
-    """The file of timm's weights, from the cache or else downloaded into it; None if only timm knows how to get them.
+    """Return the file of timm's weights, downloaded into the cache if it is not there; None if only timm can get them.
 
     Raises:
-        HubError: the file is not in the cache and the hub does not give it.
+        HubError: the file is not in the cache, and the hub does not deliver it.
     """
     entry = published(name)
     if not entry.hf_hub_id or entry.hf_hub_filename:
@@ -104,19 +105,19 @@ def published_file(name: str) -> Path | None:
     try:
         return hub.cached(entry.hf_hub_id, HUB_FILE) or hub.fetch(entry.hf_hub_id, HUB_FILE, HUB_SECONDS)
     except hub.NoSuchFile:
-        return None  # a few are files of another kind
+        return None  # a few models have files of another kind
 
 
 def find_packaged(name: str) -> Path | None:
-    """The file of weights in an installed package; None if PACKAGED has no such model or the package is missing."""
+    """Find the file of weights in an installed package; None if PACKAGED lacks the model, or the package is missing."""
     entry = PACKAGED.get(_architecture(name))
-    spec = find_spec(entry.package) if entry else None  # which runs no code of the package
+    spec = find_spec(entry.package) if entry else None  # runs no code of the package
     folders = (spec and spec.submodule_search_locations) or []
     return next((path for folder in folders if entry and (path := Path(folder) / entry.file).is_file()), None)
 
 
 def packaged_file(name: str) -> Path:
-    """As `find_packaged`; UserError if there is none, with the command that installs it."""
+    """Do as `find_packaged`; raise a UserError with the command for installation if there is none."""
     if (path := find_packaged(name)) is not None:
         return path
     if (entry := PACKAGED.get(_architecture(name))) is None:
@@ -131,7 +132,7 @@ def _architecture(name: str) -> str:
 
 
 def fingerprint(name: str, weights: str) -> str:
-    """What tells one set of weights from another: SHA-256 of the file, timm's tag, or "" if they are random."""
+    """Identify a set of weights: SHA-256 of the file, timm's tag, or "" if they are random."""
     if weights == TIMM:
         return published(name).tag or ""
     if not weights:
@@ -145,20 +146,20 @@ def fingerprint(name: str, weights: str) -> str:
 
 
 def load_weights(body: nn.Module, path: Path) -> None:
-    """Read the weights of a timm model without classifier, as timm made it, from a file.
+    """Load a file of weights into a timm model without classifier.
 
-    The names are timm's, or any that timm itself converts for this model; a prefix that all share and a classifier are
-    left out. Position embeddings are interpolated to the model's image size, and a first convolution of three channels
-    is summed over them for grey images.
+    The tensors have timm's names, or names that timm converts for this model. A prefix of all names and a classifier
+    are left out. Position embeddings are interpolated to the model's image size. For grey images a first convolution of
+    three channels is summed over them.
 
     Raises:
-        UserError: the file cannot be read, or lacks a tensor, or has one too many, of another shape or not finite.
+        UserError: the file cannot be read, lacks a tensor, or has a further one, or one of another shape or not finite.
     """
     _load(body, _adapt(body, _without_shared_prefix(_read_tensors(path), body)), path)
 
 
 def load_packaged(body: nn.Module, name: str) -> None:
-    """As `load_weights`, from the installed package that ships them; UserError if there is none, or it does not fit."""
+    """Load the weights of an installed package; raise a UserError if there is none, or its weights do not fit."""
     path = packaged_file(name)
     theirs = [tensor for key, tensor in _read_tensors(path).items() if not key.startswith("_fc.")]
     ours = [key for key in body.state_dict() if not key.endswith(COUNTER)]
@@ -168,9 +169,9 @@ def load_packaged(body: nn.Module, name: str) -> None:
 
 
 def check_published(body: nn.Module, path: Path) -> None:
-    """UserError if what timm loaded from its own file into `body` is of another network, or not finite.
+    """Raise a UserError if the weights that timm loaded from `path` are another network's, or not finite.
 
-    timm passes over tensors that a file lacks, which would leave the network random without a word.
+    timm leaves tensors that the file lacks silently at random values.
     """
     wanted = body.state_dict()
     tensors = _adapt(body, _without_shared_prefix(_read_tensors(path), body))
@@ -197,7 +198,7 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """UserError if a tensor holds NaN or infinity, of which every feature would become NaN."""
+    """Raise a UserError if a tensor holds NaN or infinity, which would make every feature NaN."""
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise UserError(f"{path} holds values that are not finite, in {_first(broken)}; take weights that trained well")
@@ -209,12 +210,12 @@ def _first(names: list[str]) -> str:
 
 
 def _about(body: nn.Module) -> dict[str, Any]:
-    """What timm notes about a model's published weights."""
+    """Return timm's entry about a model's published weights."""
     return getattr(body, "pretrained_cfg", None) or {}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by name, in the file as such or under "state_dict" or "model"."""
+    """Read the tensors of a state dict, which is the file's content or is in it under "state_dict" or "model"."""
     from safetensors.torch import load_file
 
     if path.suffix not in WEIGHT_FILES:
@@ -222,16 +223,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f'backbone.weights is "{path}"; it can be "timm", "package" or the path of a file: {kinds}')
     safe = path.suffix == ".safetensors"
     try:
-        held = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # somebody else's file makes its reader raise anything
+    except Exception as error:  # a damaged file makes its reader raise any error
         reason = "or is no safetensors file" if safe else "or holds objects that are no tensors, which are never read"
         raise UserError(f"{path} is damaged {reason}; save a state dict as .safetensors") from error
     for key in ("state_dict", "model"):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    named = held.items() if isinstance(held, dict) else ()
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    named = content.items() if isinstance(content, dict) else ()
     tensors = {name: value for name, value in named if isinstance(value, Tensor) and not name.endswith(COUNTER)}
     if not tensors:
         raise UserError(f"{path} holds no weights; save a state dict as .safetensors")
@@ -243,7 +244,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _without_shared_prefix(tensors: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
-    """Names without the wrappers that a trainer put around the model: "module.", "backbone.", ..."""
+    """Remove the prefixes of wrappers that a trainer put around the model: "module.", "backbone.", ..."""
     timm_prefix = _shared_prefix(list(body.state_dict()))
     while (prefix := _shared_prefix(list(tensors))) and prefix != timm_prefix:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -251,19 +252,19 @@ def _without_shared_prefix(tensors: dict[str, Tensor], body: nn.Module) -> dict[
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """The first part of the names with its dot, if all have the same."""
+    """Return the first part of the names with its dot, if all share it, else ""."""
     first, dot, _ = names[0].partition(".")
     return first + dot if dot and all(name.startswith(first + dot) for name in names) else ""
 
 
 def _adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by timm's names, without those of a classifier, for the model's image size and channels."""
+    """Convert tensors to timm's names and the model's image size and channels, without a classifier's."""
     from timm.models import adapt_input_conv
 
     modules = [sys.modules[kind.__module__] for kind in type(body).__mro__]
     filters = [module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")]
     for convert in filters[:1]:
-        with suppress(*MISFITS):  # what it cannot convert does not fit, as the caller will find
+        with suppress(*MISFITS):  # tensors that it cannot convert do not fit, which the caller reports
             tensors = convert(dict(tensors), body)
     wanted = body.state_dict()
     heads = tuple(f"{name.split('.')[0]}." for name in _names(_about(body).get("classifier")))
@@ -275,5 +276,5 @@ def _adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(value: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:
-    """timm notes one name as text, several as a tuple."""
+    """Return names as a tuple; timm holds one name as text, several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value or ())

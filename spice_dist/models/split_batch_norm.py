@@ -1,9 +1,9 @@
 """BatchNorm over fixed groups of the global batch, whatever the number of workers.
 
-MoCo hides the batch statistics of a query from its key by normalising in several groups ("shuffle-BN" across GPUs,
-"split-BN" inside one). Here the number of groups of the global batch is a setting: a worker that holds several groups
-normalises each by itself, and the running statistics follow the mean over all groups of all workers. So one worker
-with four groups computes what four workers with one group each compute.
+MoCo normalises in several groups, so that batch statistics do not link a query to its key ("shuffle-BN" across GPUs,
+"split-BN" inside one). Here the number of groups of the global batch is a setting: a worker with several groups
+normalises each by itself, and the running statistics follow the mean over all groups of all workers. One worker with
+four groups computes what four workers with one group each compute.
 """
 
 import torch
@@ -14,9 +14,9 @@ from spice_dist.distributed import collectives
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training batch is `groups` equal consecutive parts, each normalised by itself.
+    """Normalises each of `groups` equal consecutive parts of a training batch by itself; else nn.BatchNorm2d.
 
-    In training, running statistics move only when `update_statistics` is called, once per optimizer step.
+    In training, only `update_statistics` moves the running statistics. Call it once per optimizer step.
     """
 
     groups = 1
@@ -32,7 +32,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"a batch of {len(input)} images cannot be split into {self.groups} BatchNorm groups")
         if self.groups == 1:
             return self._normalize(input, self.weight, self.bias)
-        # one gradient for each pass, which holds several groups: passes then add up in any number of workers
+        # views of weight and bias: their gradients are summed over a pass's groups before they reach the parameters,
+        # so that passes add up in the same order with any number of workers
         weight, bias = (value if value is None else value.view_as(value) for value in (self.weight, self.bias))
         return torch.cat([self._normalize(part, weight, bias) for part in input.chunk(self.groups)])
 
@@ -40,7 +41,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         kind = torch.promote_types(part.dtype, torch.float32)
         statistics = part.new_zeros(2, self.num_features, dtype=kind)
         self.pending.append(statistics)
-        # momentum 1 makes the native kernel leave this batch's statistics in the two scratch vectors
+        # with momentum 1 the native kernel writes this batch's statistics into the two vectors
         return F.batch_norm(part, statistics[0], statistics[1], weight, bias, True, 1.0, self.eps)
 
 
@@ -57,26 +58,26 @@ def split_batch_norm(module: nn.Module) -> None:
             )
             norm.load_state_dict(child.state_dict())
             norm.train(child.training)
-            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            activation = [getattr(child, layer) for layer in ("drop", "act") if hasattr(child, layer)]
             setattr(module, name, nn.Sequential(norm, *activation) if activation else norm)
         else:
             split_batch_norm(child)
 
 
 def set_groups(module: nn.Module, groups: int) -> None:
-    """How many groups the next training batches hold on this worker."""
+    """Set how many groups the next training batches have on this worker."""
     for norm in _norms(module):
         norm.groups = groups
 
 
 def set_momentum(module: nn.Module, momentum: float) -> None:
-    """The share of the new statistics in each update of the running ones."""
+    """Set the share of the new statistics in each update of the running ones."""
     for norm in _norms(module):
         norm.momentum = momentum
 
 
 def forget_statistics(module: nn.Module) -> None:
-    """As if the forward passes since the last update had not been."""
+    """Drop the statistics of all forward passes since the last update."""
     for norm in _norms(module):
         norm.pending.clear()
 
@@ -87,7 +88,8 @@ def update_statistics(module: nn.Module) -> None:
     norms = [norm for norm in _norms(module) if norm.pending]
     if not norms:
         return
-    here = torch.cat([torch.stack(norm.pending) for norm in norms], dim=2)  # gathered, to add up in the same order
+    # gathered, not reduced: the mean adds the groups up in the same order with any number of workers
+    here = torch.cat([torch.stack(norm.pending) for norm in norms], dim=2)
     everywhere = collectives.all_gather(here).mean(0).split([norm.num_features for norm in norms], dim=1)
     for norm, (mean, var) in zip(norms, everywhere, strict=True):
         momentum = 0.1 if norm.momentum is None else norm.momentum

@@ -1,7 +1,7 @@
-"""A network in two parts: a trunk that is run once for each view, and a tail of the last blocks that is trained.
+"""Split a network in two: a trunk that runs once for each view, and a tail of the last blocks that is trained.
 
-Training from activations that are kept in front of the tail saves the trunk's forward and backward passes: of
-EfficientNet-lite0 the tail is 13 % of the multiplications, and an activation at 224 pixels takes 19 kB in float16.
+Training from stored activations in front of the tail saves the trunk's forward and backward passes. In
+EfficientNet-lite0 the tail has 13 % of the multiplications, and an activation at 224 pixels takes 19 kB in float16.
 """
 
 import math
@@ -18,27 +18,27 @@ from spice_dist.errors import UserError
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.intermediate import Mixture, peaks, stages
 
-TAIL_SHARE = 0.15  # of the multiplications, at most, unless the last block alone has more
-TOLERANCE = 2e-2  # of the norm of a feature: what rounding activations to float16 may change
+TAIL_SHARE = 0.15  # of the multiplications at most, unless the last block alone has more
+TOLERANCE = 2e-2  # of the norm of a feature, for the rounding of activations to float16
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """A timm network as its own `forward` goes through it: `before`, every unit, `after`, then the pooled features."""
+    """A timm network in the order of its `forward`: `before`, every unit, `after`, then the pooled features."""
 
     before: Sequence[Callable[[Tensor], Tensor]]
     units: Sequence[nn.Module]
     after: Sequence[nn.Module]
     pooled: Callable[[Tensor], Tensor]
-    head: Sequence[nn.Module]  # what `pooled` is made of
-    middle: int = 0  # units up to the end of the stage that a mixture takes
+    head: Sequence[nn.Module]  # the modules of `pooled`
+    middle: int = 0  # units up to the end of the middle stage, which a mixture takes
 
 
 class Trunk(nn.Module):
-    """Images (B, C, H, W) to the activations (B, ...) in front of the tail, float16, by the network in eval mode.
+    """Maps images (B, C, H, W) to the activations (B, ...) in front of the tail, float16, in eval mode.
 
-    Where the backbone mixes in a middle stage that lies in the trunk, that stage's peaks follow the flat activations.
-    Float16 holds values up to 65,504; larger ones are cut off there.
+    If the backbone mixes in a middle stage of the trunk, the stage's peaks follow the flattened activations. Values are
+    clamped at 65,504, the largest of float16.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class Trunk(nn.Module):
 
 
 class Tail(nn.Module):
-    """Activations (B, ...) of the trunk to features (B, D). Holds the modules of the backbone themselves, no copies."""
+    """Maps activations (B, ...) of the trunk to features (B, D). It shares the modules of the backbone."""
 
     def __init__(self, parts: _Parts, cut: int, mixture: Mixture | None, shape: Sequence[int]):
         super().__init__()
         self.units, self.after = nn.ModuleList(parts.units[cut:]), nn.ModuleList(parts.after)
-        self.head = nn.ModuleList(parts.head)  # so that its parameters, such as a last norm's, are trained too
+        self.head = nn.ModuleList(parts.head)  # registers its parameters, such as a last norm's, for training
         self.pooled = parts.pooled
         self.mixture, self.shape = mixture, tuple(shape)
-        self.middle = None if mixture is None else parts.middle - cut  # own units up to the middle stage's end
+        self.middle = None if mixture is None else parts.middle - cut  # units of the tail up to the middle stage's end
 
     @property
     def layers(self) -> list[nn.Module]:
-        """From the first to the last, for rates that differ between layers; each parameter is in one of them."""
+        """All layers, first to last, for learning rates by layer; each parameter is in one of them."""
         return [*self.units, nn.ModuleList([*self.after, *self.head])]
 
     def forward(self, activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         x, beside = activations, None
-        if self.middle is not None and self.middle <= 0:  # it lies in the trunk
+        if self.middle is not None and self.middle <= 0:  # the middle stage is in the trunk
             size = math.prod(self.shape)
             x, beside = activations[:, :size].unflatten(1, self.shape), activations[:, size:]
         for number, unit in enumerate(self.units, 1):
@@ -96,14 +96,14 @@ class Tail(nn.Module):
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """Two parts that are one network: training `tail` trains the backbone.
+    """A backbone in two parts; training `tail` trains the backbone.
 
     Attributes:
-        trunk: encodes views, once.
-        tail: what is trained.
-        blocks: how many blocks the tail has.
+        trunk: encodes each view once.
+        tail: is trained.
+        blocks: number of blocks of the tail.
         activation_bytes: of one view of one image.
-        share: of the whole network's multiplications that are the tail's, in (0, 1); attention's products left out.
+        share: the tail's share of the network's multiplications, in (0, 1); attention's products are not counted.
     """
 
     trunk: Trunk
@@ -120,10 +120,10 @@ def split(backbone: Backbone, channels: int, size: int, blocks: int = 0) -> Spli
     Args:
         channels: of the images.
         size: of the images, pixels.
-        blocks: how many; 0: as many as have TAIL_SHARE of the multiplications together, and at least one.
+        blocks: of the tail; 0: as many as have TAIL_SHARE of the multiplications together, but at least one.
 
     Raises:
-        UserError: the network is none of those that can be cut, or has fewer blocks.
+        UserError: this kind of network cannot be cut, or the network has fewer blocks.
     """
     parts = _parts(backbone)
     image = torch.randn((1, channels, size, size), generator=torch.Generator().manual_seed(0))
@@ -132,8 +132,8 @@ def split(backbone: Backbone, channels: int, size: int, blocks: int = 0) -> Spli
     try:
         backbone.eval()
         costs = _multiplications(backbone, [*parts.units, *parts.after, *parts.head], image)
-        whole, (*of_units, of_end) = costs[0], [*costs[1][: len(parts.units)], sum(costs[1][len(parts.units) :])]
-        blocks = blocks or _affordable(of_units, of_end, whole)
+        whole, (*unit_costs, end_cost) = costs[0], [*costs[1][: len(parts.units)], sum(costs[1][len(parts.units) :])]
+        blocks = blocks or _affordable(unit_costs, end_cost, whole)
         if not 0 < blocks <= len(parts.units):
             raise UserError(f"the last {blocks} blocks are to be tuned; this network has {len(parts.units)}")
         cut = len(parts.units) - blocks
@@ -146,11 +146,11 @@ def split(backbone: Backbone, channels: int, size: int, blocks: int = 0) -> Spli
             raise _unknown(backbone)
     finally:
         backbone.train(training)
-    return SplitNetwork(trunk, tail, blocks, 2 * activation.numel(), (of_end + sum(of_units[cut:])) / whole)
+    return SplitNetwork(trunk, tail, blocks, 2 * activation.numel(), (end_cost + sum(unit_costs[cut:])) / whole)
 
 
 def _affordable(units: Sequence[float], end: float, whole: float) -> int:
-    """How many of the last units cost TAIL_SHARE of the whole, with the end that is always trained; at least one."""
+    """Count the last units that cost TAIL_SHARE of the whole at most, together with the end; at least one."""
     count, cost = 1, end + units[-1]
     while count < len(units) and cost + units[-count - 1] <= TAIL_SHARE * whole:
         count += 1
@@ -185,12 +185,12 @@ def _units(backbone: Backbone) -> _Parts:
         units = [block for stage in stages for block in _children(stage)]
         return _Parts(before, units, [], body.forward_head, [body.global_pool])
     if isinstance(body, ConvNeXt):
-        units = [part for stage in _children(body.stages) for part in (stage.downsample, *_children(stage.blocks))]
+        units = [unit for stage in _children(body.stages) for unit in (stage.downsample, *_children(stage.blocks))]
         after = [body.norm_pre]
         return _Parts([body.stem], units, after, body.forward_head, [body.head])
     if isinstance(body, VisionTransformer):
         before = [body.patch_embed, body._pos_embed, body.patch_drop, body.norm_pre]
-        # of `forward_head` whatever has parameters
+        # the modules of `forward_head` that have parameters
         head = [module for module in (body.attn_pool, body.fc_norm) if module is not None]
         return _Parts(before, _children(body.blocks), [body.norm], body.forward_head, head)
     raise _unknown(backbone)
@@ -209,7 +209,7 @@ def _unknown(backbone: Backbone) -> UserError:
 
 
 def _multiplications(net: nn.Module, parts: Sequence[nn.Module], image: Tensor) -> tuple[float, list[float]]:
-    """Of all convolutions and linear layers for one image: in the network, and in each of its parts."""
+    """Count multiplications of convolutions and linear layers for one image: (whole network, each of its parts)."""
     costs: dict[nn.Module, float] = {}
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

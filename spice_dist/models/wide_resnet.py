@@ -1,8 +1,8 @@
-"""Wide ResNets (Zagoruyko and Komodakis 2016) as FixMatch has them, which SPICE trains in stage 3.
+"""Wide ResNets (Zagoruyko and Komodakis 2016) as in FixMatch, which SPICE trains in stage 3.
 
-Pre-activation: BatchNorm and LeakyReLU come before each convolution, and once more before the pooling. Where a group
-of blocks changes the width, its first block activates before it branches, so that the shortcut sees what the branch
-sees. A 3x3 stem of 16 channels keeps the resolution; a group's stride is that of its first block.
+BatchNorm and LeakyReLU come before each convolution, and once more before the pooling. The first block of a group
+activates before it branches, so that branch and shortcut have the same input. A 3x3 stem of 16 channels keeps the
+resolution. A group's stride is that of its first block.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 STEM = 16  # channels
 BLOCKS = 4  # of a group
 SLOPE = 0.1  # of LeakyReLU below zero
-MOMENTUM = 0.001  # of the running statistics, 1 - 0.999: they move as slowly as the averaged network
+MOMENTUM = 0.001  # of the running statistics, 1 - 0.999, as for the averaged network
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WideResNet(nn.Module):
     def __init__(self, name: str, channels: int = 3):
         super().__init__()
         shape = SHAPES[name]
-        self.pretrained_cfg = {"architecture": name, "first_conv": "stem"}  # where timm's models say the same
+        self.pretrained_cfg = {"architecture": name, "first_conv": "stem"}  # as timm's models have it
         self.stem = _conv(channels, STEM, 3, 1)
         before, blocks = STEM, []
         for width, stride in zip(shape.widths, shape.strides, strict=True):
@@ -72,12 +72,12 @@ class Block(nn.Module):
 
 
 def activate(x: Tensor) -> Tensor:
-    """LeakyReLU in place: what a BatchNorm returned is nobody else's, and its backward pass needs its input only."""
+    """Apply LeakyReLU in place: nothing else reads a BatchNorm's output, and its backward pass needs only its input."""
     return F.leaky_relu_(x, SLOPE)
 
 
 def _conv(before: int, after: int, kernel: int, stride: int) -> nn.Conv2d:
-    """Same padding, no bias, weights from N(0, 2 / (kernel^2 after))."""
+    """Make a convolution with same padding, no bias and weights from N(0, 2 / (kernel^2 after))."""
     conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
     with torch.no_grad():
         conv.weight.normal_(0, (2 / (kernel**2 * after)) ** 0.5)
