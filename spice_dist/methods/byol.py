@@ -1,8 +1,8 @@
 """Another stage 1: BYOL (Grill et al. 2020) learns features without labels and without negatives.
 
-A network predicts, from one view of an image, what a slow average of itself makes of the other view. No queue, no
-temperature: nothing pushes two images of a kind apart, which suits clusters. The losses of both directions are added.
-Momentum 0.996 rising to 1 is the paper's; the other defaults are ours for small images and SGD, and were not searched.
+A network predicts, from one view of an image, the projection of the other view by its own moving average. There are no
+negatives, so nothing pushes two images of a kind apart, which suits clusters. The losses of both directions are added.
+Momentum 0.996 rising to 1 is the paper's. The other defaults, for small images and SGD, were not searched.
 """
 
 import math
@@ -55,7 +55,7 @@ class BYOLConfig:
 
 
 def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
-    """Leaves the online network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
+    """Train; the stage's last checkpoint holds the online network's backbone, `backbone.safetensors`."""
     images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
@@ -104,19 +104,19 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
             "uniformity": lambda seen=projections: losses.uniformity(collectives.all_gather(torch.cat(seen))),
             "effective_rank": lambda seen=projections: losses.effective_rank(collectives.all_gather(torch.cat(seen))),
         }
-        # the loss is the distance of both directions: half of it is their alignment
+        # the loss is the sum of two squared distances, alignment their mean
         metrics = {"alignment": loss / 2}
         worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 
 def target_momentum(first: float, progress: float) -> float:
-    """`first` at progress 0, 1 at progress 1: 1 - (1 - first) (cos(pi p) + 1) / 2."""
+    """Compute 1 - (1 - first) (cos(pi p) + 1) / 2: `first` at progress 0, 1 at progress 1."""
     return 1 - (1 - first) * (math.cos(math.pi * progress) + 1) / 2
 
 
 def check(task: Task, config: BYOLConfig, num_images: int) -> None:
-    """UserError if these settings cannot train on so many images."""
+    """Raise a UserError if these settings cannot train on so many images."""
     check_ranges("byol", config, "lr", "epochs", "batch", "hidden", "dim", "weight_decay")
     check_batch(task, "byol", config.batch, num_images)
     check_ranges("byol", config, "momentum")

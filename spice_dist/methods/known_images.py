@@ -1,4 +1,4 @@
-"""Batches for what may learn from some images only, where the others of a step train the features alone."""
+"""Collect batches of the images to be clustered, where the others of a step train the features alone."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ from spice_dist.distributed.worker import Worker
 
 
 class Bank(nn.Module):
-    """Views of images that are known to be of the clusters' kind, collected until they fill a batch.
+    """Collects views of images to be clustered until they fill a batch.
 
-    Where some images only train the features, as STL-10's unlabelled ones, a batch has too few others for a classifier
-    to learn from. Every worker holds all rows, in the order of the images, which is that of any number of workers.
+    If some images only train the features, such as STL-10's unlabelled ones, a batch has too few others for a
+    classifier. Every worker holds all rows, in the order of the images, which does not depend on the number of workers.
     """
 
     def __init__(self, views: int, batch: int, width: int):
@@ -27,20 +27,20 @@ class Bank(nn.Module):
     def push(
         self, rows: Float[Tensor, "V b width"], positions: np.ndarray, before: int, worker: Worker
     ) -> Tensor | None:
-        """Add those of a step's rows that belong here; a full batch (V, B, width) if there now is one.
+        """Add a step's rows of images to be clustered; return a full batch (V, B, width) once there is one.
 
         Args:
             rows: of this worker's share of the step's batch.
-            positions: in the whole batch, of the images that belong here.
-            before: how many such images the epoch has had before. The bank is empty at the start of an epoch.
+            positions: in the whole batch, of the images to be clustered.
+            before: number of such images earlier in the epoch. The bank is empty at the start of an epoch.
         """
         if not len(positions):
             return None
         size, first = self.rows.shape[1], worker.rank * rows.shape[1]
-        own = (positions >= first) & (positions < first + rows.shape[1])
+        in_share = (positions >= first) & (positions < first + rows.shape[1])
         new = rows.new_zeros(len(rows), len(positions), rows.shape[2])
-        new[:, torch.from_numpy(own.nonzero()[0])] = rows[:, torch.from_numpy(positions[own] - first)]
-        new = collectives.total(new)  # each row is another worker's zero
+        new[:, torch.from_numpy(in_share.nonzero()[0])] = rows[:, torch.from_numpy(positions[in_share] - first)]
+        new = collectives.total(new)  # a row is zero in all workers but one
         start = before % size
         room = min(size - start, new.shape[1])
         self.rows[:, start : start + room] = new[:, :room]
@@ -52,16 +52,16 @@ class Bank(nn.Module):
 
 
 def shares(rows: Tensor, dim: int, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
-    """(features, probabilities) for each pass of this worker's part of a full bank (V, B, D + J)."""
-    own = rows.chunk(worker.world, 1)[worker.rank]
-    return [(part[:, :, :dim], part[:, :, dim:]) for part in own.chunk(passes, 1)]
+    """Return (features, probabilities) for each pass of this worker's share of a full bank (V, B, D + J)."""
+    rows_of_worker = rows.chunk(worker.world, 1)[worker.rank]
+    return [(of_pass[:, :, :dim], of_pass[:, :, dim:]) for of_pass in rows_of_worker.chunk(passes, 1)]
 
 
 def known_images(
     seed: int, epochs: int, batch: int, num_images: int, clustered: int, start: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """For every step from `start` on: where in its global batch the first `clustered` images are, and how many such
-    images the epoch has had before it."""
+    """Yield for every step from `start` on (positions in the global batch of the first `clustered` images, their number
+    earlier in the epoch)."""
     steps = num_images // batch
     for epoch in range(start // steps, epochs):
         order = epoch_order(seed, epoch, num_images)[: steps * batch]

@@ -1,8 +1,8 @@
 """Stage 1 of SPICE: MoCo-v2 (Chen, Fan, Girshick and He 2020) learns features without labels.
 
-Two random views of an image must find each other among the keys of other images, kept in a queue. The key network is a
-slow average of the query network and sees its images in another order, so that BatchNorm cannot give the pair away.
-The defaults are the 4-GPU recipe that SPICE uses: global batch 128, lr 0.015, tau 0.2, mu 0.999.
+The query of one random view must be closer to the key of the other view than to the keys of other images in a queue.
+The key network is a moving average of the query network. Its images are shuffled, so that BatchNorm's statistics do not
+identify the pair. The defaults are the 4-GPU recipe that SPICE uses: global batch 128, lr 0.015, tau 0.2, mu 0.999.
 """
 
 from dataclasses import dataclass
@@ -65,12 +65,12 @@ class MoCoConfig:
 
     @property
     def new_keys(self) -> int:
-        """How many keys a step adds to the queue."""
+        """Number of keys that a step adds to the queue."""
         return self.batch * (2 if self.symmetric else 1)
 
 
 def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
-    """Leaves the query network's backbone in the stage's last checkpoint, `backbone.safetensors`."""
+    """Train; the stage's last checkpoint holds the query network's backbone, `backbone.safetensors`."""
     images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training)
     steps_per_epoch = manifest.training // config.batch
@@ -125,7 +125,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
         staleness.measure(task, step, key_net, key_view, keys[0], passes, worker)
         queue.push(torch.cat(keys), step)
         probes = {"uniformity": partial(losses.uniformity, keys[0]), **staleness.probe()}
-        if (step + 1) * config.new_keys >= config.queue:  # before, there are random vectors in it
+        if (step + 1) * config.new_keys >= config.queue:  # before, the queue holds random vectors
             probes["effective_rank"] = partial(losses.effective_rank, queue.keys)
         metrics = {"alignment": alignment}
         worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), metrics, probes)
@@ -136,26 +136,26 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
 def shuffled_keys(
     task: Task, key_net: nn.Module, view: Tensor, passes: int, key: tuple[int, int, int], worker: Worker
 ) -> Tensor:
-    """Shuffle-BN: keys (B, dim) of the global batch in its order, each normalised among other images than its query."""
+    """Compute keys (B, dim) of the global batch, in its order, normalised in groups of shuffled images (shuffle-BN)."""
     order = np.random.default_rng(key).permutation(len(view) * worker.world)
-    own = collectives.exchange(view, order)
+    shuffled = collectives.exchange(view, order)
     with autocast(worker.device, task.precision):
-        keys = torch.cat([unit(key_net(part)).float() for part in own.chunk(passes)])
+        keys = torch.cat([unit(key_net(of_pass)).float() for of_pass in shuffled.chunk(passes)])
     keys = collectives.all_gather(keys)
     return torch.empty_like(keys).index_copy_(0, torch.from_numpy(order).to(view.device, non_blocking=True), keys)
 
 
 def _by_pass(view: Tensor, keys: Tensor, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:
-    """This worker's views with their keys out of those of the global batch, pass by pass."""
-    own = keys.chunk(worker.world)[worker.rank]
-    return list(zip(view.chunk(passes), own.chunk(passes), strict=True))
+    """Pair this worker's views with their keys among those of the global batch, pass by pass."""
+    keys_of_worker = keys.chunk(worker.world)[worker.rank]
+    return list(zip(view.chunk(passes), keys_of_worker.chunk(passes), strict=True))
 
 
 class Staleness:
-    """How far keys are from what the key network would make of the same views when they leave the queue.
+    """Measures 1 - cosine of keys that leave the queue and the current key network's keys of the same views.
 
-    1 - cosine, the mean of one batch at a time: 0 is fresh, 1 unrelated. A shorter queue or a momentum nearer to 1
-    lowers it. Costs one forward pass for each time that the queue is filled.
+    It is the mean over one batch: 0 is fresh, 1 unrelated. A shorter queue or a momentum nearer to 1 lowers it. The
+    cost is one forward pass for each filling of the queue.
     """
 
     def __init__(self, lag: int):
@@ -166,7 +166,7 @@ class Staleness:
     def measure(
         self, task: Task, step: int, key_net: nn.Module, view: Tensor, keys: Tensor, passes: int, worker: Worker
     ) -> None:
-        """Keep this step's batch, or compare the one that was kept `lag` steps ago."""
+        """Keep this step's batch, or compare the one kept `lag` steps ago."""
         if self.kept is None:
             self.kept = (step, view, keys)
         elif step == self.kept[0] + self.lag:
@@ -176,13 +176,13 @@ class Staleness:
             self.kept, self.value = None, 1 - (now * old_keys).sum(1).mean()
 
     def probe(self) -> Probes:
-        """Nothing before the first batch has left the queue."""
+        """Return the last measurement; nothing before the first batch has left the queue."""
         value = self.value
         return {} if value is None else {"staleness": lambda: value}
 
 
 def check(task: Task, config: MoCoConfig, num_images: int) -> None:
-    """UserError if these settings cannot train on so many images."""
+    """Raise a UserError if these settings cannot train on so many images."""
     check_ranges("moco", config, "lr", "temperature", "epochs", "batch", "queue", "dim", "momentum", "weight_decay")
     check_batch(task, "moco", config.batch, num_images)
     check_ranges("moco", config, "optimizer")

@@ -1,16 +1,16 @@
-"""Between stages 2 and 3: which labels of SPICE-Self are reliable enough to teach the whole network (III-C, eqs. 6-7).
+"""Select the labels of stage 2 that are reliable enough for training in stage 3 (III-C, eqs. 6-7).
 
-An image is reliable when its nearest neighbours, in the features of stage 1, carry its label. Two rules say when:
+An image is reliable if its nearest neighbours, in the features of stage 1, have its label. There are two rules:
 
-adaptive (DCBoost, eq. 1): all of its k nearest other images do, with the k that maximises k n_k, n_k being how many
-images pass at k. Below a floor every cluster is given its best-agreeing images, so that none vanishes.
-official (the published code): of N_s neighbours, itself included, a share of at least `ratio` does, the label has a
-probability above `min_confidence`, and of every cluster as many are drawn as the smallest has; one cluster without any
-leaves nothing.
+adaptive (DCBoost, eq. 1): all of its k nearest other images have its label. k maximises k n_k, n_k being the number of
+images that pass at k. In a cluster with too few, its best-agreeing images are added, so that no cluster vanishes.
+official (the published code): of N_s neighbours, itself included, a share of at least `ratio` has its label, and the
+label's probability is above `min_confidence`. All clusters are cut to the size of the smallest: if one has no reliable
+image, none is left.
 
-Images with exactly the same features are copies. Under the adaptive rule they are one image: a copy vouches for
-nothing, neither for its original nor twice for a third, and all copies are reliable or none. The published rule counts
-them like any other neighbour.
+Images with exactly the same features are copies. The adaptive rule counts them as one image: copies are not neighbours
+of each other, count once for other images, and are all reliable or none. The official rule counts them like any other
+image.
 """
 
 import sys
@@ -47,7 +47,7 @@ from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
 DRAW = 30  # stream of random numbers
-CHUNK = 65_536  # images that a head is asked about at once
+CHUNK = 65_536  # images of a head's forward pass
 FEW = 0.05  # share of reliable labels below which advice is given
 
 
@@ -94,12 +94,12 @@ class ReliableConfig:
 
 @torch.no_grad()
 def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
-    """Leaves `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`.
+    """Write `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`.
 
     Every worker searches the neighbours of its share of the images.
 
     Raises:
-        UserError: no label is reliable. The summary is there then, the labels are not.
+        UserError: no label is reliable. The summary is written, the labels are not.
     """
     check(config)
     run, progress = worker.run, partial(_show, worker)
@@ -107,21 +107,22 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     stored = artifacts.stored_features(run, manifest.clustered)
     stage2 = spice_graph.predicted if task.stage2 == "spice_graph" else _predicted
     predicted = partial(stage2, run, device=worker.device)
-    labels, passed, kept, numbers = choose(task, config, stored, predicted, worker.device, progress)
+    labels, passed, selected, numbers = choose(task, config, stored, predicted, worker.device, progress)
 
     sizes, passing, per_cluster = (
-        torch.bincount(part, minlength=task.clusters).tolist() for part in (labels, labels[passed], labels[kept])
+        torch.bincount(of_images, minlength=task.clusters).tolist()
+        for of_images in (labels, labels[passed], labels[selected])
     )
     summary = {
         "rule": config.rule,
         "settings": asdict(config),
         "images": len(labels),
         **numbers,
-        "count": int(kept.sum()),
+        "count": int(selected.sum()),
         "passed": int(passed.sum()),
-        "added_to_reach_floor": int((kept & ~passed).sum()),
-        "dropped_for_balance": int((passed & ~kept).sum()),
-        "refused": int((~passed & ~kept).sum()),
+        "added_to_reach_floor": int((selected & ~passed).sum()),
+        "dropped_for_balance": int((passed & ~selected).sum()),
+        "refused": int((~passed & ~selected).sum()),
         "clusters": sum(count > 0 for count in per_cluster),
         "clusters_that_passed": sum(count > 0 for count in passing),
         "per_cluster": per_cluster,
@@ -138,10 +139,10 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
         return
     if summary["advice"]:
         tqdm.write(summary["advice"], sys.stderr)
-    everywhere = np.full(manifest.n, UNRELIABLE)  # images that are not clustered teach no label
-    everywhere[: manifest.clustered] = torch.where(kept, labels, UNRELIABLE).numpy()
+    labels_of_all = np.full(manifest.n, UNRELIABLE)  # images that are not clustered have no label
+    labels_of_all[: manifest.clustered] = torch.where(selected, labels, UNRELIABLE).numpy()
     with publish(artifacts.reliable_labels_file(run)) as file:
-        np.save(file, everywhere)
+        np.save(file, labels_of_all)
 
 
 @torch.no_grad()
@@ -150,29 +151,29 @@ def choose(
     predicted: Callable[[np.ndarray], tuple[Tensor, Tensor]], device: torch.device,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Int[Tensor, " N"], Bool[Tensor, " N"], Bool[Tensor, " N"], dict[str, Any]]:  # fmt: skip
-    """(labels, passed, kept, numbers for the summary) of N images with features of unit norm, on the host.
+    """Select among N images of unit features: (labels, passed, selected, numbers for the summary), on the host.
 
-    `predicted` gives the labels and their probabilities of the images that it is asked about. Every worker must call
-    this with the same, and gets the same.
+    `predicted` gives the labels of images, by number, and their probabilities. Every worker must call this with the
+    same arguments, and gets the same result.
     """
     first, copy_of = distinct(stored) if config.rule == "adaptive" else (np.arange(len(stored)), np.arange(len(stored)))
     features = torch.from_numpy(stored[first].astype(np.float32)).to(device)
     labels, confidence = predicted(first)
     rule = _adaptive if config.rule == "adaptive" else _official
-    passed, kept, numbers = rule(task, config, features, labels, confidence, progress)
-    labels, passed, kept = (part.cpu()[copy_of] for part in (labels, passed, kept))
-    return labels, passed, kept, {"copies": len(stored) - len(first), **numbers}
+    passed, selected, numbers = rule(task, config, features, labels, confidence, progress)
+    labels, passed, selected = (of_distinct.cpu()[copy_of] for of_distinct in (labels, passed, selected))
+    return labels, passed, selected, {"copies": len(stored) - len(first), **numbers}
 
 
 def _predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the selected head says of these images: (M,) labels and their probabilities."""
+    """Predict these images by the selected head: (M,) labels and their probabilities."""
     heads, loss = load_heads(run)
     head = heads.select(int(loss.argmin())).to(device)
     features = artifacts.head_features(run)
     chunks = np.array_split(index, -(-len(index) // CHUNK))
     probs = (head(torch.from_numpy(features[chunk].astype(np.float32)).to(device))[0].softmax(1) for chunk in chunks)
-    best = [part.max(1) for part in probs]
-    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+    best = [chunk.max(1) for chunk in probs]
+    return torch.cat([chunk.indices for chunk in best]), torch.cat([chunk.values for chunk in best])
 
 
 def _show(worker: Worker, done: int, total: int) -> None:
@@ -182,7 +183,7 @@ def _show(worker: Worker, done: int, total: int) -> None:
 def _adaptive(
     task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Which of N distinct images pass and which are kept, (N,) bool, and numbers for the summary."""
+    """Apply the adaptive rule to N distinct images: (passed (N,), selected (N,), numbers for the summary)."""
     most = min(len(features) - 1, max(2, min(config.max_neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
     neighbors = others(_nearest(config, features, most + 1, rows, progress), rows)
@@ -190,27 +191,27 @@ def _adaptive(
     agreement = collectives.gather_shares(label_agreement(labels, neighbors, rows), len(features))
     k, passing = adaptive_depth(depth, most)
     passed = depth >= k
-    # depth first, then the share of all neighbours that agree: it is 1 only at the largest depth, so the sum orders so
+    # orders by depth, then by agreement, which is 1 only at the largest depth
     score = depth + agreement.nan_to_num()
-    kept = raised_to_floor(labels, passed, score, confidence, task.clusters, config.floor_fraction)
-    return passed, kept, {"k": k, "passing_at_k": passing.tolist()}
+    selected = raised_to_floor(labels, passed, score, confidence, task.clusters, config.floor_fraction)
+    return passed, selected, {"k": k, "passing_at_k": passing.tolist()}
 
 
 def _official(
     task: Task, config: ReliableConfig, features: Tensor, labels: Tensor, confidence: Tensor, progress: Progress
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Which of N images pass and which are kept, (N,) bool, and numbers for the summary."""
+    """Apply the official rule to N images: (passed (N,), selected (N,), numbers for the summary)."""
     count = min(len(features), max(2, min(config.neighbors, len(features) // task.clusters)))
     rows = collectives.share(len(features))
-    own = label_agreement(labels, _nearest(config, features, count, rows, progress), rows)
-    agreement = collectives.gather_shares(own, len(features))
+    agreement_of_share = label_agreement(labels, _nearest(config, features, count, rows, progress), rows)
+    agreement = collectives.gather_shares(agreement_of_share, len(features))
     agreeing = reliable_images(agreement, confidence, config.ratio, -1.0)
-    passed = kept = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
+    passed = selected = reliable_images(agreement, confidence, config.ratio, config.min_confidence)
     if config.balance:
         order = np.random.default_rng([task.seed, DRAW]).permutation(len(labels))
-        kept = balanced(labels, passed, task.clusters, torch.from_numpy(order).to(labels.device))
+        selected = balanced(labels, passed, task.clusters, torch.from_numpy(order).to(labels.device))
     refused = {"refused_for_agreement": ~agreeing, "refused_for_confidence": agreeing & ~passed}
-    return passed, kept, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
+    return passed, selected, {"neighbors": count, **{reason: int(images.sum()) for reason, images in refused.items()}}
 
 
 def _nearest(config: ReliableConfig, features: Tensor, count: int, rows: range, progress: Progress) -> Tensor:
@@ -220,22 +221,22 @@ def _nearest(config: ReliableConfig, features: Tensor, count: int, rows: range, 
 
 
 def others(neighbors: Tensor, rows: range) -> Tensor:
-    """(R, S) of (R, S + 1): each of `rows` without the image itself, or without the last where it is not among them.
+    """Remove each of `rows` from its own neighbours, (R, S + 1) -> (R, S), or the last neighbour if it is not there.
 
-    Rounding can put another image before the image itself, so it is looked for by its number.
+    The image is found by its number, since rounding can put another image before it.
     """
     places = torch.arange(neighbors.shape[1] - 1, device=neighbors.device)
-    kept = []
-    for number, found in enumerate(neighbors.split(CHUNK)):
+    without_itself = []
+    for number, chunk in enumerate(neighbors.split(CHUNK)):
         first = rows.start + number * CHUNK
-        itself = found == torch.arange(first, first + len(found), device=neighbors.device)[:, None]
+        itself = chunk == torch.arange(first, first + len(chunk), device=neighbors.device)[:, None]
         itself[:, -1] |= ~itself.any(1)
-        kept.append(found.gather(1, places + (places >= itself.int().argmax(1)[:, None])))
-    return torch.cat(kept)
+        without_itself.append(chunk.gather(1, places + (places >= itself.int().argmax(1)[:, None])))
+    return torch.cat(without_itself)
 
 
 def advice(summary: dict[str, Any]) -> str:
-    """What to do when few labels are reliable, or not from all clusters, in one or two sentences; "" if all is well."""
+    """Advise, in one or two sentences, if few labels or not all clusters are reliable; "" otherwise."""
     clusters, settings = len(summary["cluster_sizes"]), summary["settings"]
     if not summary["passed"] and not summary["count"]:
         return (
@@ -267,7 +268,7 @@ def advice(summary: dict[str, Any]) -> str:
 
 
 def check(config: ReliableConfig) -> None:
-    """UserError if these settings cannot select."""
+    """Raise a UserError if labels cannot be selected with these settings."""
     check_ranges("reliable", config, "rule", "search", "max_neighbors", "neighbors")
     if config.search == "index" and not find_spec("faiss"):
         raise UserError("reliable.search=index needs faiss: pip install faiss-cpu")

@@ -1,10 +1,10 @@
 """Stage 2 of SPICE with a backbone that changes: the published code's BatchNorm, and the paper's ablation.
 
-The published code encodes the strong images of every head in every minibatch, with the backbone in train mode, so that
-BatchNorm takes the batch's statistics and its running ones drift away from those that the features were made with: it
-costs (2 + R H) N forward passes an epoch, where `spice_self` costs 2 N. `backbone_bn="train"` does that. `joint` trains
-the backbone too, as the paper's ablation does. Both compute confidence with the backbone as it is now and similarity on
-the features of stage 1, in one process.
+The published code encodes the strong images of every head in every minibatch, with the backbone in train mode.
+BatchNorm then uses the batch's statistics, and its running ones drift away from those of stage 1's features. An epoch
+costs (2 + R H) N forward passes, where `spice_self` costs 2 N. `backbone_bn="train"` does this. `joint` also trains the
+backbone, as in the paper's ablation. Both compute confidence by the current backbone and similarity on the features of
+stage 1, in one process.
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ from spice_dist.task import Task
 
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
-    """As `spice_self.train`, with a backbone that changes within an E-step.
+    """Train as `spice_self.train`, with a backbone that changes within an E-step.
 
-    Leaves also `spice_self/features.npy`, of the backbone at the moment of the selected heads.
+    Write also `spice_self/features.npy`, by the backbone at the epoch of the selected heads.
     """
     images, manifest = open_dataset(task, worker)
     num_images = manifest.clustered
@@ -95,14 +95,14 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
             losses += loss * len(minibatches)
 
         if (step + 1) % steps_per_epoch == 0:
-            # the heads see what the backbone makes of the images now
+            # features of all images by the current backbone
             (now,) = view_features(task, images, np.arange(num_images), [(PLAIN, (0, 0, 0))], [encode])
             with torch.no_grad():
                 outputs, plain = head_outputs(heads, now), plain_loss(config)
                 loss = selection_loss(features, outputs, sizes_of_all, config.center_fraction, plain)
                 labels = heads(now[followed]).argmax(2)
             selection.update(epoch, heads, backbone, loss, labels)
-        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         mean = losses.sum() / len(order) / config.heads
         worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), probes=probes, every=1)
     write_features(task, selection.backbone, images, artifacts.stage2_features_file(worker.run))
@@ -110,9 +110,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
 
 class JointSelection(nn.Module):
-    """Holds all heads and the backbone at the moment of the lowest label-free loss of all, and the course of epochs.
+    """Holds all heads and the backbone of the epoch with the lowest label-free loss, and the history of epochs.
 
-    Heads of different moments would see the features of different networks.
+    Heads of different epochs would need the features of different networks.
     """
 
     def __init__(self, heads: ClusterHeads, backbone: Backbone, epochs: int, followed: int):
@@ -150,7 +150,7 @@ def encode_again(
     images: Float[Tensor, "M C H W"],
     rows: Int[Tensor, "heads B"],
 ) -> Float[Tensor, "heads B D"]:
-    """The features of each head's images by the backbone as it is now; all heads' images are one BatchNorm batch."""
+    """Encode each head's images by the current backbone; the images of all heads are one BatchNorm batch."""
     set_groups(backbone, 1)
     backbone.train(config.backbone_bn == "train")
     with torch.set_grad_enabled(config.joint):
@@ -161,7 +161,7 @@ def encode_again(
 
 
 def write_features(task: Task, backbone: Backbone, images: Images, path: Path) -> None:
-    """Leave the features (N, D), float16, that this backbone makes of all images as they are."""
+    """Write the features (N, D), float16, of all images without augmentation by this backbone."""
     encode = partial(encode_view, task, backbone.eval())
     (features,) = view_features(task, images, np.arange(images.n), [(PLAIN, (0, 0, 0))], [encode])
     with publish(path) as file:
@@ -169,5 +169,5 @@ def write_features(task: Task, backbone: Backbone, images: Images, path: Path) -
 
 
 def loop_of(config: SpiceSelfConfig) -> Callable[[Task, SpiceSelfConfig, Worker], None]:
-    """The loop that these settings train with: this one, or that of the paper, with a frozen backbone."""
+    """Return the loop of these settings: this file's, or the paper's with a frozen backbone."""
     return train if config.encodes_anew else spice_self.train

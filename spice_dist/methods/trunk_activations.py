@@ -1,7 +1,7 @@
-"""Activations that the frozen first blocks of a network give, computed once, and what its last blocks make of them.
+"""Compute activations by the frozen first blocks of a network once, and features by its last blocks from them.
 
-`trunk` maps a view to an activation, `tail` an activation to features (`spice_dist.models.tail`). M = images that are
-used, S = rows of them.
+`trunk` maps a view to an activation, `tail` an activation to features (`spice_dist.models.tail`). M = chosen images,
+S = rows of them.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from spice_dist.models.heads import ClusterHeads
 from spice_dist.models.tail import Tail, Trunk, split
 from spice_dist.task import Task
 
-ENCODED = 32  # images between two signs of progress, about a second's on a core
+ENCODED = 32  # images between two reports of progress, about a second on a core
 CHUNK = 256  # activations per forward pass without gradients
 
 
 def folded_trunk(task: Task, backbone: Backbone, blocks: int) -> Trunk:
-    """Fold the BatchNorms of the trunk, which a CPU runs two to four times as fast; equal up to rounding."""
+    """Fold the trunk's BatchNorms: a CPU runs it two to four times as fast, with equal outputs up to rounding."""
     channels, size = task.data.channels, task.data.size
     device = next(backbone.parameters()).device
     example = torch.rand((2, channels, size, size), generator=torch.Generator().manual_seed(0)).to(device)
@@ -54,7 +54,7 @@ def encode(
 
 
 def ready(x: Tensor) -> Tensor:
-    """Convert to float32 and to the memory layout that convolutions are fastest in."""
+    """Convert to float32 and to the memory layout of the fastest convolutions."""
     return x.float().contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.float()
 
 
@@ -67,10 +67,10 @@ def logits_of(tail: Tail, head: ClusterHeads, activations: Tensor, task: Task) -
 def features_of(
     tail: Tail, activations: Float16[Tensor, "M ..."], task: Task, rows: Int[Tensor, " S"] | None = None
 ) -> Float[Tensor, "S D"]:
-    """Compute unit features of these rows, or of all, by the tail as it is now."""
+    """Compute unit features of these rows, or of all, by the current tail."""
     rows = torch.arange(len(activations)) if rows is None else rows
     with autocast(activations.device, task.precision):
-        return torch.cat([unit(tail(ready(activations[part])).float()) for part in rows.split(CHUNK)])
+        return torch.cat([unit(tail(ready(activations[chunk])).float()) for chunk in rows.split(CHUNK)])
 
 
 @torch.no_grad()

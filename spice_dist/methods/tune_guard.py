@@ -1,4 +1,4 @@
-"""A guard over fine-tuning: it compares loss, sizes of clusters and reliable labels with those at the start."""
+"""Detect harm by fine-tuning: compare loss, sizes of clusters and reliable labels with those at the start."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
 SAMPLE = 53  # stream of random numbers
-WATCHED = 1024  # images, at most, that the guard asks the averaged network about, unless clusters are many
-SEEN = 5  # images of each cluster among them, as far as it has any
+WATCHED = 1024  # images of the guard's sample at most, unless clusters are many
+SEEN = 5  # images of each cluster in the sample, if it has so many
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a guard lets pass; the settings of `spice_tune` say what each means."""
+    """The limits of a guard, which the settings of `spice_tune` explain."""
 
     steps: int
     max_rise: float
@@ -28,10 +28,10 @@ class Limits:
 
 
 class Guard(nn.Module):
-    """Watch whether tuning does harm, by the loss of every step and by the averaged network's clusters.
+    """Detects harm by the loss of every step and by the averaged network's clusters.
 
-    Stage 2's clusters, `before` (M,), are compared with those of the averaged network: every `limits.steps` steps for
-    a sample, at the end for all images. A cluster of SEEN images or more must keep `min_size` of them.
+    The averaged network's clusters are compared with stage 2's, `before` (M,): every `limits.steps` steps for a sample,
+    at the end for all images. A cluster of SEEN images or more must keep the share `min_size` of them.
     """
 
     def __init__(self, task: Task, limits: Limits, labels: Int[Tensor, " M"], before: Int[Tensor, " M"]):
@@ -42,9 +42,9 @@ class Guard(nn.Module):
         few = [order[clusters == cluster][:SEEN] for cluster in range(task.clusters)]
         self.sample = torch.from_numpy(np.unique(np.concatenate([*few, order[:WATCHED]])))
         self.everything = torch.arange(len(before))
-        self.counters: Tensor  # step at which this attempt began, attempts before it
+        self.counters: Tensor  # first step of this attempt, number of attempts before it
         self.register_buffer("counters", torch.zeros(2, dtype=torch.long))
-        self.sums: Tensor  # losses of the first steps and their number, losses since the last look and theirs
+        self.sums: Tensor  # sum and number of the losses of the first steps, then of those since the last look
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
 
     @property
@@ -61,7 +61,7 @@ class Guard(nn.Module):
         self.sums.zero_()
 
     def see(self, loss: float, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
-        """Say why this attempt has failed, in a few words; "" if it goes on. `predicted` gives the clusters of rows."""
+        """Return why this attempt has failed, "" if it has not. `predicted` gives the clusters of rows."""
         if not self.limits.steps:
             return ""
         if not math.isfinite(loss):
@@ -70,7 +70,7 @@ class Guard(nn.Module):
         self.sums += torch.tensor([loss, 1, 0, 0] if first else [0, 0, loss, 1], dtype=torch.float64)
         if not last and self.sums[3] < self.limits.steps:
             return ""
-        start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # no number if there was no step between two looks
+        start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # NaN without a step since the last look
         self.sums[2:] = 0
         if now > self.limits.max_rise * start:
             return f"the loss has risen from {start:.2g} to {now:.2g}"
@@ -78,15 +78,15 @@ class Guard(nn.Module):
         return self.changed(rows, predicted(rows))
 
     def changed(self, rows: Int[Tensor, " S"], now: Int[Tensor, " S"]) -> str:
-        """Compare the clusters `now` of these images with those before; returns what `see` does."""
+        """Compare the clusters `now` of these images with those before; return what `see` returns."""
         before, labels = self.before[rows], self.labels[rows]
         clusters = int(max(before.max(), now.max())) + 1
-        had, has = (torch.bincount(part, minlength=clusters) for part in (before, now))
+        had, has = (torch.bincount(of_images, minlength=clusters) for of_images in (before, now))
         dying = (had >= SEEN) & (has < self.limits.min_size * had)
         if dying.any():
             cluster = int(dying.nonzero()[0, 0])
             return f"cluster {cluster} has shrunk from {had[cluster]} to {has[cluster]} images"
-        agreed = [float((part == labels)[labels != UNRELIABLE].float().mean()) for part in (before, now)]
+        agreed = [float((of_images == labels)[labels != UNRELIABLE].float().mean()) for of_images in (before, now)]
         if agreed[1] < self.limits.min_agreement * agreed[0]:
             return f"{agreed[1]:.0%} of the reliable labels are predicted, {agreed[0]:.0%} were before"
         return ""
