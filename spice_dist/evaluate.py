@@ -1,6 +1,7 @@
-"""The end of a run, whatever its method: assignments of every image, the model, and scores.
+"""Finish a run of any method: write the assignments of all images, the model, and scores.
 
-Only this, metrics.py and probes.py see true labels, and methods/given_labels.py, whose baselines learn from some.
+Only this module, metrics.py and probes.py read true labels, and methods/given_labels.py, whose baselines learn from
+some.
 """
 
 import json
@@ -30,7 +31,7 @@ from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.stages import result_of
 from spice_dist.task import Task
 
-MARGIN = 0.1  # of recognised images, by which a baseline must be better: k-means' clusters are linear by construction
+MARGIN = 0.1  # of recognised images, by which a baseline must be better, since clusters of k-means are linear
 Scores = dict[str, float] | None
 
 
@@ -38,12 +39,12 @@ def evaluate(
     config: Config, run: Path, device: torch.device, seconds: dict[str, float],
     progress: Progress = lambda done, total: None, until: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Leaves `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; returns the metrics.
+    """Write `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; return the metrics.
 
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
 
     Args:
-        seconds: that each stage has taken.
+        seconds: the time of each stage.
         until: the last stage that is done; None: all stages of these settings.
     """
     clustering = result_of(config)(run, device, progress, until)
@@ -63,14 +64,14 @@ def evaluate(
     features = artifacts.stored_features(run)
     below = _better_baseline(task, manifest, features, labels, baselines) if clustering.choice is None else ""
     evidence = _evidence(clustering, labels, confidence, agreement, below)
-    judged = verdict.judge(evidence)
+    judgement = verdict.judge(evidence)
     result = {
         "method": task.method,
         "uses_labels": task.method in USING_LABELS,
         "n": len(labels),
         "k": task.clusters,
         "nonempty": evidence.nonempty,
-        "verdict": {**asdict(judged), "text": str(judged)},
+        "verdict": {**asdict(judgement), "text": str(judgement)},
         **_selection(clustering, features, labels, confidence, agreement),
         "eval": scores(y_true, scored, labels),
         "baselines": {name: scores(y_true, scored, clusters) for name, clusters in baselines.items()},
@@ -95,7 +96,7 @@ def evaluate(
 def _labels_and_baselines(
     clustering: Clustering, run: Path, device: torch.device, manifest: Ingested, progress: Progress
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"], dict[str, Int[np.ndarray, " N"]]]:
-    """The cluster of every image, its probability, and the clusters of the baselines by name."""
+    """Return the cluster of every image, its probability, and the clusters of the baselines by name."""
     task, choice = clustering.task, clustering.choice
     if choice is not None:
         return choice.labels, choice.confidence, choice.baselines
@@ -104,14 +105,14 @@ def _labels_and_baselines(
         net = place(clustering.net, device)
         probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
         baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: pixels(images, index))}
-    if clustering.given is None:  # features that have learnt from labels are no baseline
+    if clustering.given is None:  # features that have learned from labels are no baseline
         features = artifacts.stored_features(run)
         baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
     return probs.argmax(1), probs.max(1), baselines
 
 
 def _agreement(clustering: Clustering) -> float | None:
-    """The mean ARI of clusterings of different starts; None if there are not two."""
+    """Return the mean ARI of clusterings of different starts; None if there are fewer than two."""
     if clustering.choice is not None and clustering.choice.agreement is not None:
         return clustering.choice.agreement
     return metrics.agreement(clustering.by_head) if len(clustering.by_head) > 1 else None
@@ -140,7 +141,7 @@ def _selection(
     clustering: Clustering, features: np.ndarray, labels: Int[np.ndarray, " N"], confidence: Float[np.ndarray, " N"],
     agreement: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The entries of metrics.json that need no true labels."""
+    """Return the entries of metrics.json that need no true labels."""
     task, choice = clustering.task, clustering.choice
     count = clustering.by_head.shape[1]
     select: dict[str, float] = {}
@@ -168,7 +169,7 @@ def _heads(
     clustering: Clustering, manifest: Ingested, labels: Int[np.ndarray, " N"], y_true: np.ndarray | None,
     scored: Int[np.ndarray, " S"],
 ) -> list[dict[str, float | None]]:  # fmt: skip
-    """The label-free loss of every head, and its accuracy on the scored images, or on all that it has labels of."""
+    """Return the label-free loss of every head, and its accuracy on the scored images, or on all that it clusters."""
     by_head, count = clustering.by_head, clustering.by_head.shape[1]
     known = scored if count == manifest.n else np.arange(count)
     losses = clustering.loss
@@ -187,9 +188,9 @@ def _given_labels(
     clustering: Clustering, manifest: Ingested, y_true: np.ndarray | None, scored: Int[np.ndarray, " M"],
     labels: Int[np.ndarray, " N"],
 ) -> dict[str, Any]:  # fmt: skip
-    """Of a method that learns from labels: `accuracy` is the share of scored images put into their own class.
+    """Return the accuracy of a method that learns from labels: the share of scored images put into their own class.
 
-    Cluster c is the class of the c-th smallest label, so that no matching is needed as for ACC.
+    Cluster c is the class of the c-th smallest label, so that no matching is needed.
     """
     if clustering.given is None:
         return {}
@@ -201,7 +202,7 @@ def _given_labels(
 
 
 def _reliable(clustering: Clustering, manifest: Ingested, y_true: np.ndarray | None) -> dict[str, Any]:
-    """How many labels are reliable, of the clustered images, and the share of them that are right."""
+    """Return how many labels of the clustered images are reliable, their fraction, and the share that is right."""
     reliable, clustered = clustering.reliable, slice(0, manifest.clustered)
     if reliable is None:
         return {"count": 0, "fraction": 0.0, "acc": None}
@@ -216,7 +217,7 @@ def _better_baseline(
     task: Task, manifest: Ingested, features: np.ndarray, labels: Int[np.ndarray, " N"],
     baselines: dict[str, Int[np.ndarray, " N"]],
 ) -> str:  # fmt: skip
-    """The name of k-means on the features if a linear classifier recognises its clusters better by MARGIN; or ""."""
+    """Return the name of k-means on the features if a linear classifier recognises its clusters better by MARGIN."""
     if "kmeans_features" not in baselines:
         return ""
     sample = np.sort(np.random.default_rng(task.seed).permutation(manifest.clustered)[: objectives.SAMPLE])
@@ -233,8 +234,10 @@ def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) ->
 
 
 def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
-    """SPICE's Fig. 6, `spice_self/head_selection.jsonl`: after every epoch the accuracy of the head that the loss
-    selects, of all so far, and that of the epoch's best head, which takes labels to find; on the images followed."""
+    """Write SPICE's Fig. 6, two accuracies on the followed images after every epoch, to the file of head selection.
+
+    `selected` is of the head with the lowest loss so far, `best` of the epoch's best head by true labels.
+    """
     path = artifacts.head_selection_file(run)
     if y_true is None:
         path.unlink(missing_ok=True)
@@ -252,13 +255,13 @@ def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clus
 
 
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
-    """ACC of a clustering of the run's clustered images; None without true labels. For tables, never to choose by."""
+    """Return the ACC of a clustering of the clustered images; None without true labels. For tables, never to choose."""
     y_true = artifacts.true_labels(run)
     return None if y_true is None else metrics.accuracy(y_true[: len(clusters)], clusters)
 
 
 def relabel(run: Path, source: Source) -> bool:
-    """Bring data/labels.npy in line with the labels that `source` has now; whether the scores must be made again."""
+    """Bring data/labels.npy in line with the labels that `source` has now; return whether scores must be made again."""
     path, before = artifacts.true_labels_file(run), artifacts.true_labels(run)
     if source.labels is None:
         path.unlink(missing_ok=True)
@@ -271,16 +274,16 @@ def relabel(run: Path, source: Source) -> bool:
 
 
 def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:
-    """Share of the reliable labels (N,) that are right, -100 meaning none; None if there is none at all.
+    """Return the share of reliable labels (N,) that are right; -100 is no label, and None is returned if all are.
 
-    Clusters are matched to classes over all images that `assigned` gives a cluster, -100 meaning none there too: that
-    is the matching behind the accuracy of the clustering, which this number is to be compared with. `assigned` =
-    `reliable` matches over the reliable images alone, which can only give as much or more.
+    Clusters are matched to classes over all images that `assigned` gives a cluster (-100: none), as for the accuracy of
+    the clustering, with which this number is compared. `assigned` = `reliable` would match over the reliable images
+    alone, which gives as much or more.
     """
-    kept, known = reliable != UNRELIABLE, assigned != UNRELIABLE
-    if not kept.any():
+    mask, known = reliable != UNRELIABLE, assigned != UNRELIABLE
+    if not mask.any():
         return None
     to_class = metrics.match(y_true[known], assigned[known])
     return float(
-        np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[kept], y_true[kept], strict=True)])
+        np.mean([to_class.get(int(label)) == true for label, true in zip(reliable[mask], y_true[mask], strict=True)])
     )

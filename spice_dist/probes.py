@@ -1,7 +1,7 @@
-"""Probes: how well the features of each kept checkpoint of stage 1 tell the true classes apart. Scores only.
+"""Measure how well the features of each kept checkpoint of stage 1 separate the true classes, for scores only.
 
-Weighted kNN (Wu, Xiong, Yu and Lin 2018), a linear classifier on frozen features, and k-means. A run that is still
-going on, or was stopped after stage 1, can be probed: nothing here needs its later stages.
+Probes are weighted kNN (Wu, Xiong, Yu and Lin 2018), a linear classifier on frozen features, and k-means. They need no
+stage after the first, so that a run can be probed while it trains.
 """
 
 import json
@@ -41,10 +41,10 @@ def knn_accuracy(
     test: Float[Tensor, "M D"], test_labels: Int[np.ndarray, " M"],
     *, k: int = 200, temperature: float = 0.1,
 ) -> float:  # fmt: skip
-    """Share of the test images whose class wins the vote of their k nearest train images (all, if there are fewer).
+    """Return the share of test images whose class wins the vote of their k nearest train images (all, if fewer).
 
-    Features are of unit norm, on one device; a neighbour's vote weighs exp(cosine / temperature). Memory:
-    as of `neighbors.search`, never M x N. ValueError for k or a temperature that is not above 0.
+    Features are of unit norm, on one device; a neighbour's vote weighs exp(cosine / temperature). Memory is that of
+    `neighbors.search`, never M x N. ValueError for k or a temperature that is not above 0.
     """
     return _knn(train, train_labels, test, test_labels, k, temperature, leave_one_out=False)
 
@@ -53,7 +53,7 @@ def knn_accuracy_leave_one_out(
     features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"],
     *, k: int = 200, temperature: float = 0.1,
 ) -> float:  # fmt: skip
-    """`knn_accuracy` of a set on itself, N of at least 2: every image is judged by the others."""
+    """Return `knn_accuracy` of a set of at least 2 images on itself: every image is classified by the others."""
     return _knn(features, labels, features, labels, k, temperature, leave_one_out=True)
 
 
@@ -61,9 +61,9 @@ def linear_probe(
     train: Float[np.ndarray, "N D"], train_labels: Int[np.ndarray, " N"],
     test: Float[np.ndarray, "M D"], test_labels: Int[np.ndarray, " M"],
 ) -> float:  # fmt: skip
-    """Test accuracy of multinomial logistic regression on features standardised by the train part's mean and deviation.
+    """Return the test accuracy of multinomial logistic regression on features standardised by the train part.
 
-    The L2 penalty is fixed at scikit-learn's C = 1: choosing it would take labels away from the train part.
+    The L2 penalty is scikit-learn's C = 1: to choose it would take labels from the train part.
     ValueError if the train part has fewer than two classes.
     """
     from sklearn.linear_model import LogisticRegression
@@ -76,7 +76,7 @@ def linear_probe(
 
 
 def linear_probe_split(features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], *, seed: int = 0) -> float:
-    """`linear_probe` where nothing is held out: trained on a random 80 % of every class, tested on the rest.
+    """Return `linear_probe` where nothing is held out: trained on a random 80 % of every class, tested on the rest.
 
     A class's only image goes to the train part. ValueError if there is no class with two.
     """
@@ -94,11 +94,12 @@ def linear_probe_split(features: Float[np.ndarray, "N D"], labels: Int[np.ndarra
 def probe_checkpoints(
     run: Path, kinds: Sequence[str], device: torch.device, progress: Progress = lambda done, total: None
 ) -> list[dict[str, Any]]:
-    """{"step", "knn", "kmeans", "linear"} of each kept checkpoint of stage 1, oldest first; also in `run/probes.json`.
+    """Return {"step", "knn", "kmeans", "linear"} of each kept checkpoint of stage 1, oldest first.
 
-    Kinds that are not asked for are None. Trained on the clustered images, tested on the held-out ones; where there
-    are none, kNN leaves one out, the linear probe splits and k-means scores what it was fitted on. A run without
-    stage 1 (pretext "none") has one row, step 0, of its features. `progress` counts images over all checkpoints.
+    The rows are also written to `run/probes.json`; kinds that are not in `kinds` are None. Probes are trained on the
+    clustered images and tested on the held-out ones; where there are none, kNN leaves one out, the linear probe splits
+    and k-means scores the images it was fitted on. A run without stage 1 (pretext "none") has one row, step 0, of its
+    features. `progress` counts images over all checkpoints.
 
     Raises:
         UserError: no run, no labels, nothing to probe, or an unknown kind.
@@ -129,7 +130,7 @@ def _show(progress: Progress, start: int, total: int, done: int, _: int) -> None
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with one row per checkpoint and one column per kind that was asked for."""
+    """Format a table with one row per checkpoint and one column per requested kind."""
     kinds = [kind for kind in KINDS if rows[0][kind] is not None]
     lines = [f"{'step':>9}" + "".join(f"{kind:>9}" for kind in kinds)]
     return "\n".join(lines + [f"{row['step']:>9}" + "".join(f"{row[kind]:9.3f}" for kind in kinds) for row in rows])
@@ -161,7 +162,7 @@ def _labelled(run: Path) -> Labelled:
 
 
 def _settings(run: Path) -> tuple[Task, str]:
-    """What the run was made with, and the name of its stage 1."""
+    """Read the settings of the run, and the name of its stage 1."""
     path = artifacts.config_file(run)
     try:
         config = json.loads(path.read_bytes())["config"]
@@ -191,22 +192,22 @@ def _features_of(run: Path) -> Float16[np.ndarray, "N D"]:
 
 
 def _kept_backbones(store: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """(step, weights) of every valid checkpoint, oldest first.
+    """Read (step, weights) of every valid checkpoint, oldest first.
 
-    All are read before the first is used, because a run that goes on drops its old ones; none is set aside, because
+    All are read before the first is used, because a running process drops its old ones; none is set aside, because
     the folder may belong to another process.
     """
-    found = []
+    backbones = []
     for path in sorted((path for path in store.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name)):
         try:
             saved = checkpoint.load(path)
-            found.append((saved.step, saved.tensors("backbone")))
+            backbones.append((saved.step, saved.tensors("backbone")))
         except (DamagedFile, FileNotFoundError) as error:
             if path.exists():
                 warnings.warn(f"{error}; it is left out", stacklevel=2)
-    if not found:
+    if not backbones:
         raise UserError(f"{store} has no checkpoint to probe yet; the first comes after a minute of stage 1")
-    return found
+    return backbones
 
 
 def _probe(
@@ -257,10 +258,10 @@ def _knn(
     right = 0
     for start in range(0, len(test), CHUNK):
         rows = test[start : start + CHUNK]
-        own = torch.arange(start, start + len(rows), device=train.device) if leave_one_out else None
-        cosines, found = search(train, rows, k, own)
-        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # over the best one's weight: cannot overflow
-        votes = weights.new_zeros(len(rows), len(classes)).scatter_add_(1, ids[found], weights)
+        itself = torch.arange(start, start + len(rows), device=train.device) if leave_one_out else None
+        cosines, nearest = search(train, rows, k, itself)
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # relative to the best: cannot overflow
+        votes = weights.new_zeros(len(rows), len(classes)).scatter_add_(1, ids[nearest], weights)
         predicted = classes[votes.argmax(1).cpu().numpy()]
         right += int((predicted == test_labels[start : start + CHUNK]).sum())
     return right / len(test)

@@ -1,8 +1,7 @@
-"""Whole configurations as functions: the settings for one kind of data, with what they take and give.
+"""Recipes: functions that return the whole configuration for one kind of data; their docstrings have time and scores.
 
-A recipe is the place to read which settings a result was made with. Change single ones by `--set name=value`.
-Times and scores are measured where a recipe names them, in percent, mean ± standard deviation over seeds; tables with
-their commands are in tests/bench/README.md.
+Change single settings by `--set name=value`. Times and scores are measured, scores in percent, mean ± standard
+deviation over seeds; tables with their commands are in tests/bench/README.md.
 """
 
 from collections.abc import Callable
@@ -66,17 +65,15 @@ def digits(num_images: int = 1797) -> Config:
 def photos(num_images: int = 10_000) -> Config:
     """Any folder of colour images from scratch, also without a GPU: 64 pixels, a narrow ResNet-18 of 0.5 M parameters.
 
-    With a trained network, which a folder takes where one can be had, `trained` makes another configuration of it.
-    Stage 1 passes over about 100,000 images (20 to 400 epochs), so that its time hardly grows up to 5,000 photos. A GPU
-    deserves more: --set moco.epochs=500.
+    Where a trained network can be had, `trained` changes this configuration for it. Stage 1 takes about 100,000 images
+    in all (20 to 400 epochs), so that its time hardly grows up to 5,000 photos. With a GPU use --set moco.epochs=500.
 
     1,000 CIFAR-10 images of five classes took six minutes in all on two CPU cores, with an earlier version: ACC 45.0
     (features and k-means 43.9, pixels 34.1; one seed).
     """
-    batch = min(128, max(2, num_images * 9 // 10 // 2 * 2))  # a tenth of the files may turn out unreadable
-    batches_in_queue = max(
-        1, min(8, num_images // batch - 1)
-    )  # a key of the query's own image would be a false negative
+    batch = min(128, max(2, num_images * 9 // 10 // 2 * 2))  # up to a tenth of the files may be unreadable
+    # a key of the query's own image would be a false negative
+    batches_in_queue = max(1, min(8, num_images // batch - 1))
     strong = View(crop_scale=(0.4, 1.0), flip=0.5, operations=3, cutout=0.4)
     epochs = min(400, max(20, 100_000 // num_images))
     return Config(
@@ -100,12 +97,12 @@ def photos(num_images: int = 10_000) -> Config:
 
 
 def trained(config: Config, num_images: int, shorter_side: int | None) -> Config:
-    """`photos` for a network that is trained already: no stage 1, groups from the neighbours of its features.
+    """Change `photos` for a trained network: no stage 1, groups from the neighbours of its features.
 
-    A convolutional network sees images larger than ENLARGED times their shorter side at half its size: of CIFAR-10's
-    32 pixels 224 give 12 points of NMI more than 112, of the digits' 8 pixels 14 points less. On a CPU, so that
-    embedding takes about ten minutes on two cores, more than EMBEDDED images are seen at 160 pixels, and many more
-    at 112. Images are stored as squares while these fit a gigabyte, which saves encoding and decoding them once more.
+    A convolutional network takes images at half its size if its size is more than ENLARGED times their shorter side:
+    224 pixels gave 12 points of NMI more than 112 for CIFAR-10 (32 pixels), 14 less for the digits (8 pixels). On a CPU
+    more than EMBEDDED images are taken at 160 pixels, and many more at 112, so that embedding takes about ten minutes
+    on two cores. Images are stored as squares while these fit a gigabyte, which saves another encoding and decoding.
 
     EfficientNet-lite0 on two CPU cores, five seeds: 3,781 clothing photos in 2.7 minutes, ACC 66.3 ± 1.5 and NMI
     58.4 ± 0.7; 4,000 CIFAR-10 images in 2.6 minutes, 78.0 ± 0.7 and 67.1 ± 0.5; 5,000 of Fashion-MNIST in 3.0 minutes,
@@ -211,7 +208,7 @@ def cifar10_short(num_images: int = 60_000) -> Config:
 def cifar100_20(num_images: int = 60_000) -> Config:
     """SPICE's settings for the 20 superclasses of CIFAR-100, stage 3 with a WideResNet-28-8.
 
-    Its queue is not published and taken from CIFAR-10; nor is the weight decay of stage 3, which is FixMatch's. Not run
+    Two settings are not published: the queue is that of CIFAR-10, the weight decay of stage 3 is FixMatch's. Not run
     here.
     """
     semi = SpiceSemiConfig(
@@ -260,7 +257,7 @@ def stl10(num_images: int = 113_000) -> Config:
 def imagenet_10(num_images: int = 13_000) -> Config:
     """SPICE's settings for ImageNet-10 of 224 pixels, 5,000 epochs; the queue is not published.
 
-    SCAN's for it are not either: those of STL-10. Not run here.
+    SCAN publishes no settings for it: those are of STL-10. Not run here.
     """
     strong = replace(SCAN_STRONG, cutout=32 / 224)
     return Config(
@@ -281,10 +278,11 @@ def imagenet_dogs(num_images: int = 19_500) -> Config:
 
 
 def tiny_imagenet(num_images: int = 100_000) -> Config:
-    """Tiny-ImageNet's 200 classes of 64 pixels. SPICE publishes no epochs and no queue for it: those of CIFAR-10.
+    """Tiny-ImageNet's 200 classes of 64 pixels.
 
-    Nor does it say what stage 3 trains: the backbone of stages 1 and 2 anew. SCAN has no settings for it: those of the
-    CIFAR-100 superclasses, with batches that hold every cluster. Not run here.
+    SPICE does not publish all settings for it: epochs and queue are those of CIFAR-10, and stage 3 trains the backbone
+    of stages 1 and 2 anew. SCAN publishes none: those are of the CIFAR-100 superclasses, with batches that hold every
+    cluster. Not run here.
     """
     return replace(
         cifar10(),
@@ -303,7 +301,8 @@ def tiny_imagenet(num_images: int = 100_000) -> Config:
 ENLARGED = 16
 EMBEDDED = 15_000  # images of 224 pixels that two cores embed in about ten minutes
 CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-IMC_BACKBONES = {  # ResNet-18, with the mean and deviation of the data set
+# ResNet-18, with the mean and deviation of the data set
+IMC_BACKBONES = {
     "cifar10": BackboneConfig(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
     "cifar100_20": BackboneConfig(mean=CIFAR100_STATISTICS[0], std=CIFAR100_STATISTICS[1]),
     "cifar100": BackboneConfig(mean=CIFAR100_STATISTICS[0], std=CIFAR100_STATISTICS[1]),
@@ -313,9 +312,9 @@ IMC_BACKBONES = {  # ResNet-18, with the mean and deviation of the data set
 
 
 def imc_swav(config: Config, name: str) -> Config:
-    """The recipe `name` for IMC-SwAV in place of SPICE: where it is published, with the authors' network.
+    """Change the recipe `name` to IMC-SwAV, with the authors' network where it is published.
 
-    They train on one GPU, so that a batch is one BatchNorm group; several workers need --set bn_groups=...
+    The authors train on one GPU, so that a batch is one BatchNorm group; several workers need --set bn_groups=...
     They report, trained on the train and scored on the test part (--split split): CIFAR-10 89.1 %, CIFAR-100-20 49.0,
     STL-10 83.1, Tiny-ImageNet 27.9; their code scores with imc_swav.eval_bn=adapt_on_test.
     """
@@ -326,7 +325,7 @@ def imc_swav(config: Config, name: str) -> Config:
 
 
 def given_labels(config: Config, method: str) -> Config:
-    """The recipe for a baseline that learns from true labels: stage 3 alone, from scratch or the backbone's weights."""
+    """Change the recipe to a baseline that learns from true labels: stage 3 alone, from scratch or backbone weights."""
     ratio = 0 if method == "supervised" else config.spice_semi.ratio
     semi = replace(config.spice_semi, init="scratch", ratio=ratio)
     return replace(config, method=method, pretext="none", spice_semi=semi)
@@ -342,9 +341,9 @@ RECIPES: dict[str, Callable[..., Config]] = {
 
 
 def recipe(name: str, num_images: int | None = None, method: str = "spice") -> Config:
-    """The named settings for a data set of this size; UserError if there is no such recipe.
+    """Return the named configuration for a data set of this size; UserError if there is no such recipe.
 
-    SCAN trains on from stage 1 as SPICE has it: its authors' own is SimCLR with a ResNet-18.
+    SCAN starts from SPICE's stage 1; its authors use SimCLR with a ResNet-18.
 
     Args:
         num_images: None: as many as the recipe is meant for, or 10,000 photos.

@@ -1,9 +1,9 @@
-"""How many groups the images form, without labels: a suggestion, a range, two other levels, or "no groups found".
+"""Suggest the number of groups without labels: K, a range, two other levels, or "no groups found".
 
-Every K is clustered by k-means on subsamples of the leading principal components and scored twice. The Composite
-Silhouette S(K) asks whether clusters are tight and apart; it favours few groups. The modularity Q(K) of the graph of
-nearest neighbours asks whether neighbours stay together; it favours many. The score is their weighted geometric mean,
-(S Q^2)^(1/3). The same numbers of data that have the same covariance but no groups say whether there are any at all.
+For every K, k-means clusters subsamples of the leading principal components, and two scores are computed. The Composite
+Silhouette S(K) measures whether clusters are tight and apart; it favours few groups. The modularity Q(K) of the graph
+of nearest neighbours measures whether neighbours stay together; it favours many. The score is their weighted geometric
+mean, (S Q^2)^(1/3). It is compared with the score of data of the same covariance without groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from spice_dist.errors import UserError
 from spice_dist.graph import modularity
 
-DIMENSIONS = 20  # principal components: with 50, distances are mostly noise, and the score chose worse
+DIMENSIONS = 20  # principal components; with 50, distances are mostly noise and the score chose worse
 NEIGHBORS = 15  # of an image in the graph
-POOL = 20_000  # distinct images that are looked at, at most
+POOL = 20_000  # distinct images that are used, at most
 SAMPLE = 2_000  # images of a subsample, at most, unless K asks for more
 WARD = 4_000  # images of the tree that k-means starts from, at most
 PER_CLUSTER = 20  # images of a subsample for each of the largest K clusters
@@ -39,7 +39,7 @@ SAME = 4  # decimals of a projection of unit features that copies share
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What `suggest` found. Without groups `clusters`, `coarse`, `fine`, `low` and `high` are 1, `stability` is empty.
+    """The result of `suggest`; without groups all numbers of clusters are 1 and `stability` is empty.
 
     `scores`, `errors`, `null`, `silhouettes`, `modularities` and `lifts` have one entry for each of `candidates`.
     """
@@ -63,10 +63,10 @@ class Suggestion:
 
 
 def silhouettes(points: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """s(i) = (b - a) / max(a, b) by squared Euclidean distance, in float64; 0 for an image alone in its cluster.
+    """Compute s(i) = (b - a) / max(a, b) by squared Euclidean distance, in float64; 0 for an image alone in a cluster.
 
-    The mean squared distance of x to cluster c is |x - mean_c|^2 + variance_c, so that N K products are enough and
-    there is no matrix of N x N. Between unit vectors it is twice the cosine distance. Needs two clusters or more.
+    The mean squared distance of x to cluster c is |x - mean_c|^2 + variance_c, so that N K products suffice, without a
+    matrix of N x N. Between unit vectors it is twice the cosine distance. There must be two clusters or more.
     """
     _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     x = points.astype(np.float64)
@@ -86,7 +86,7 @@ def silhouettes(points: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"])
 
 
 def composite(micro: Float[np.ndarray, " B"], macro: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
-    """The Composite Silhouette of each of B subsamples; S(K) is their mean.
+    """Return the Composite Silhouette of each of B subsamples; S(K) is their mean.
 
     d_b = micro_b - macro_b, D = max_b |d_b|, w_b = (1 + tanh(d_b / D)) / 2, S_b = w_b micro_b + (1 - w_b) macro_b:
     micro is the mean silhouette of images and macro the mean of the clusters' means.
@@ -98,7 +98,7 @@ def composite(micro: Float[np.ndarray, " B"], macro: Float[np.ndarray, " B"]) ->
 
 
 def structureless(points: Float[np.ndarray, "N D"], rng: np.random.Generator) -> Float[np.ndarray, "N D"]:
-    """Data without groups, of the covariance of `points`, whose columns are uncorrelated (principal components).
+    """Draw data without groups, with the covariance of `points`, whose columns must be uncorrelated.
 
     Directions are uniform and lengths are those of the whitened points, shuffled: a Gaussian with the tails of the
     data. M3C (John et al. 2020) draws a Gaussian, which heavy tails alone exceed.
@@ -159,7 +159,7 @@ def suggest(
 def merge_tree(
     features: Float[np.ndarray, "N D"], clusters: Int[np.ndarray, " N"], num_clusters: int | None = None
 ) -> Float[np.ndarray, "K_minus_1 4"]:
-    """Ward's tree of K clusters, as scipy's linkage: (one, other, height, number of clusters in both) for each merger.
+    """Return Ward's tree of K clusters in scipy's format: (one, other, height, number of clusters in both) per merger.
 
     height^2 = 2 n_a n_b / (n_a + n_b) |mean_a - mean_b|^2, twice what the merger adds to the sum of squares within
     clusters; where each cluster is one image, it is scipy's Ward linkage. An empty cluster is merged first, at height
@@ -198,7 +198,7 @@ def merge_tree(
 
 
 def cut(tree: Float[np.ndarray, "K_minus_1 4"], num_clusters: int) -> Int[np.ndarray, " K"]:
-    """The group of each of the K clusters when `tree` is cut to `num_clusters`, numbered as they first appear.
+    """Return the group of each of K clusters when `tree` is cut to `num_clusters`, numbered as they first appear.
 
     ValueError unless `num_clusters` is in 1 .. K.
     """
@@ -215,7 +215,7 @@ def cut(tree: Float[np.ndarray, "K_minus_1 4"], num_clusters: int) -> Int[np.nda
 
 
 def describe(suggestion: Suggestion) -> str:
-    """The lines to print: the curve as bars, the suggestion with its range and two other levels, stability, notes."""
+    """Format the curve as bars, the suggestion with its range and two other levels, stability and notes."""
     lines = []
     if suggestion.candidates:
         lines.append("    K  score  (+-)   null  # score, | structureless data")
@@ -241,7 +241,7 @@ def describe(suggestion: Suggestion) -> str:
 
 
 class _Scan:
-    """Scores of K's on the same subsamples, so that K's differ and not the images."""
+    """Scores of all K on the same subsamples, so that they differ by K and not by images."""
 
     def __init__(self, views: Sequence[Float[np.ndarray, "M D"]], progress: Callable[[int], None]):
         self.views = views
@@ -312,7 +312,7 @@ def _notes(result: Suggestion) -> list[str]:
 
 
 def _stability(points: Float[np.ndarray, "N D"], k: int, seed: int) -> list[float]:
-    """Each cluster's mean best Jaccard coefficient with those of 80 % of the images (Hennig 2007), largest first."""
+    """Return each cluster's mean best Jaccard coefficient with those of 80 % of the images (Hennig 2007)."""
     points = points[: max(STABILITY_IMAGES, PER_CLUSTER * k)]
     whole = _kmeans(points, _ward(points), k)
     rng = np.random.default_rng(seed)
@@ -327,9 +327,9 @@ def _stability(points: Float[np.ndarray, "N D"], k: int, seed: int) -> list[floa
 
 
 def _points(features: Float[np.ndarray, "N D"], rng: np.random.Generator) -> tuple[Float[np.ndarray, "M P"], int]:
-    """Principal components of POOL distinct images at most, in random order, and the number of distinct images.
+    """Return principal components of at most POOL distinct images in random order, and the number of distinct images.
 
-    Rows are alike if a few random projections are: rounding absorbs what batches of another size change.
+    Rows count as equal if a few rounded random projections are: rounding hides the effect of other batch sizes.
     """
     from sklearn.decomposition import PCA
 
@@ -352,16 +352,16 @@ def _unit(rows: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:
 
 
 def _ward(points: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "W_minus_1 4"]:
-    """Ward's tree of WARD points at most, from which k-means starts for every K."""
+    """Return Ward's tree of at most WARD points, from which k-means starts for every K."""
     from scipy.cluster.hierarchy import linkage
 
     tree = linkage(points[:WARD].astype(np.float64), "ward")
-    tree[:, 2] = np.arange(len(tree))  # the order of mergers is enough; of equal heights a cut would take all at once
+    tree[:, 2] = np.arange(len(tree))  # distinct heights in the order of mergers: a cut takes equal heights at once
     return tree
 
 
 def _kmeans(points: Float[np.ndarray, "M D"], tree: Float[np.ndarray, "W_minus_1 4"], k: int) -> Int[np.ndarray, " M"]:
-    """k-means from the means of Ward's k clusters: random starts often miss one of 25 groups, and K was one off."""
+    """Run k-means from the means of Ward's k clusters: random starts often miss one of 25 groups, and K is one off."""
     from scipy.cluster.hierarchy import fcluster
     from sklearn.cluster import KMeans
 
@@ -373,7 +373,7 @@ def _kmeans(points: Float[np.ndarray, "M D"], tree: Float[np.ndarray, "W_minus_1
 
 
 def _neighbors(points: Float[np.ndarray, "M D"]) -> Int[np.ndarray, "M k"]:
-    """The nearest others of each point: NEIGHBORS, or fewer where small groups have not so many."""
+    """Return the nearest others of each point: NEIGHBORS, or fewer of few points, whose groups are small."""
     from sklearn.neighbors import NearestNeighbors
 
     count = min(NEIGHBORS, max(3, len(points) // 20))
@@ -385,6 +385,6 @@ def _grid(top: int) -> list[int]:
 
 
 def _around(best: int, top: int) -> list[int]:
-    """K's within a third of the best: all, or evenly spaced ones, and those beside it."""
+    """Return the K's within a third of the best: all, or evenly spaced ones, and those next to it."""
     near = np.linspace(best / 1.35, best * 1.35, GRID).round().astype(int).tolist()
     return [k for k in {*near, best - 1, best + 1} if 2 <= k <= top]
