@@ -269,8 +269,8 @@ def images(run: IntendedRun) -> Iterator[Finding]:
     if run.prepare is None:
         return
     source, config = run.prepare()
-    ours = is_beton(source.name) and manifest_path(Path(source.name)).exists()
-    yield _of_beton(Path(source.name)) if ours else _of_source(source)
+    packed_here = is_beton(source.name) and manifest_path(Path(source.name)).exists()
+    yield _of_beton(Path(source.name)) if packed_here else _of_source(source)
     yield _of_cost(source, config, run.launch)
 
 

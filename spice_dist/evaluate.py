@@ -222,11 +222,11 @@ def _better_baseline(
         return ""
     sample = np.sort(np.random.default_rng(task.seed).permutation(manifest.clustered)[: objectives.SAMPLE])
     reference = features[sample].astype(np.float32)
-    ours, theirs = (
+    accuracy, baseline_accuracy = (
         objectives.generalization(reference, clusters[sample], task.clusters, task.seed)
         for clusters in (labels, baselines["kmeans_features"])
     )
-    return "k-means on the same features" if theirs > ours + MARGIN else ""
+    return "k-means on the same features" if baseline_accuracy > accuracy + MARGIN else ""
 
 
 def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) -> Scores:

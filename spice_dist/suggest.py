@@ -39,7 +39,7 @@ SAME = 4  # decimals of a projection of unit features that copies share
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The result of `suggest`; without groups all numbers of clusters are 1 and `stability` is empty.
+    """The result of `suggest`. Without groups clusters, coarse, fine, low and high are 1 and `stability` is empty.
 
     `scores`, `errors`, `null`, `silhouettes`, `modularities` and `lifts` have one entry for each of `candidates`.
     """
@@ -312,7 +312,7 @@ def _notes(result: Suggestion) -> list[str]:
 
 
 def _stability(points: Float[np.ndarray, "N D"], k: int, seed: int) -> list[float]:
-    """Return each cluster's mean best Jaccard coefficient with those of 80 % of the images (Hennig 2007)."""
+    """Return each cluster's mean best Jaccard coefficient on 80 % of the images (Hennig 2007), largest first."""
     points = points[: max(STABILITY_IMAGES, PER_CLUSTER * k)]
     whole = _kmeans(points, _ward(points), k)
     rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        with contextlib.suppress(ValueError):  # outside of the main thread, whose owner handles the signals
+        with contextlib.suppress(ValueError):  # raised outside of the main thread, whose owner handles signals
             for number in self.before:
                 signal.signal(number, self._receive)
         return self

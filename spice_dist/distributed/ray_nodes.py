@@ -85,8 +85,8 @@ def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Rep
     mark = _leave_mark(folder) if folder else None
     ask = ray.remote(num_cpus=0, max_retries=0)(report_of_this_node)
     nodes = sorted(_nodes(), key=lambda node: (node["NodeManagerHostname"], node["NodeManagerAddress"]))
-    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    asked = [ask.options(scheduling_strategy=node).remote(*(mark or (None, None))) for node in there]
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [ask.options(scheduling_strategy=node).remote(*(mark or (None, None))) for node in strategies]
     try:
         ray.wait(asked, num_returns=len(asked), timeout=seconds)
         names = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes]

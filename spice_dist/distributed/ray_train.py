@@ -36,10 +36,10 @@ RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard reads them
-    "RAY_enable_metrics_collection": "0",  # those of the daemons: nobody reads them
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # without a dashboard they are not read
+    "RAY_enable_metrics_collection": "0",  # metrics of the daemons, which are not read
     "RAY_task_events_report_interval_ms": "0",  # the history of the tasks: never sent
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the state of the machine: nobody reads it
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the state of the machine, which is not read
     "RAY_worker_niceness": "0",  # Ray's 15 prefers its own daemons and other programs to training
     "RAY_num_workers_soft_limit": "0",  # idle processes wake 100 times a second: end them
     "RAY_prestart_worker_first_driver": "0",  # start none in advance
@@ -265,7 +265,7 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
             failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )  # fmt: skip
-    # an elastic job goes on after a lost controller, so it needs what that has reserved
+    # an elastic job continues after a lost controller and needs the resources that it reserved
     trainer.cleans_up = not _cluster_is_ours or max_failures == 0
     return trainer
 

@@ -17,7 +17,7 @@ class Trainer(TorchTrainer):
 
     # Ray's own method; where a version has renamed it, the processes start again
     def _create_default_callbacks(self) -> list:
-        needless = {"DatasetsCallback"}  # hands out Ray's data sets, of which there are none
+        needless = {"DatasetsCallback"}  # hands out Ray's data sets; there are none
         if not self.cleans_up:
             needless.add("PlacementGroupCleanerCallback")
         return [each for each in super()._create_default_callbacks() if type(each).__name__ not in needless]

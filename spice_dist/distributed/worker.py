@@ -31,7 +31,7 @@ OnReport = Callable[[int, int, Tensor, Callable[[], Tensors]], None]
 
 @dataclass(frozen=True)
 class Storage:
-    """How workers use disks; nothing here changes a result."""
+    """How workers use disks; no field changes a result."""
 
     checkpoint_seconds: float = 60.0  # between two checkpoints: what a lost node or worker can cost
     scratch: Path | None = None  # on each node's own disk: where the packed images are copied to and read from
@@ -129,7 +129,7 @@ class LocalWorker:
         storage: Storage = Storage(),  # noqa: B008  immutable
         on_report: OnReport = lambda step, total, loss, save: None,
     ):
-        """`progress` gets (step, total, loss) at most twice a second, on the first worker only."""
+        """Take `progress`, which gets (step, total, loss) at most twice a second, on the first worker only."""
         self.rank, self.world = collectives.rank(), collectives.world()
         self.run, self.stage, self.device = run, stage, device
         self.stop_requested, self.progress, self.on_report = stop_requested, progress, on_report

@@ -41,16 +41,16 @@ class Search:
     sampler: str = "optuna"  # or random
     scheduler: str = "none"  # or asha
     max_concurrent: int | None = None  # trials at a time; None: as many as cores, or GPUs, have room for
-    seconds: float | None = None  # after which no trial goes on
+    seconds: float | None = None  # after which trials stop
 
     @property
     def metric(self) -> str:
-        """The score that Optuna and ASHA follow: one that a trial has alone, not by comparison with the others."""
+        """Return the score that Optuna and ASHA follow: one of a trial alone, without comparison with others."""
         return "generalization" if self.objective in ("", COMBINED, "consensus") else self.objective
 
     @property
     def direction(self) -> int:
-        """Of the metric: +1 if high is good, -1 if low."""
+        """Return +1 if a high metric is good, -1 if a low one is."""
         return OBJECTIVES[self.metric]
 
 
@@ -62,7 +62,7 @@ class Round:
     count: int
     scored: Sequence[tuple[Settings, float | None]]  # trials that have ended with their metric, None without one
     unfinished: Sequence[Settings]  # of trials that were cut off: they run first
-    seconds: float | None = None  # after which no trial goes on
+    seconds: float | None = None  # after which trials stop
 
 
 @contextmanager

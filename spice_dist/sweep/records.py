@@ -12,7 +12,7 @@ from spice_dist.config import Config
 from spice_dist.data.files import publish_json
 from spice_dist.sweep.spaces import Start
 
-# RUNNING is also the state of a trial that was cut off and goes on in a later call
+# RUNNING is also the state of a trial that was cut off and resumes in a later call
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 Settings = Mapping[str, Any]
 """Values of the searched settings by their dotted names."""

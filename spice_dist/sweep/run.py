@@ -51,7 +51,7 @@ class Place:
     """Where a sweep is kept."""
 
     folder: Path
-    resume: bool = False  # go on with the sweep that is there
+    resume: bool = False  # resume the sweep in the folder
     base: Path | None = None  # a run folder whose data, stage 1 and features are taken; None: a new base run
 
 

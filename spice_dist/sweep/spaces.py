@@ -78,8 +78,8 @@ def start_of(names: Iterable[str]) -> Start:
 def space_file(name: str) -> Path:
     """Return the file of a search space: ours by name, in a checkout or an installation, or the user's by path."""
     package = Path(spice_dist.__file__).parent
-    ours = [folder / f"tune_spaces/{name}.py" for folder in (package, package.parent)]
-    return next((path for path in ours if path.is_file()), Path(name))
+    candidates = [folder / f"tune_spaces/{name}.py" for folder in (package, package.parent)]
+    return next((path for path in candidates if path.is_file()), Path(name))
 
 
 def read_space(path: Path, address: str | None = None, insecure: bool = False) -> Space:
