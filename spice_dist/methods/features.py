@@ -1,4 +1,4 @@
-"""The stage that embeds: `features/features.npy`, unit-norm features of all images by the network of stage 1."""
+"""The stage that embeds: it writes `features/features.npy`, unit-norm features of all images by stage 1's network."""
 
 import hashlib
 import math
@@ -23,22 +23,22 @@ from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.folding import folded
 from spice_dist.task import Task
 
-FLOAT16 = 65_504.0  # the largest
+FLOAT16 = 65_504.0  # its largest value
 
 
 def embed(task: Task, config: None, worker: Worker) -> None:
-    """Leaves `features/features.npy`, (N, D) float16: unit-norm features of all images, in image order.
+    """Write `features/features.npy`, (N, D) float16: unit-norm features of all images, in image order.
 
-    Every worker writes the rows of a consecutive share of the images. The file appears when all rows are there. Rows
-    that an earlier call left are not computed again, whatever its number of workers: the final features of a finished
-    row have unit norm. Where a middle stage's features stand beside them, `mixture.json` says how much they count.
+    Every worker writes the rows of a consecutive share of the images. The file appears when all rows are written. Rows
+    of an interrupted call, with any number of workers, are not computed again: the final features of a finished row
+    have unit norm. If a middle stage's features are mixed in, `mixture.json` holds their weight.
     """
     images, manifest = open_dataset(task, worker)
     backbone = load_backbone(task, worker.run)
     folder = worker.run / "features"
     partial = folder / f"features.{_fingerprint(task, backbone)}.partial.npy"
     place(backbone, worker.device)
-    if task.pretext == "none":  # stages 1 keep the bits that their checkpoints were scored with
+    if task.pretext == "none":  # not for stage 1's networks: folding would change their features' last bits
         size = task.data.size
         backbone = folded(backbone, torch.rand(2, task.data.channels, size, size, device=worker.device))
     model = backbone if backbone.mixture is None else BesideEachOther(backbone)
@@ -70,7 +70,7 @@ def embed(task: Task, config: None, worker: Worker) -> None:
 
 
 class BesideEachOther(nn.Module):
-    """Maps images to the two parts of a backbone's mixture, (B, D1 + D2), before their weights are known."""
+    """Maps images to the two inputs of a backbone's mixture, (B, D1 + D2), whose weight is not yet known."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -81,8 +81,8 @@ class BesideEachOther(nn.Module):
 
 
 def mix(rows: Float16[np.ndarray, "N D"], final: int, clustered: int, worker: Worker) -> None:
-    """Leaves `features.npy` and `mixture.json`; the first `final` numbers of a row are its final features."""
-    # the same sample for every seed of a run
+    """Write `features.npy` and `mixture.json`; the first `final` numbers of a row are its final features."""
+    # seed 0: the same sample for every seed of a run
     sample = np.sort(np.random.default_rng(0).permutation(clustered)[:COMPARED])
     compared = torch.from_numpy(rows[sample]).to(worker.device).float()
     mixture = choose_weight(compared[:, :final], compared[:, final:])
@@ -96,7 +96,7 @@ def mix(rows: Float16[np.ndarray, "N D"], final: int, clustered: int, worker: Wo
 
 
 def _fingerprint(task: Task, backbone: Backbone) -> str:
-    """16 hexadecimal digits, the same for calls that give the same features."""
+    """Return 16 hexadecimal digits, equal for calls that give the same features."""
     digest = hashlib.sha256(repr((task.precision, task.data, task.backbone.statistics)).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -104,7 +104,7 @@ def _fingerprint(task: Task, backbone: Backbone) -> str:
 
 
 def _allocate_by_first_worker(path: Path, shape: tuple[int, int], worker: Worker) -> None:
-    """`_allocate` in the first worker; UserError in every worker if it fails, so that none waits for the first."""
+    """Call `_allocate` in the first worker; if it fails, raise a UserError in every worker, so that none waits."""
     error = None
     if worker.rank == 0:
         try:
@@ -116,9 +116,9 @@ def _allocate_by_first_worker(path: Path, shape: tuple[int, int], worker: Worker
 
 
 def _allocate(path: Path, shape: tuple[int, int]) -> None:
-    """Creates a file with an array of zeros, unless it exists; removes the partial files of other calls.
+    """Create a file with an array of zeros, unless it exists; remove the partial files of other calls.
 
-    The disk reserves all of its space now: a write through a memory map to a full disk would kill the process.
+    Its space on the disk is reserved now: a write through a memory map to a full disk would kill the process.
     """
     path.parent.mkdir(exist_ok=True)
     for other in path.parent.glob("*.partial.npy"):
@@ -133,7 +133,7 @@ def _allocate(path: Path, shape: tuple[int, int]) -> None:
 
 
 def _finished_rows(rows: Float16[np.ndarray, "N D"], index: Int[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
-    """Whether each row of a consecutive range has unit norm; read in chunks."""
-    ranges = [part for part in np.array_split(index, -(-len(index) // CHUNK)) if len(part)]
-    norms = [np.linalg.norm(rows[part[0] : part[-1] + 1].astype(np.float32), axis=1) for part in ranges]
+    """Mark the rows of unit norm in a consecutive range, read in chunks."""
+    chunks = [chunk for chunk in np.array_split(index, -(-len(index) // CHUNK)) if len(chunk)]
+    norms = [np.linalg.norm(rows[chunk[0] : chunk[-1] + 1].astype(np.float32), axis=1) for chunk in chunks]
     return np.abs(np.concatenate([np.empty(0, np.float32), *norms]) - 1) < 0.01

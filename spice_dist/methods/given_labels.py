@@ -1,11 +1,11 @@
 """Baselines that use true labels (SPICE's Tables III to V): the loop of stage 3 on n given labels of each class.
 
-`--method fixmatch` is FixMatch (Sohn et al. 2020): the labels that SPICE finds are replaced by true ones. `--method
-supervised` learns from the given images alone, `spice_semi.ratio` = 0: cross-entropy on weak views. Neither has a
-stage 1 or 2, and scores are of images whose labels were not given.
+`--method fixmatch` is FixMatch (Sohn et al. 2020): true labels take the place of SPICE's reliable labels. `--method
+supervised` learns from the given images alone, `spice_semi.ratio` = 0: cross-entropy on weak views. Neither has a stage
+1 or 2. Scores are computed on images whose labels were not given.
 
-Beside evaluate.py and probes.py this is the only file that reads true labels. To draw n of each class it looks at all
-of them, once; what training gets holds those of the drawn images and no others.
+Beside evaluate.py and probes.py this is the only file that reads true labels. It reads all of them to draw n of each
+class. Training gets the labels of the drawn images only.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class GivenLabelsConfig:
 
 
 def give(task: Task, config: GivenLabelsConfig, worker: Worker) -> None:
-    """Leaves `given_labels/labels.npy`, (N,) int64: the class of the images whose labels are given, -100 elsewhere.
+    """Write `given_labels/labels.npy`, (N,) int64: the class of the images whose labels are given, -100 elsewhere.
 
     Raises:
         UserError: the data has no such labels.
@@ -61,14 +61,14 @@ def give(task: Task, config: GivenLabelsConfig, worker: Worker) -> None:
 def draw(
     task: Task, config: GivenLabelsConfig, labels: Int[np.ndarray, " N"] | None, clustered: int, held_out: int
 ) -> NDArray[np.int64]:
-    """(clustered,): the number of its class, in ascending order, for each drawn image, UNRELIABLE for every other.
+    """Draw images of each class: the index of its class for each drawn image, UNRELIABLE for others, (clustered,).
 
-    Images come in an order that the seed alone decides, those below 0 having no label: with the labels of all others
-    unknown, the same would be drawn.
+    Classes are indexed in ascending order of their labels; labels below 0 are missing. The seed alone decides the order
+    of the images.
 
     Raises:
-        UserError: there are no labels, too few of a class, as many classes as clusters there are not, or no image
-            would be left to score.
+        UserError: there are no labels, too few of a class, more or fewer classes than clusters, or no image would be
+            left to score.
     """
     if labels is None:
         raise UserError(
@@ -100,7 +100,7 @@ def draw(
 def result(
     task: Task, config: SpiceSemiConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """The network of stage 3, without heads; leaves its features as `features/features.npy`."""
+    """Return the network of stage 3, without heads; write its features as `features/features.npy`."""
     stage3 = network_task(task, config)
     net = place(trained_network(stage3, config, run), device)
     images, manifest = open_run_dataset(task, run, device)
@@ -117,7 +117,7 @@ def result(
 
 
 def check(task: Task, config: GivenLabelsConfig, semi: SpiceSemiConfig) -> None:
-    """UserError if stage 3 cannot learn from given labels with these settings."""
+    """Raise a UserError if stage 3 cannot learn from given labels with these settings."""
     check_ranges("given_labels", config, "per_class")
     if semi.init != "scratch":
         raise UserError(

@@ -1,10 +1,10 @@
 """IMC-SwAV (Ntelemis, Jin and Thomas 2021): features and clusters in one stage, from crops of several sizes.
 
-SwAV (Caron et al. 2020) assigns the two large crops of an image softly to prototypes, all prototypes alike over the
-batch, and every other crop must predict that assignment. Beside it a classifier learns clusters from the features: what
-it says of one crop should share information with the prototypes of another, and all clusters be in use. No gradient
-leads from it into the features, so any number of classifiers, also of other K, trains beside one network.
-Sinkhorn and the joint of clusters and prototypes are over the global batch. Equation numbers are the authors'.
+SwAV (Caron et al. 2020) assigns the two large crops of an image softly to prototypes, with equal shares over the batch,
+and every other crop must predict that assignment. A classifier learns clusters from the features: its predictions for
+one crop should share information with the prototypes of another, and all clusters should be in use. No gradient flows
+from it into the features, so any number of classifiers, also of other K, can be trained beside one network. Sinkhorn
+and the joint of clusters and prototypes use the global batch. Equation numbers are the authors'.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ from spice_dist.optim import adam, set_lr, steps_down, warm_up
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task, require_positive
 
-GLOBAL = 2  # large crops, those that are assigned
-ADAPT_BATCHES = 50  # at most, of the authors' evaluation
+GLOBAL = 2  # large crops, which are assigned to prototypes
+ADAPT_BATCHES = 50  # of the authors' evaluation at most
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ImcSwavConfig:
 
 
 class SwavNet(nn.Module):
-    """Backbone, projection and prototypes: images to what eqs. (1) to (6) need of them."""
+    """Backbone, projection and prototypes, for eqs. (1) to (6)."""
 
     def __init__(self, backbone: Backbone, dim: int, prototypes: int):
         super().__init__()
@@ -119,16 +119,16 @@ class SwavNet(nn.Module):
     def forward(
         self, images: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B E"], Float[Tensor, "B J"]]:
-        """(features z, unit embeddings, their cosines with the prototypes), the last two in float32 at least."""
+        """Compute (features z, unit embeddings, their cosines with prototypes), the last two in float32 at least."""
         features = self.backbone(images)
         embeddings = unit(self.projection(features).to(self.prototypes.weight.dtype))
         return features, embeddings, self.prototypes(embeddings)
 
 
 class EveryClassifier(nn.ModuleList):
-    """`classifiers` of every K, the task's first: features (..., D) to a list of logits (H, ..., K).
+    """`classifiers` of every K, the task's K first: maps features (..., D) to a list of logits (H, ..., K).
 
-    `select_loss` (one row of H for each K) and `select_steps` sum eq. (6) over the steps of the last epoch.
+    `select_loss` (a row of H for each K) is the sum of eq. (6) over the last epoch, `select_steps` its number of steps.
     """
 
     def __init__(self, task: Task, config: ImcSwavConfig, dim: int):
@@ -144,24 +144,24 @@ class EveryClassifier(nn.ModuleList):
 
     @torch.no_grad()
     def note(self, loss: Tensor, first: bool) -> None:
-        """Add this step's eq. (6), (number of K, H); the first step of an epoch starts anew."""
+        """Add this step's eq. (6), (number of K, H), to the sums; the first step of an epoch resets them."""
         self.select_loss.copy_(loss if first else self.select_loss + loss)
         self.select_steps.copy_(torch.ones_like(self.select_steps) if first else self.select_steps + 1)
 
     def selected(self) -> Classifiers:
-        """The task's classifier of the lowest loss."""
+        """Return the classifier of the task's K with the lowest loss."""
         classifiers = self[0]
         assert isinstance(classifiers, Classifiers)
         return classifiers.select(int(self.select_loss[0].argmin()))
 
 
 def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
-    """Leaves all of the network in the stage's last checkpoint: the backbone, with it `network` makes a clustering."""
+    """Train; the stage's last checkpoint holds the whole network, which `network` reads."""
     images, manifest = open_dataset(task, worker)
     check(task, config, manifest.training, manifest.clustered)
     steps_per_epoch = manifest.training // config.batch
     total = config.epochs * steps_per_epoch
-    groups = task.bn_groups // worker.world  # of this worker
+    groups = task.bn_groups // worker.world  # on this worker
 
     torch.manual_seed(task.seed)
     net = SwavNet(new_backbone(task), config.dim, config.prototypes)
@@ -193,18 +193,18 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
     model, classify = worker.wrap(net), worker.wrap(classifiers)
     stream = view_lists(task, images, manifest.training, config.batch, config.epochs, config.views, start, worker)
     known = known_images(task.seed, config.epochs, config.batch, manifest.training, manifest.clustered, start)
-    reported = torch.zeros(4, device=worker.device)  # of the last step in which the classifiers learned
+    reported = torch.zeros(4, device=worker.device)  # from the last step in which the classifiers learned
     for step, (views, (positions, before)) in enumerate(zip(stream, known, strict=True), start):
         rise, fall = warm_up(step + 1, config.warmup), steps_down(step / total, config.milestones, config.decay)
         set_lr(optimizer, config.lr * rise * fall)
         optimizer.zero_grad()
 
-        # the large crops of the whole batch come first: only with all of their scores are there assignments
+        # large crops first: assignments need their scores over the whole batch
         crops = list(zip(*(view.chunk(passes) for view in views), strict=True))
         with accumulating(model, last=False), autocast(worker.device, task.precision):
             large = [encode(model, net, views_of_pass[:GLOBAL], groups // passes) for views_of_pass in crops]
         update_statistics(net)
-        embeddings, scores = (torch.cat([found[kind].detach() for found in large], dim=1) for kind in (1, 2))
+        embeddings, scores = (torch.cat([outputs[kind].detach() for outputs in large], dim=1) for kind in (1, 2))
         in_use = queue if step >= config.queue_start * steps_per_epoch and step * config.batch >= config.queue else None
         targets = assignments(config, net.prototypes, scores, embeddings, in_use, groups, worker)
 
@@ -247,7 +247,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
 
 
 def encode(model: nn.Module, net: SwavNet, views: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """What `SwavNet` makes of views of one size, (V, b, ...) each; every view has BatchNorm groups of its own."""
+    """Return `SwavNet`'s outputs for views of one size, (V, b, ...) each; views share no BatchNorm group."""
     set_groups(net, len(views) * groups)
     return [out.unflatten(0, (len(views), -1)) for out in model(torch.cat(list(views)))]
 
@@ -262,33 +262,33 @@ def assignments(
     groups: int,
     worker: Worker,
 ) -> Float[Tensor, "T b J"]:
-    """q of eqs. (3) and (4) for this worker's rows of each large view: Sinkhorn over all workers' and the queue's."""
+    """Compute q of eqs. (3) and (4) for this worker's rows of each large view; Sinkhorn sees all rows and the queue."""
     parts = scores.unflatten(1, (groups, -1))
     if queue is not None:
         earlier = queue.keys.chunk(worker.world)[worker.rank].unflatten(1, (len(scores), -1)).transpose(0, 1)
         parts = torch.cat([parts, prototypes(earlier).unflatten(1, (groups, -1))], dim=2)
     balance = partial(losses.sinkhorn, epsilon=config.epsilon, iterations=config.iterations)
-    found = torch.stack([balance(part, gather=collectives.all_gather) for part in parts])
-    return found[:, :, : scores.shape[1] // groups].flatten(1, 2)
+    shares = torch.stack([balance(of_view, gather=collectives.all_gather) for of_view in parts])
+    return shares[:, :, : scores.shape[1] // groups].flatten(1, 2)
 
 
 def cluster_losses(
     task: Task, config: ImcSwavConfig, classify: nn.Module, learned: list[tuple[Tensor, Tensor]], worker: Worker
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss to descend, eq. (6) of every classifier (number of K, H), four numbers to report) of a global batch.
+    """Compute (loss to minimise, eq. (6) of every classifier (number of K, H), four numbers to report) of a batch.
 
-    `learned` has for each pass the features (V, b, D) and the prototypes' probabilities u (V, b, J) of this worker's
-    rows. Reported are the means over classifiers of the task's K: eq. (6), the hinge, H(Y) and H(Y|U).
+    `learned` holds for each pass the features (V, b, D) and the prototypes' probabilities u (V, b, J) of this worker's
+    rows. The numbers are means over classifiers of the task's K: eq. (6), the hinge, H(Y) and H(Y|U).
     """
     with autocast(worker.device, task.precision):
         by_pass = [classify(features) for features, _ in learned]
     objectives, loss, reported = [], torch.zeros((), device=worker.device), []
-    for logits in zip(*by_pass, strict=True):  # of one K
-        counts = [losses.joint_counts(part.softmax(-1), u) for part, (_, u) in zip(logits, learned, strict=True)]
+    for logits in zip(*by_pass, strict=True):  # of one K, by pass
+        counts = [losses.joint_counts(x.softmax(-1), u) for x, (_, u) in zip(logits, learned, strict=True)]
         joint = collectives.total(torch.stack(counts).sum(0)) / config.batch  # H V V K J
-        entropy, conditional = (found.flatten(1).mean(1) for found in losses.entropies(joint))
+        entropy, conditional = (by_view.flatten(1).mean(1) for by_view in losses.entropies(joint))
         objective = conditional - config.balance * entropy
-        hinge = torch.stack([losses.logit_hinge(part, config.hinge).mean(1) for part in logits]).mean(0)
+        hinge = torch.stack([losses.logit_hinge(x, config.hinge).mean(1) for x in logits]).mean(0)
         loss = loss + (objective + config.hinge_weight * hinge).sum()
         objectives.append(objective.detach())
         reported.append(torch.stack([objective, hinge, entropy, conditional]).mean(1).detach())
@@ -296,7 +296,7 @@ def cluster_losses(
 
 
 def prototypes_in_use(probs: list[Tensor]) -> Tensor:
-    """Perplexity, in [1, J], of the mean over images and views of u."""
+    """Compute the perplexity, in [1, J], of the mean of u over images and views."""
     return losses.perplexity(collectives.mean(torch.cat(probs, 1).flatten(0, 1).mean(0)))
 
 
@@ -305,7 +305,7 @@ def saved_state(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer, c
 
 
 def network(task: Task, run: Path) -> ClassifierNet:
-    """The trained backbone with the selected classifier: images (B, C, H, W) to logits (B, K)."""
+    """Load the trained backbone with the selected classifier: images (B, C, H, W) to logits (B, K)."""
     saved = finished(run / "imc_swav")
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     backbone.load_state_dict(saved.tensors("backbone"))
@@ -313,18 +313,18 @@ def network(task: Task, run: Path) -> ClassifierNet:
 
 
 def trained_classifiers(run: Path) -> tuple[Classifiers, Tensor]:
-    """(all classifiers of the task's K, eq. (6) of each over the last epoch (H,)); the lowest has been selected."""
+    """Load (all classifiers of the task's K, the mean of eq. (6) of each over the last epoch (H,))."""
     tensors = finished(run / "imc_swav").tensors("classifiers")
-    own = {name.removeprefix("0."): value for name, value in tensors.items() if name.startswith("0.")}
-    return Classifiers.holding(own).eval(), tensors["select_loss"][0] / tensors["select_steps"]
+    of_task = {name.removeprefix("0."): value for name, value in tensors.items() if name.startswith("0.")}
+    return Classifiers.holding(of_task).eval(), tensors["select_loss"][0] / tensors["select_steps"]
 
 
 @torch.no_grad()
 def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: Images, index: np.ndarray) -> None:
-    """The authors' evaluation: BatchNorm statistics of up to 50 batches of the images `index`, which are to be scored.
+    """Set BatchNorm statistics from up to 50 batches of the images `index`, which are scored, as the authors do.
 
-    They are those of whole images, where training saw crops, and of what is predicted: the result depends on which
-    images are scored together.
+    These are statistics of whole images, while training used crops. The predictions depend on which images are scored
+    together.
     """
     order = np.random.default_rng(task.seed).permutation(index)[: ADAPT_BATCHES * config.batch]
     order = order[: max(1, len(order) // config.batch) * config.batch]
@@ -340,7 +340,7 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
 def result(
     task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """The network with the selected classifier; heads are all classifiers of the task's K."""
+    """Return the network with the selected classifier; heads are all classifiers of the task's K."""
     images, manifest = open_run_dataset(task, run, device)
     net = place(network(task, run), device)
     if config.eval_bn == "adapt_on_test":
@@ -356,7 +356,7 @@ def result(
 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:
-    """UserError if these settings cannot train on so many images, of which the first `clustered` are clustered."""
+    """Raise a UserError if these settings cannot train on `num_images`, the first `clustered` of them with clusters."""
     check_ranges("imc_swav", config, "epochs", "batch", "lr", "dim")
     require_positive("imc_swav", prototypes=config.prototypes)
     check_ranges("imc_swav", config, "temperature", "epsilon", "iterations", "hidden", "classifiers", "balance")

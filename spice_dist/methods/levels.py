@@ -1,4 +1,4 @@
-"""Coarser and finer groups than those of the result, `levels.csv`: a tree over clusters, and parts of clusters."""
+"""Write coarser and finer groups than the result's clusters, `levels.csv`: joined clusters, and divided ones."""
 
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ def write_levels(
     task: Task, run: Path, features: Float[np.ndarray, "M D"], labels: Int[np.ndarray, " M"],
     suggestion: Suggestion | None, num_neighbors: int,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Leaves `levels.csv`: the coarse group, the cluster and the fine group of every clustered image.
+    """Write `levels.csv`: the coarse group, the cluster and the fine group of every clustered image.
 
-    Coarse groups join clusters (Ward on their means). Fine groups divide them: a group of the finer graph clustering
-    belongs to the cluster of most of its images, and images of another cluster go to that cluster's nearest group.
-    Returns the numbers of groups and the tree, or None, without a file, where the features suggest no groups.
+    Coarse groups join clusters (Ward on their means). Fine groups divide clusters by a finer graph clustering, see
+    `divided`. Return the numbers of groups and the tree. If the features suggest no groups, return None and write no
+    file.
     """
     path = artifacts.levels_file(run)
     path.unlink(missing_ok=True)
     if suggestion is None or not suggestion.found or task.clusters < 3:
         return None
     tree = merge_tree(features, labels)
-    # the suggestion may be of another number of clusters than was asked for
+    # the suggestion may be another number of clusters than the task's
     coarse = cut(tree, min(suggestion.coarse, 2 * task.clusters // 3))[labels]
     finer = -(-3 * task.clusters // 2)
     count = max(suggestion.fine, finer if FEW_PER_CLUSTER * finer <= len(labels) else 0)
@@ -49,9 +49,9 @@ def divided(
     neighbors: Int[np.ndarray, "M S"], labels: Int[np.ndarray, " M"], clusters: int, count: int, num_neighbors: int,
     seed: int,
 ) -> Int[np.ndarray, " M"]:  # fmt: skip
-    """Divides clusters by a graph clustering into `count` groups; returns the labels as they are where it cannot.
+    """Divide clusters by a graph clustering into `count` groups; return the labels unchanged where that is impossible.
 
-    The pairs (cluster, finer group) with half of the finer group stay. The others join the largest pair of their
+    A pair (cluster, finer group) stays if it holds half of the finer group. The others join the largest pair of their
     cluster.
     """
     if count <= clusters or len(neighbors) > graph.landmarks(count):
@@ -62,6 +62,6 @@ def divided(
     of_cluster = pairs // count
     order = np.argsort(sizes, kind="stable")
     largest = np.zeros(clusters, np.int64)
-    largest[of_cluster[order]] = order  # the last of a cluster is its largest
+    largest[of_cluster[order]] = order  # the last pair of a cluster in this order is its largest
     target = np.where(stays, np.arange(len(pairs)), largest[of_cluster])
     return np.unique(target, return_inverse=True)[1][index]

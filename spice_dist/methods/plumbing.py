@@ -1,4 +1,4 @@
-"""What every training loop calls and no paper mentions: devices, precision, and the state of a checkpoint."""
+"""Functions that all training loops call: data, devices, precision, passes of a step, and the state of a checkpoint."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +34,9 @@ VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
 
 
 def open_dataset(task: Task, worker: Worker) -> tuple[Images, Ingested]:
-    """Open the images of a worker's run, with the manifest that says which are clustered, only train, or are held out.
+    """Open the images of a worker's run, and the manifest of those that are clustered, only train, or are held out.
 
-    They are read from a copy on the worker's own disk if it has a scratch folder.
+    They are read from a copy on the worker's disk if it has a scratch folder.
     """
     return open_run_dataset(task, worker.run, worker.device, worker.scratch)
 
@@ -44,10 +44,10 @@ def open_dataset(task: Task, worker: Worker) -> tuple[Images, Ingested]:
 def open_run_dataset(
     task: Task, run: Path, device: torch.device, scratch: Path | None = None
 ) -> tuple[Images, Ingested]:
-    """As `open_dataset`, where there is no worker.
+    """Do as `open_dataset` without a worker.
 
     Args:
-        scratch: a folder on this node's own disk, to read the images from a copy there.
+        scratch: a folder on this node's disk for a copy of the images, which is read instead.
     """
     data, folder = task.data, artifacts.data(run)
     if scratch is not None:
@@ -57,22 +57,22 @@ def open_run_dataset(
 
 
 def place(module: M, device: torch.device) -> M:
-    """Move to the device, in the memory layout that convolutions are fastest in: 1.1 to 1.4 times on a CPU."""
+    """Move to the device, in the memory layout of the fastest convolutions: 1.1 to 1.4 times as fast on a CPU."""
     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return module.to(device)
 
 
 def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
-    """`precision` as `Task` has it."""
+    """Enter mixed precision; `precision` is that of `Task`."""
     low = device.type == "cuda" if precision == "auto" else precision == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16) if low else nullcontext()
 
 
 def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int:
-    """In how many forward passes a step's `groups` BatchNorm groups are computed; tells the module.
+    """Return in how many forward passes a step's `groups` BatchNorm groups are computed; set the module's groups.
 
-    A GPU takes them all in one. On a CPU one pass per group costs the same, holds less memory, and adds gradients up in
-    the order in which two workers would, so that one worker gets the same bits as two.
+    A GPU takes one pass. On a CPU one pass per group takes the same time and less memory, and adds gradients up in the
+    same order as two workers, so that one worker gets the same bits as two.
     """
     passes = groups if device.type == "cpu" else 1
     set_groups(module, groups // passes)
@@ -80,18 +80,18 @@ def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int
 
 
 def passes_that_fit(task: Task, module: nn.Module, batch: int, view: View, worker: Worker) -> int:
-    """`passes_per_step` of a batch of `batch` images of all workers, twice as many if a GPU's memory does not suffice.
+    """Return `passes_per_step`, or twice as many if a GPU's memory does not suffice for `batch` images of all workers.
 
-    Smaller passes keep the global batch and its BatchNorm groups, so the result stays up to float tolerance. Found by a
-    forward and backward pass over black images, whose effects are undone.
+    Smaller passes keep the global batch and its BatchNorm groups, so the result is the same up to rounding. The test is
+    a forward and a backward pass over black images, whose effects are undone.
 
     Raises:
-        UserError: half the images at once are still too many, or there is one group only; it names the sizes.
+        UserError: half of the images are still too many for a pass, or there is only one group.
     """
     groups, side = task.bn_groups // worker.world, view.size or task.data.size
     passes = passes_per_step(module, groups, worker.device)
     if worker.device.type == "cpu":
-        return passes  # there the kernel kills, nothing is raised; and each group is a pass already
+        return passes  # a CPU raises no error when memory is exhausted, and each group is a pass already
     size = (task.data.channels, side, side)
     for tried in (passes, 2 * passes):
         if groups % tried == 0:
@@ -121,28 +121,28 @@ def _exhausts_memory(module: nn.Module, shape: tuple[int, ...], task: Task, devi
 def in_passes(model: nn.Module, *parts: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Yield the i-th part of each sequence for pass i of a step; only the last pass averages gradients over workers.
 
-    The body enters `autocast` itself for the forward pass: a backward pass must be outside of it.
+    The loop's body enters `autocast` for the forward pass alone: the backward pass must be outside of it.
     """
     passes = list(zip(*parts, strict=True))
-    for number, part in enumerate(passes, 1):
+    for number, parts_of_pass in enumerate(passes, 1):
         with accumulating(model, last=number == len(passes)):
-            yield part
+            yield parts_of_pass
 
 
 def own_positions(sizes: Sequence[int], worker: Worker) -> Int[Tensor, " b"]:
-    """Where this worker's images are in a step's global batch, whose parts have these sizes: names their views."""
-    return torch.cat([part.chunk(worker.world)[worker.rank] for part in torch.arange(sum(sizes)).split(list(sizes))])
+    """Return the positions of this worker's images in a global batch of parts of these sizes; they key their views."""
+    return torch.cat([rows.chunk(worker.world)[worker.rank] for rows in torch.arange(sum(sizes)).split(list(sizes))])
 
 
 def by_group(parts: Sequence[Tensor], groups: int) -> Tensor:
-    """(G, V, ...): what each BatchNorm group sees, its share of every part of a batch in turn."""
-    return torch.cat([part.unflatten(0, (groups, len(part) // groups)) for part in parts], dim=1)
+    """Arrange a batch as (G, V, ...): each BatchNorm group has its share of every part in turn."""
+    return torch.cat([images.unflatten(0, (groups, len(images) // groups)) for images in parts], dim=1)
 
 
 def view_pairs(
     task: Task, images: Images, num_images: int, batch: int, epochs: int, view: View, start: int, worker: Worker
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's two views of every global batch from step `start` on; an epoch's incomplete batch is left out."""
+    """Yield this worker's two views of every global batch from step `start` on, without incomplete batches."""
     pairs = view_lists(task, images, num_images, batch, epochs, [view, view], start, worker)
     return ((one, other) for one, other in pairs)
 
@@ -157,14 +157,14 @@ def view_lists(
     start: int,
     worker: Worker,
 ) -> Iterator[list[Tensor]]:
-    """As `view_pairs`, any number of views of any size; every image is read once for all of them."""
+    """Do as `view_pairs` for any number of views of any sizes; an image is read once for all of its views."""
     steps = num_images // batch
     for epoch in range(start // steps, epochs):
-        own = worker_batches(epoch_order(task.seed, epoch, num_images), batch, worker.world, worker.rank)
-        own = own[max(0, start - epoch * steps) :]
+        batches = worker_batches(epoch_order(task.seed, epoch, num_images), batch, worker.world, worker.rank)
+        batches = batches[max(0, start - epoch * steps) :]
         keyed = [(view, (task.seed, epoch, stream)) for stream, view in enumerate(views)]
-        if len(own):
-            drawn = augment.view_batches(images, own.ravel(), own.shape[1], keyed, task.backbone.statistics)
+        if len(batches):
+            drawn = augment.view_batches(images, batches.ravel(), batches.shape[1], keyed, task.backbone.statistics)
             yield from (parts for parts, _ in drawn)
 
 
@@ -176,9 +176,9 @@ def view_features(
     views: Sequence[tuple[View, Key]],
     functions: Sequence[Callable[[Float[Tensor, "B C H W"]], Tensor]],
 ) -> list[Tensor]:
-    """What each function makes of its kind of random view of these images, (M, ...); an image is read once.
+    """Apply each function to its random view of these images, (M, ...); an image is read once for all views.
 
-    Every worker computes its share and gets all.
+    Every worker computes its share and gets all results.
     """
     share = collectives.share(len(index))
     results: list[list[Tensor]] = [[] for _ in views]
@@ -190,7 +190,7 @@ def view_features(
 
 
 def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:
-    """UserError if a pretext cannot train on batches of this size."""
+    """Raise a UserError if a stage cannot train on batches of this size."""
     if batch > num_images:
         fits = num_images // task.bn_groups * task.bn_groups
         raise UserError(
@@ -205,12 +205,12 @@ def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:
 
 
 def new_backbone(task: Task) -> Backbone:
-    """What stage 1 starts from: random weights, or those that the backbone's configuration names."""
+    """Build the backbone of the run with random weights, or those that its configuration names."""
     return pretrained_backbone(task.backbone, task.data.channels, task.data.size)
 
 
 def load_backbone(task: Task, run: Path) -> Backbone:
-    """The network that stage 1 left, with the mixture of its features if those are there."""
+    """Load the network of stage 1, with the mixture of the stage `features` if that is done."""
     if task.pretext == "none":
         backbone = new_backbone(task)
         if backbone.mixture is not None and (path := artifacts.mixture_file(run)).exists():
@@ -222,7 +222,7 @@ def load_backbone(task: Task, run: Path) -> Backbone:
 
 
 def state_of(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Tensors:
-    """Everything a checkpoint needs of these modules and their optimizer."""
+    """Collect the state of these modules and their optimizer for a checkpoint."""
     return {**modules_state(parts), "optimizer": optimizer_tensors(optimizer)}
 
 
@@ -231,7 +231,7 @@ def modules_state(parts: dict[str, nn.Module]) -> Tensors:
 
 
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with the prefix, without it: the state of a part of a module."""
+    """Return the tensors whose names begin with the prefix, without it: the state of a submodule."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -255,7 +255,7 @@ def load_modules(parts: dict[str, nn.Module], saved: Checkpoint) -> None:
 
 
 def finished(stage: Path) -> Checkpoint:
-    """The last checkpoint of an earlier stage; never one from before its end, if the last is damaged."""
+    """Load the last checkpoint of an earlier stage; raise a UserError if it is damaged: older ones are not its end."""
     saved = checkpoint.newest(stage / "checkpoints")
     if saved is None or saved.step != saved.state["total"]:
         raise UserError(f"{stage} has lost its last checkpoint; remove {stage} and run the same command again")

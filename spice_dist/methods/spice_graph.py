@@ -1,17 +1,17 @@
 """Stage 2 on the graph of nearest neighbours: SPICE's EM on frozen features, for a network that is trained already.
 
-`spice_self` begins from random heads and takes random views, each of which is encoded anew. Here an image is encoded
-once. Several clusterings of the neighbour graph (`spice_dist.graph`) are the start, one for each head; neighbours stand
-in the place of views. E-step: a head's probabilities are spread over neighbours and scaled to the sizes of its
-clusters, p(k) = mean of its start, which are estimated and not equal as SPICE's quotas are (the aim of P2OT's uneven
-prior, by Sinkhorn's scaling); `anchor` of the start stays in, or the heads would drift to where classes are easiest to
-separate. M-step: each head, one linear layer, learns these probabilities by cross-entropy.
+`spice_self` starts from random heads and encodes random views. Here each image is encoded once, each head starts from a
+clustering of the neighbour graph (`spice_dist.graph`), and neighbours take the place of views. E-step: a head's
+probabilities are spread over neighbours and scaled to the sizes of its clusters, p(k) = mean of its start. These sizes
+are estimated, where SPICE's quotas are equal (P2OT's aim of an uneven prior, by Sinkhorn's scaling). The share `anchor`
+of the start is added, without which the heads drift to the classes that are easiest to separate. M-step: each head, one
+linear layer, learns these probabilities by cross-entropy.
 
-The result is the consensus of the heads, by matching their clusters and averaging; their agreement is an image's
-confidence. One more head learns the consensus: with the backbone it is the model for new images. Images of the run
-also have neighbours, so their clusters come from the head's and the consensus' probabilities together.
+The result is the consensus of the heads, the mean after matching their clusters. Their agreement is an image's
+confidence. One more head learns the consensus: with the backbone it is the model for new images. The clusters of the
+run's images, which have neighbours, come from the head's and the consensus' probabilities together.
 
-Prototypes as in eqs. (2)-(4) lost here: equal quotas on unequal clusters, or the nearest images to one center, cost 5
+Prototypes as in eqs. (2)-(4) were worse: equal quotas on unequal clusters, or the nearest images to one center, cost 5
 to 16 points of NMI against the start.
 """
 
@@ -37,7 +37,7 @@ from spice_dist.settings import allowed, check_ranges, setting
 from spice_dist.task import Task
 
 SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
-CHUNK = 65_536  # images that a head is asked about at once
+CHUNK = 65_536  # images of a head's forward pass
 MIN_IMAGES = 10
 TEMPERATURES = 1.05 ** np.arange(-60, 61)  # 0.05 to 19
 
@@ -74,9 +74,10 @@ class SpiceGraphConfig:
 
 @torch.no_grad()
 def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
-    """Leaves `graph/neighbors.npy` (N, S) int32: of each clustered image the nearest others by cosine, nearest first.
+    """Write `graph/neighbors.npy` (N, S) int32: the other clustered images nearest to each by cosine, nearest first.
 
-    UserError where features are no numbers.
+    Raises:
+        UserError: a feature is not finite.
     """
     manifest = artifacts.manifest(worker.run)
     features = artifacts.features(worker.run, manifest.clustered)
@@ -90,17 +91,18 @@ def find_neighbors(task: Task, config: GraphConfig, worker: Worker) -> None:
 
     on_device = torch.from_numpy(features).to(worker.device)
     if config.search == "index":
-        found = nearest_by_index(on_device.cpu(), count, progress=progress)
+        neighbors = nearest_by_index(on_device.cpu(), count, progress=progress)
     else:
-        found = nearest(on_device, count, progress=progress)
+        neighbors = nearest(on_device, count, progress=progress)
     (worker.run / "graph").mkdir(exist_ok=True)
     with publish(artifacts.neighbors_file(worker.run)) as file:
-        np.save(file, without_itself(found.cpu().numpy().astype(np.int32)))
+        np.save(file, without_itself(neighbors.cpu().numpy().astype(np.int32)))
 
 
 def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
-    """Leaves `start.npy` (H, N), `posterior.npy` (N, K) and `agreement.npy` (N,) in its folder, and in the last
-    checkpoint `heads`, all H of them, and `best`, the head that learnt their consensus.
+    """Train; write `start.npy` (H, N), `posterior.npy` (N, K) and `agreement.npy` (N,) in the stage's folder.
+
+    The last checkpoint holds `heads`, all H of them, and `best`, the head that learned their consensus.
     """
     neighbors = artifacts.neighbors(worker.run)
     config = for_images(config, len(neighbors), task.clusters)
@@ -119,7 +121,7 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
     for step in range(start, total):
         targets = e_step(config, heads, features, neighbors, starts) if step else starts
         learner = heads
-        if step == config.rounds:  # the heads have settled: one more learns their consensus
+        if step == config.rounds:  # last: one more head learns the consensus
             learner, targets = best, graph.consensus(targets, seed=task.seed)[0][None]
         loss = m_step(task, config, learner, optimizer, features, targets, step)
         if learner is best:
@@ -129,14 +131,14 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
 
 
 def for_images(config: SpiceGraphConfig, images: int, clusters: int) -> SpiceGraphConfig:
-    """The settings with at most half a cluster's images as neighbours: more would reach into others."""
+    """Limit neighbours to half of a cluster's mean size: more would reach into other clusters."""
     most = max(2, images // (2 * clusters))
     counts = tuple(min(count, most) for count in config.counts)
     return replace(config, counts=counts, spread=min(config.spread, most))
 
 
 def check_distinct(task: Task, features: Float[Tensor, "N D"]) -> None:
-    """UserError if fewer images differ than there are clusters."""
+    """Raise a UserError if there are fewer distinct images than clusters."""
     count = len(distinct(features.cpu().numpy())[0])
     if count == 1:
         raise UserError(f"all {len(features)} images are alike: there are no groups to find; give other images")
@@ -150,7 +152,7 @@ def check_distinct(task: Task, features: Float[Tensor, "N D"]) -> None:
 def start_probabilities(
     task: Task, config: SpiceGraphConfig, features: Tensor, neighbors: Int[np.ndarray, "N S"], worker: Worker
 ) -> Float[np.ndarray, "H N K"]:
-    """The start of each head, float32: a clustering of the neighbour graph, spread over neighbours."""
+    """Compute each head's start, float32: a clustering of the neighbour graph, spread over neighbours."""
     path = artifacts.graph_starts_file(worker.run)
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
@@ -168,7 +170,7 @@ def clusterings(
     neighbors: Int[np.ndarray, "N S"],
     progress: Progress = lambda done, total: None,
 ) -> Int[np.ndarray, "H N"]:
-    """`graph.graph_clusterings`, of many images of a sample; the others vote with their nearest landmarks."""
+    """Cluster by `graph.graph_clusterings`; if images are many, a sample, and the others by their nearest landmarks."""
     most = graph.landmarks(task.clusters)
     if len(neighbors) <= most:
         return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed, progress)
@@ -186,23 +188,23 @@ def e_step(
     config: SpiceGraphConfig, heads: ClusterHeads, features: Tensor, neighbors: Int[np.ndarray, "N S"],
     starts: Float[np.ndarray, "H N K"],
 ) -> Float[np.ndarray, "H N K"]:  # fmt: skip
-    """What each head learns next: its own probabilities over neighbours, scaled to its clusters' sizes, and its start.
+    """Compute each head's targets: its probabilities spread over neighbours and scaled to its sizes, plus its start.
 
-    The sizes are those of its start: without them large clusters would grow from round to round.
+    The sizes are those of the head's start. Without the scaling large clusters would grow from round to round.
     """
     near = neighbors[:, : config.spread]
-    made = []
+    targets = []
     for probs, start in zip(outputs(heads, features), starts, strict=True):
         scaled = graph.with_sizes(graph.spread(probs, near), start.mean(0))
-        made.append((1 - config.anchor) * scaled + config.anchor * start)
-    return np.stack(made).astype(np.float32)
+        targets.append((1 - config.anchor) * scaled + config.anchor * start)
+    return np.stack(targets).astype(np.float32)
 
 
 def m_step(
     task: Task, config: SpiceGraphConfig, heads: ClusterHeads, optimizer: torch.optim.Optimizer,
     features: Float[Tensor, "N D"], targets: Float[np.ndarray, "H N K"], step: int,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Cross-entropy with soft labels, `epochs` passes; the mean loss of a head."""
+    """Train by cross-entropy with soft labels, for `passes` over the images; return the mean loss of a head."""
     labels = torch.from_numpy(targets).to(features.device)
     sums, count = torch.zeros((), device=features.device), 0
     for rows in _minibatches(task, config, len(features), step):
@@ -217,7 +219,7 @@ def m_step(
 
 
 def passes(config: SpiceGraphConfig, images: int) -> int:
-    """Over the images in an M-step: `epochs`, or as many as make `steps` minibatches."""
+    """Return the passes over the images in an M-step: `epochs`, or more for at least `steps` minibatches."""
     return max(config.epochs, math.ceil(config.steps / math.ceil(images / config.minibatch)))
 
 
@@ -229,18 +231,18 @@ def _minibatches(task: Task, config: SpiceGraphConfig, images: int, step: int) -
 
 @torch.no_grad()
 def outputs(heads: ClusterHeads, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "H N K"]:
-    """Probabilities of all heads for all images, float32, on the host."""
-    return torch.cat([heads(part).softmax(2).cpu() for part in features.split(CHUNK)], 1).numpy()
+    """Compute the probabilities of all heads for all images, float32, on the host."""
+    return torch.cat([heads(chunk).softmax(2).cpu() for chunk in features.split(CHUNK)], 1).numpy()
 
 
 @torch.no_grad()
 def calibrate(head: ClusterHeads, features: Float[Tensor, "N D"], targets: Float[np.ndarray, "N K"]) -> None:
-    """Divide the logits by the temperature at which the head is as sure as the other heads agree (Guo et al. 2017).
+    """Divide the logits by the temperature of lowest cross-entropy with `targets`, the mean over the other heads.
 
-    That is the one with the lowest cross-entropy of their mean, `targets`.
+    The head's confidence then matches the agreement of the other heads (Guo et al. 2017).
     """
     wanted = torch.from_numpy(targets).to(features.device)
-    logits = torch.cat([head(part)[0] for part in features.split(CHUNK)])
+    logits = torch.cat([head(chunk)[0] for chunk in features.split(CHUNK)])
     losses = [-(wanted * F.log_softmax(logits / value, 1)).sum(1).mean() for value in TEMPERATURES.tolist()]
     temperature = float(TEMPERATURES[int(torch.stack(losses).argmin())])
     for parameter in head.parameters():
@@ -251,14 +253,16 @@ def write_posterior(
     task: Task, config: SpiceGraphConfig, folder: Path, parts: dict[str, nn.Module], features: Tensor,
     neighbors: Int[np.ndarray, "N S"], starts: Float[np.ndarray, "H N K"],
 ) -> None:  # fmt: skip
-    """What is known of every image of the run: the geometric mean of the heads' consensus and of the head that learnt
-    it, both over neighbours; and the share of the heads that agree."""
+    """Write every image's posterior and the share of the heads that agree with their consensus.
+
+    The posterior is the geometric mean of the consensus and of the head that learned it, both spread over neighbours.
+    """
     heads, best = parts["heads"], parts["best"]
     assert isinstance(heads, ClusterHeads)
     assert isinstance(best, ClusterHeads)
     mean, agreement = graph.consensus(e_step(config, heads, features, neighbors, starts), seed=task.seed)
-    own = graph.spread(outputs(best, features)[0], neighbors[:, : config.spread])
-    joint = np.sqrt(np.maximum(own, 1e-6) * np.maximum(mean, 1e-6))
+    learned = graph.spread(outputs(best, features)[0], neighbors[:, : config.spread])
+    joint = np.sqrt(np.maximum(learned, 1e-6) * np.maximum(mean, 1e-6))
     for name, values in {"posterior": joint / joint.sum(1, keepdims=True), "agreement": agreement}.items():
         with publish(folder / f"{name}.npy") as file:
             np.save(file, values.astype(np.float16))
@@ -267,7 +271,7 @@ def write_posterior(
 def head_of(
     task: Task, config: SpiceGraphConfig, features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"]
 ) -> ClusterHeads:
-    """A linear head that has learnt these clusters, as sure of them as they can be told apart."""
+    """Train a linear head on these clusters."""
     torch.manual_seed(task.seed)
     head = ClusterHeads(1, features.shape[1], task.clusters, layers=1).to(features.device)
     optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
@@ -278,19 +282,19 @@ def head_of(
 
 
 def network(task: Task, run: Path) -> ClusterNet:
-    """The trained network with the head that learnt the consensus."""
+    """Load the trained network with the head that learned the consensus."""
     return ClusterNet(load_backbone(task, run), ClusterHeads.holding(finished(run / "spice_graph").tensors("best")))
 
 
 def predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The cluster of these images of the run and its probability, (M,) each."""
+    """Return the clusters of these images of the run and their probabilities, (M,) each."""
     probs = artifacts.posterior(run)
     best = torch.from_numpy(probs[index].astype(np.float32)).to(device).max(1)
     return best.indices, best.values
 
 
 def check(task: Task, config: SpiceGraphConfig, neighbors: GraphConfig, num_images: int) -> None:
-    """UserError if these settings cannot train on so many images."""
+    """Raise a UserError if these settings cannot train on so many images."""
     check_ranges("spice_graph", config, "spread", "rounds", "epochs", "steps", "minibatch", "lr")
     check_ranges("graph", neighbors, "neighbors", "search")
     for name in ("counts", "walks"):

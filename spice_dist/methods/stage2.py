@@ -12,13 +12,13 @@ from spice_dist.task import Task
 
 
 def load_heads(run: Path) -> tuple[ClusterHeads, Float[Tensor, " H"]]:
-    """Every head at its best moment, and their label-free losses: the lowest one is the one to use."""
+    """Load every head of its best epoch, and their label-free losses; the head of the lowest loss is selected."""
     saved = finished(run / "spice_self").tensors("select")
     return ClusterHeads.holding(named(saved, "best.")), saved["loss"]
 
 
 def stage2_network(task: Task, run: Path) -> ClusterNet:
-    """The backbone of stage 1, or what stage 2 made of it, with the selected head or with the head of a consensus."""
+    """Load the network of stage 2: the backbone, changed or not, with the selected or the consensus' head."""
     if task.stage2 == "spice_graph":
         return spice_graph.network(task, run)
     backbone = load_backbone(task, run)

@@ -1,4 +1,4 @@
-"""Features of random views that come again after some epochs: kept in memory, or read from files that runs share.
+"""Features of random views that are used again after some epochs: in memory, or in files that runs share.
 
 A sweep's trials train heads on the same features: `store` encodes their views once, and `RepeatedViews` reads them.
 """
@@ -23,9 +23,9 @@ Encode = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B D"]]
 
 
 class RepeatedViews:
-    """Gives the features of the views of `epochs` epochs, whose kinds and keys `draw` names by the epoch.
+    """Gives the features of the views of `epochs` epochs; `draw` gives the kinds and keys of an epoch's views.
 
-    A view that `store` left is read from its file. Any other is encoded the first time and kept in memory.
+    A view that `store` wrote is read from its file. Any other is encoded once and kept in memory.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class RepeatedViews:
         self.in_memory: dict[int, list[Tensor]] = {}
 
     def features(self, number: int, epoch: int, index: Int[np.ndarray, " M"]) -> list[Float[Tensor, "M D"]]:
-        """Features of these images in each of the epoch's views, half precision on the host.
+        """Return the features of these images in each of the epoch's views, half precision on the host.
 
         Args:
-            number: of the E-step; the same number must come with the same epoch and images.
+            number: of the E-step; it determines the epoch and the images.
         """
         if number in self.in_memory:
             return self.in_memory[number]
@@ -73,7 +73,7 @@ def store(
     encode: Encode,
     run: Path,
 ) -> None:
-    """Leaves a file in `views/` for each view: its features (N, D), float16. Files that are there already stay."""
+    """Write a file in `views/` for each view: its features (N, D), float16. Existing files stay."""
     (run / "views").mkdir(exist_ok=True)
     missing = [view for view in views if not stored(run, view).exists()]
     for features, view in zip(encode_all(task, images, index, missing, encode), missing, strict=True):
@@ -82,12 +82,12 @@ def store(
 
 
 def stored(run: Path, view: tuple[View, Key]) -> Path:
-    """Where `store` leaves this view: named by everything that it depends on beside images and backbone."""
+    """Return the file of this view, named by everything that it depends on beside images and backbone."""
     return run / f"views/{sha256(repr(view).encode()).hexdigest()[:16]}.npy"
 
 
 def encode_all(
     task: Task, images: Images, index: Int[np.ndarray, " M"], views: Sequence[tuple[View, Key]], encode: Encode
 ) -> list[Float[Tensor, "M D"]]:
-    """Features of these images in each of these views; no image is read if there is no view."""
+    """Compute the features of these images in each of these views; no image is read if there is no view."""
     return view_features(task, images, index, views, [encode] * len(views)) if views else []

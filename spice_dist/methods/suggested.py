@@ -1,4 +1,4 @@
-"""The number of clusters where none is given: what the features suggest, and stages that take it from there."""
+"""Suggest the number of clusters where none is given, and train later stages with it."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from spice_dist.task import AUTO, Task
 
 
 def suggest_clusters(task: Task, config: None, worker: Worker) -> None:
-    """Leaves `suggest/suggestion.json`, the fields of a `Suggestion` for the clustered images."""
+    """Write `suggest/suggestion.json`, the fields of a `Suggestion` for the clustered images."""
     features = artifacts.features(worker.run, artifacts.manifest(worker.run).clustered)
 
     def progress(done: int, total: int) -> None:
@@ -24,13 +24,13 @@ def suggest_clusters(task: Task, config: None, worker: Worker) -> None:
 
 
 def read_suggestion(run: Path) -> Suggestion | None:
-    """None where the run has none."""
+    """Read the run's suggestion; None if it has none."""
     path = artifacts.suggestion_file(run)
     return Suggestion(**json.loads(path.read_text())) if path.exists() else None
 
 
 def with_suggested_clusters(task: Task, run: Path) -> Task:
-    """The task with the suggested number of clusters where it names none; 2 where no groups stand out."""
+    """Return the task with the suggested number of clusters if it names none; 2 if no groups stand out."""
     if task.clusters != AUTO:
         return task
     suggestion = read_suggestion(run)
@@ -38,5 +38,5 @@ def with_suggested_clusters(task: Task, run: Path) -> Task:
 
 
 def follow(train: Callable[[Task, Any, Worker], None], task: Task, config: Any, worker: Worker) -> None:
-    """`train` for as many clusters as are suggested, where none are given."""
+    """Call `train` with the suggested number of clusters, if none is given."""
     train(with_suggested_clusters(task, worker.run), config, worker)
