@@ -38,7 +38,7 @@ def train(task: Task, settings: None, worker: Worker) -> None:
         loss = (features - centers[labels]).square().sum(1).mean()
         for cluster in labels.unique():
             centers[cluster] = features[labels == cluster].mean(0)
-        worker.report(step, STEPS, {"loss": loss}, lambda: {"kmeans": {"centers": centers}})
+        worker.report(step, STEPS, loss, lambda: {"kmeans": {"centers": centers}})
 
 
 def nearest(features: Tensor, centers: Tensor) -> Tensor:
