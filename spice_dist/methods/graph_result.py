@@ -1,6 +1,6 @@
-"""The result of a run on the neighbour graph: the best of its groupings by scores that need no true labels.
+"""The result of a run on the neighbour graph: the best of its groupings by scores without true labels.
 
-k-means and spectral clustering of the same features are always among them. Whichever scores best is the result.
+k-means and spectral clustering of the same features are always compared too.
 """
 
 import sys
@@ -35,7 +35,7 @@ BASELINES = {"kmeans_features": "k-means on the same features", "spectral": "spe
 
 @dataclass(frozen=True)
 class Grouping:
-    """One clustering of all images; `conclude` makes the probability (N,) of each image's cluster, and the model."""
+    """One clustering of all images; `conclude` computes the probability (N,) of each image's cluster, and the model."""
 
     labels: Int[np.ndarray, " N"]
     conclude: Callable[[], tuple[Float[np.ndarray, " N"], ClusterNet]]
@@ -44,7 +44,7 @@ class Grouping:
 def result(
     task: Task, config: SpiceGraphConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """The grouping that scores best, its network, and the levels above and below it, also in `levels.csv`."""
+    """Return the best grouping, its network, and its coarser and finer levels, which are written to `levels.csv`."""
     task = with_suggested_clusters(task, run)
     manifest = artifacts.manifest(run)
     features = torch.from_numpy(artifacts.features(run, manifest.n)).to(device)
@@ -61,7 +61,7 @@ def result(
 
     suggestion = read_suggestion(run)
     by_head = _labels_by_head(run, features[: manifest.clustered])
-    # the heads of stage 2 say nothing of a baseline, nor does one alone
+    # a baseline, or a single head, has no agreement of heads
     by_others = chosen in BASELINES or len(by_head) < 2
     choice = Choice(
         name=chosen,
@@ -74,7 +74,7 @@ def result(
         levels=write_levels(task, run, reference, labels[: manifest.clustered], suggestion, SPECTRAL_NEIGHBORS),
     )
     stages = {name: partial(_labels_of, groupings[name]) for name in groupings if name not in BASELINES}
-    # reliable labels are of stage 2's clusters
+    # reliable labels belong to stage 2's clusters
     reliable = None if until == "spice_graph" or chosen in BASELINES else _reliable(run, labels)
     progress(STARTS + 2, STARTS + 2)
     return Clustering(task, net, by_head, None, reliable, stages=stages, choice=choice)
@@ -83,7 +83,7 @@ def result(
 def label_free(
     groupings: dict[str, Grouping], reference: Float[np.ndarray, "M D"], task: Task
 ) -> dict[str, dict[str, float]]:
-    """For each grouping the scores that sweeps choose by; higher is better (see `objectives`)."""
+    """Compute each grouping's scores, by which sweeps choose; higher is better (see `objectives`)."""
     labels = {name: grouping.labels[: len(reference)] for name, grouping in groupings.items()}
     agreements = objectives.consensus(np.stack(list(labels.values())), task.seed)
     return {
@@ -96,11 +96,11 @@ def label_free(
 
 
 def best(compared: dict[str, dict[str, float]]) -> str:
-    """The name of the grouping that is the result.
+    """Name the grouping that is the result.
 
-    Fine-tuning counts where it does not lower generalization. A baseline replaces SPICE's groups where it is better in
-    both scores: generalization alone favours groups of equal size and linear borders, as k-means makes them, and the
-    mean place over both chose groups of 4 points of NMI less on the clothing photos.
+    Stage 3 replaces stage 2 if it does not lower generalization. A baseline replaces SPICE's groups if it is better in
+    both scores. Generalization alone favours k-means' groups, of equal size and linear borders. The mean place over
+    both scores chose groups of 4 points of NMI less on the clothing photos.
     """
     chosen = "spice_graph"
     tuned = compared.get("spice_tune")
@@ -118,7 +118,7 @@ def _groupings(
     task: Task, config: SpiceGraphConfig, run: Path, features: Float[Tensor, "N D"], clustered: int, tuned: bool,
     progress: Progress,
 ) -> dict[str, Grouping]:  # fmt: skip
-    """Baselines first, then the stages that are done, in order."""
+    """Collect the groupings: baselines first, then the stages that are done, in order."""
     neighbors = artifacts.neighbors(run)
     starts_of_all = partial(_show_starts, progress)
     baselines = {
@@ -156,7 +156,7 @@ def _with_network(probs: Float[np.ndarray, "N K"], network: Callable[[], Cluster
 
 
 def _posterior(run: Path, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "N K"]:
-    """Probabilities: of clustered images from their neighbours too, of others, which have none, from the head alone."""
+    """Return probabilities: by stage 2's posterior for clustered images, by the head for others, without neighbours."""
     clustered = artifacts.posterior(run).astype(np.float32)
     others = features[len(clustered) :]
     if not len(others):
@@ -168,7 +168,7 @@ def _posterior(run: Path, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "
 def _spectral(
     task: Task, config: SpiceGraphConfig, neighbors: Int[np.ndarray, "M S"], features: Float[Tensor, "N D"]
 ) -> Int[np.ndarray, " N"]:
-    """Shi and Malik 2000 on the graph of nearest neighbours; an image without neighbours takes the nearest center."""
+    """Cluster the graph as Shi and Malik 2000; images without neighbours get the label of the nearest center."""
     settings = replace(config, counts=(SPECTRAL_NEIGHBORS,), walks=(0,))
     labels = spice_graph.clusterings(task, settings, features[: len(neighbors)], neighbors)[0]
     others = features[len(neighbors) :]
@@ -182,14 +182,14 @@ def _spectral(
 def _learnt(
     task: Task, config: SpiceGraphConfig, run: Path, features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"]
 ) -> tuple[Float[np.ndarray, " N"], ClusterNet]:
-    """The probability of each image's cluster by a linear head that has learnt these clusters, and its network."""
+    """Train a linear head on these clusters; return the probability of each image's cluster, and the network."""
     head = spice_graph.head_of(task, config, features, labels)
     probs = spice_graph.outputs(head, features)[0]
     return probs[np.arange(len(labels)), labels], ClusterNet(load_backbone(task, run), head)
 
 
 def _labels_by_head(run: Path, features: Float[Tensor, "M D"]) -> Int[np.ndarray, "H M"]:
-    """The cluster of every image by each head of stage 2; heads number the same clusters differently."""
+    """Predict the cluster of every image by each head of stage 2; heads number the same clusters differently."""
     heads = ClusterHeads.holding(finished(run / "spice_graph").tensors("heads")).to(features.device)
     return spice_graph.outputs(heads, features).argmax(2)
 

@@ -255,7 +255,7 @@ def load_modules(parts: dict[str, nn.Module], saved: Checkpoint) -> None:
 
 
 def finished(stage: Path) -> Checkpoint:
-    """Load the last checkpoint of an earlier stage; raise a UserError if it is damaged: older ones are not its end."""
+    """Load the last checkpoint of a finished stage; raise a UserError if only older ones are intact."""
     saved = checkpoint.newest(stage / "checkpoints")
     if saved is None or saved.step != saved.state["total"]:
         raise UserError(f"{stage} has lost its last checkpoint; remove {stage} and run the same command again")

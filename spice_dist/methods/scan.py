@@ -1,18 +1,18 @@
-"""SCAN (Van Gansbeke et al. 2020), with which SPICE compares itself, from the same weights of stage 1; two stages.
+"""SCAN (Van Gansbeke et al. 2020), SPICE's baseline, from the same weights of stage 1, in two stages.
 
-`train`: an image and one of its nearest neighbours in the features of stage 1 belong in the same cluster, and all
-clusters are to be used alike. With p the softmax of a linear head, n(i) a neighbour of image i, the image itself among
-them, drawn anew each epoch, and both seen in strong views, the whole network descends (eq. 2)
+`train`: an image and one of its nearest neighbours in the features of stage 1 belong to the same cluster, and all
+clusters should be equally frequent. The whole network minimises (eq. 2)
 
-    L = -mean_i log <p_i, p_n(i)> - lambda H(mean_i p_i),
+    L = -mean_i log <p_i, p_n(i)> - lambda H(mean_i p_i).
 
-the mean of the entropy being over the global batch. After each epoch the same on images as they are, with their five
-nearest neighbours and lambda = 1, needs no labels and selects among epochs and heads.
+p is the softmax of a linear head on strong views. n(i) is one of the nearest neighbours of image i, itself included,
+drawn anew each epoch. The mean in the entropy is over the global batch. After each epoch this loss without labels, on
+images without augmentation, with five nearest neighbours and lambda = 1, selects among epochs and heads.
 
-`self_label`: whatever image the network predicts with a probability above the threshold teaches that cluster to its
-strong view, all clusters that have such images alike.
+`self_label`: if an image is predicted with a probability above the threshold, its strong view learns that cluster. All
+clusters with such images have equal weight.
 
-Like every clustering head here, these see features of unit norm, where the published ones see them as they are.
+As all clustering heads here, these have input of unit norm, which the published ones have not.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ class ScanNet(nn.Module):
 
 
 class Selection(nn.Module):
-    """The network after the epoch in which a head had the lowest selection loss of all, and its heads' losses then."""
+    """Holds the network of the epoch in which a head had the lowest selection loss, and all heads' losses then."""
 
     def __init__(self, net: ScanNet):
         super().__init__()
@@ -121,7 +121,7 @@ class Selection(nn.Module):
 
 
 def train(task: Task, config: ScanConfig, worker: Worker) -> None:
-    """Leaves the selected network and its heads' losses in the last checkpoint, see `trained`."""
+    """Train; the last checkpoint holds the selected network and its heads' losses, see `trained`."""
     images, manifest = open_dataset(task, worker)
     check(task, config, manifest.clustered)
     steps_per_epoch = manifest.clustered // config.batch
@@ -143,9 +143,9 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     position = own_positions([config.batch, config.batch], worker)
     for step, (image, _) in enumerate(pairs(images, neighbors, config, task.seed, start, worker), start):
         view = augment.apply(config.view, image, position, (task.seed, step, VIEW), task.backbone.statistics)
-        views = by_group(view.chunk(2), groups)  # G V C H W, of each group the images, then their neighbours
+        views = by_group(view.chunk(2), groups)  # G V C H W, in each group the images, then their neighbours
         optimizer.zero_grad()
-        logits: list[list[Tensor]] = []  # of the images and of their neighbours (heads, B, K), pass by pass
+        logits: list[list[Tensor]] = []  # for each pass of the images and of their neighbours, (heads, B, K)
         for (views_of_pass,) in in_passes(model, views.chunk(passes)):
             with autocast(worker.device, task.precision):
                 out = model(views_of_pass.flatten(0, 1)).unflatten(1, views_of_pass.shape[:2])  # heads G V K
@@ -163,16 +163,16 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
             net.train()
         metrics = {"consistency": consistency.detach().mean(), "entropy": entropy.detach().mean()}
         mean = loss.detach().mean()
-        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
 
 def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
-    """Leaves the network as trained last in the stage's last checkpoint, see `network`.
+    """Train; the stage's last checkpoint holds the network of the last step, see `network`.
 
     Raises:
-        UserError: nothing in the first batch is predicted with enough confidence to start from.
+        UserError: no image of the first batch is predicted with a probability above the threshold.
     """
     images, manifest = open_dataset(task, worker)
     check_self_label(task, config, manifest.clustered)
@@ -187,7 +187,7 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
     kinds = [PLAIN, config.view]
     stream = view_lists(task, images, manifest.clustered, config.batch, config.epochs, kinds, start, worker)
     for step, (plain, strong) in enumerate(stream, start):
-        labels = [confident_labels(task, net, part, config.threshold) for part in plain.chunk(passes)]
+        labels = [confident_labels(task, net, view, config.threshold) for view in plain.chunk(passes)]
         counts = collectives.all_gather(label_counts(torch.cat(labels), task.clusters)[None]).sum(0)
         if step == 0 and not counts.any():
             raise UserError(
@@ -200,7 +200,7 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
         for view, label in in_passes(model, strong.chunk(passes), labels):
             with autocast(worker.device, task.precision):
                 logits = model(view)
-            # workers' gradients are averaged, but their losses are parts of a sum
+            # the workers' losses are parts of a sum, but their gradients are averaged
             loss_of_pass = worker.world * losses.class_balanced_cross_entropy(logits, label, counts)
             loss_of_pass.backward()
             loss += loss_of_pass.detach()
@@ -216,40 +216,40 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
 
 @torch.no_grad()
 def find_neighbors(config: ScanConfig, num_images: int, worker: Worker) -> Int[np.ndarray, "N S"]:
-    """The nearest images of each in the features of stage 1, itself first; every worker searches its share."""
+    """Find the nearest images of each in the features of stage 1, itself included; a worker searches its share."""
     stored = artifacts.stored_features(worker.run, num_images)
     features = torch.from_numpy(stored.astype(np.float32)).to(worker.device)
-    found = nearest(features, config.neighbors, collectives.share(num_images))
-    return collectives.gather_shares(found, num_images).cpu().numpy()
+    neighbors = nearest(features, config.neighbors, collectives.share(num_images))
+    return collectives.gather_shares(neighbors, num_images).cpu().numpy()
 
 
 def pairs(
     images: Images, neighbors: Int[np.ndarray, "N S"], config: ScanConfig, seed: int, start: int, worker: Worker
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's images of every step from `start` on, then a neighbour of each, all of its list as likely."""
+    """Yield this worker's images of every step from `start` on, then a neighbour of each, drawn uniformly."""
     num_images, count = neighbors.shape
     steps = num_images // config.batch
     for epoch in range(start // steps, config.epochs):
         order = epoch_order(seed, epoch, num_images)
         drawn = np.random.default_rng([seed, epoch, NEIGHBOR]).integers(count, size=num_images)
         both = (order, neighbors[order, drawn].astype(np.int64))
-        own = np.concatenate([worker_batches(part, config.batch, worker.world, worker.rank) for part in both], axis=1)
-        own = own[max(0, start - epoch * steps) :]
-        if len(own):
-            yield from images.batches(own.ravel(), own.shape[1])
+        batches = np.concatenate([worker_batches(i, config.batch, worker.world, worker.rank) for i in both], axis=1)
+        batches = batches[max(0, start - epoch * steps) :]
+        if len(batches):
+            yield from images.batches(batches.ravel(), batches.shape[1])
 
 
 @torch.no_grad()
 def selection_loss(
     task: Task, net: ScanNet, images: Images, neighbors: Int[np.ndarray, "N S"], worker: Worker
 ) -> Float[Tensor, " heads"]:
-    """Eq. (2) with lambda = 1 of every head, on images as they are and the mean over these neighbours of each.
+    """Compute every head's eq. (2) with lambda = 1 on images without augmentation, the mean over these neighbours.
 
-    Costs a forward pass over the images, of which every worker does its share, and holds their logits of all heads.
+    This takes a forward pass over the images, shared by the workers, and memory for their logits of all heads.
     """
     share = collectives.share(len(neighbors))
-    own = np.arange(share.start, share.stop)
-    chunks = outputs(net, images, own, task.backbone.statistics, lambda done, total: None, task.precision)
+    index = np.arange(share.start, share.stop)
+    chunks = outputs(net, images, index, task.backbone.statistics, lambda done, total: None, task.precision)
     by_image = torch.cat([logits.transpose(0, 1) for logits in chunks])
     logits = collectives.gather_shares(by_image, len(neighbors)).transpose(0, 1)
     columns = torch.from_numpy(neighbors).to(worker.device).long().unbind(1)
@@ -261,7 +261,7 @@ def selection_loss(
 def confident_labels(
     task: Task, net: ClusterNet, images: Float[Tensor, "B C H W"], threshold: float
 ) -> Int[Tensor, " B"]:
-    """What the network in eval mode predicts with a probability above the threshold, UNRELIABLE elsewhere."""
+    """Predict in eval mode the clusters of probability above the threshold, UNRELIABLE for other images."""
     net.eval()
     with autocast(images.device, task.precision):
         logits = net(images)
@@ -270,13 +270,13 @@ def confident_labels(
 
 
 def label_counts(labels: Int[Tensor, " B"], clusters: int) -> Int[Tensor, " K"]:
-    """Images of every label; those without one are not counted. No wait for a GPU."""
+    """Count the images of every label, without a wait for the GPU; UNRELIABLE is not counted."""
     known = labels != UNRELIABLE
     return (F.one_hot(labels.where(known, 0), clusters) * known[:, None]).sum(0)
 
 
 def trained(task: Task, run: Path) -> tuple[ScanNet, Float[Tensor, " heads"]]:
-    """The network that the selection loss chose, before self-labelling, and the loss of each of its heads."""
+    """Load the network that the selection loss chose, before self-labelling, and the loss of each of its heads."""
     tensors = finished(run / "scan").tensors("selection")
     heads = ClusterHeads.holding(named(tensors, "net.heads."))
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
@@ -285,7 +285,7 @@ def trained(task: Task, run: Path) -> tuple[ScanNet, Float[Tensor, " heads"]]:
 
 
 def network(task: Task, run: Path) -> ClusterNet:
-    """The network after self-labelling."""
+    """Load the network after self-labelling."""
     tensors = finished(run / "self_label").tensors("net")
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     net = ClusterNet(backbone, ClusterHeads.holding(named(tensors, "head.")))
@@ -296,7 +296,7 @@ def network(task: Task, run: Path) -> ClusterNet:
 def result(
     task: Task, config: ScanConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """The network after self-labelling; heads are those before it."""
+    """Return the network after self-labelling; heads are those before it."""
     scan_net, loss = trained(task, run)
     images, _ = open_run_dataset(task, run, device)
     place(scan_net, device)
@@ -309,7 +309,7 @@ def result(
 
 
 def check(task: Task, config: ScanConfig, num_images: int) -> None:
-    """UserError if the stage `scan` cannot train on so many images."""
+    """Raise a UserError if the stage `scan` cannot train on so many images."""
     check_ranges("scan", config, "epochs", "batch", "lr", "heads")
     check_batch(task, "scan", config.batch, num_images)
     check_ranges("scan", config, "neighbors")
@@ -319,7 +319,7 @@ def check(task: Task, config: ScanConfig, num_images: int) -> None:
 
 
 def check_self_label(task: Task, config: SelfLabelConfig, num_images: int) -> None:
-    """UserError if the stage `self_label` cannot train on so many images."""
+    """Raise a UserError if the stage `self_label` cannot train on so many images."""
     check_ranges("self_label", config, "epochs", "batch", "lr")
     check_batch(task, "self_label", config.batch, num_images)
     check_ranges("self_label", config, "weight_decay", "threshold")

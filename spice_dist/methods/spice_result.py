@@ -1,4 +1,4 @@
-"""The result of SPICE as published: the network of stage 3, or of stage 2 where the run ends before it."""
+"""The result of SPICE as published: the network of stage 3, or of stage 2 if the run ends before stage 3."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -20,13 +20,13 @@ from spice_dist.models.heads import ClusterHeads
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
-CHUNK = 4096  # images that the heads are asked about at once
+CHUNK = 4096  # images of a forward pass of the heads
 
 
 def result(
     task: Task, config: SpiceSemiConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """The network of the last stage that is done. Heads and reliable labels are those of stage 2."""
+    """Return the network of the last stage of the run. Heads and reliable labels are those of stage 2."""
     heads, loss = load_heads(run)
     by_head = _labels_by_head(heads, run)
     selected = by_head[int(loss.argmin())]
@@ -46,14 +46,14 @@ def result(
 
 @torch.no_grad()
 def _labels_by_head(heads: ClusterHeads, run: Path) -> Int[np.ndarray, "H N"]:
-    """By every head, on the features that it was trained on."""
+    """Predict the clusters of all images by every head, on the features of its training."""
     features = artifacts.head_features(run)
     chunks = np.array_split(features, -(-len(features) // CHUNK))
     return np.concatenate([heads(torch.tensor(chunk).float()).argmax(2).numpy() for chunk in chunks], 1)
 
 
 def _labels_of_pretext(task: Task, run: Path, device: torch.device) -> Int[np.ndarray, " N"]:
-    """The clusters that IMC-SwAV found as stage 1."""
+    """Predict the clusters of all images by IMC-SwAV, the run's stage 1."""
     images, _ = open_run_dataset(task, run, device)
     with closing(images):
         net = place(imc_swav.network(task, run), device)

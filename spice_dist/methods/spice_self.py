@@ -1,15 +1,15 @@
 """Stage 2 of SPICE, SPICE-Self: clustering heads on the frozen features by EM (Niu, Shan and Wang 2021, III-B).
 
-E-step: per cluster, the mean feature of the most confident images is its center, and the images nearest to it get its
-label; confidence comes from weak views, similarity from the images as they are. M-step: the heads learn these labels on
-strong views. Several heads differ by their initial weights only; the one with the lowest loss over the whole set is
-kept, which needs no labels.
+E-step: the center of a cluster is the mean feature of its most confident images, and the images nearest to the center
+get its label. Confidence is computed on weak views, similarity on images without augmentation. M-step: the heads learn
+these labels on strong views. Heads differ only by their initial weights. The head of the lowest loss over the whole set
+is selected, without labels.
 
-The backbone stays in eval mode, as the paper says, so every view's features are computed once per E-step: an epoch
-costs 2 N forward passes of the backbone and the training of the heads on vectors. `spice_self_joint` has the loop for a
+The backbone stays in eval mode, as in the paper, so every view's features are computed once per E-step. An epoch costs
+2 N forward passes of the backbone, and the training of the heads on vectors. `spice_self_joint` has the loop for a
 backbone that changes, as in the published code and in the paper's ablation.
 
-Each worker trains its share of the heads, on views of which every worker encoded its share.
+Each worker encodes its share of the views and trains its share of the heads.
 """
 
 import math
@@ -48,9 +48,9 @@ from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
-ROUND = 512  # minibatches between two meetings of the workers
-MANY = 100  # clusters from which the entropy term is on by default: SPICE found it needed for 200, useless for 10
-FOLLOWED = 4096  # images whose labels by every head are kept for every epoch, for the curve of the report
+ROUND = 512  # minibatches between two barriers of the workers
+MANY = 100  # clusters from which the entropy term is on by default: SPICE needed it for 200 clusters, not for 10
+FOLLOWED = 4096  # images whose labels by every head and epoch are stored, for a curve of the report
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class SpiceSelfConfig:
 
     @property
     def encodes_anew(self) -> bool:
-        """Whether the backbone changes within an E-step, so that no view's features can be kept."""
+        """Whether the backbone changes within an E-step, so that no view's features can be reused."""
         return self.joint or self.backbone_bn == "train"
 
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
-    """Leaves, in the last checkpoint, `heads` (all, as trained last) and `select` (see `Selection`)."""
+    """Train; the last checkpoint holds all `heads` of the last step, and `select` (see `Selection`)."""
     images, manifest = open_dataset(task, worker)
     num_images = manifest.clustered
     check(task, config, num_images)
@@ -153,9 +153,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
                 own_heads, optimizer, learned.__getitem__, members, labels, minibatches, learning_loss, task.precision
             )
             losses += loss * len(minibatches)
-            collectives.barrier()  # workers with fewer heads wait here, never longer than the process group allows
-        for everyone, mine in zip(heads.parameters(), own_heads.parameters(), strict=True):
-            everyone.data.copy_(collectives.gather_shares(mine.data, config.heads))
+            collectives.barrier()  # so that workers with fewer heads wait no longer than the process group allows
+        for of_all, of_share in zip(heads.parameters(), own_heads.parameters(), strict=True):
+            of_all.data.copy_(collectives.gather_shares(of_share.data, config.heads))
 
         if (step + 1) % steps_per_epoch == 0:
             with torch.no_grad():
@@ -163,9 +163,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
                 loss = selection_loss(features, outputs, sizes_of_all, config.center_fraction, plain)
                 labels = heads(features[followed]).argmax(2)
             selection.update(step // steps_per_epoch, heads, collectives.gather_shares(loss, config.heads), labels)
-        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # infinite before
+        probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         moments = _of_all_heads(optimizer, config.heads)
-        # each worker's sum, scaled so that the mean over workers is the mean over all heads
+        # scaled so that the mean over workers is the mean over all heads
         mean = losses.sum() / len(order) * worker.world / config.heads
         worker.report(step + 1, total, mean, partial(_state, parts, moments), probes=probes, every=1)
     images.close()
@@ -181,13 +181,13 @@ def m_step(
     loss: Loss,
     precision: str = "fp32",
 ) -> Float[Tensor, " H"]:
-    """One optimizer step per row of `order`, on the pairs (image, label) at these positions; each head's mean loss.
+    """Make one optimizer step per row of `order`, positions of pairs (image, label); return each head's mean loss.
 
-    `inputs` gives the features of each head's images. Weights are float32; in bf16 their rounded copies multiply.
+    `inputs` gives the features of each head's images. Weights are float32; bf16 multiplies rounded copies.
     """
     sums = torch.zeros(len(members), device=members.device)
     for positions in order:
-        # entered for each minibatch: it would keep rounded copies of weights that have moved
+        # entered for each minibatch: autocast caches rounded copies, which a step makes outdated
         with autocast(members.device, precision):
             logits = heads(inputs(members[:, positions]))
         per_head = loss(logits, labels[:, positions])
@@ -199,19 +199,19 @@ def m_step(
 
 
 def head_optimizer(task: Task, config: SpiceSelfConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
-    # at K clusters the first gradients are K times smaller than plain cross-entropy's; Adam's eps must not hide them
+    # at K clusters the first gradients are K times smaller than cross-entropy's; Adam's eps must be smaller too
     return torch.optim.Adam(parameters, lr=config.lr, eps=1e-8 / task.clusters, fused=True)
 
 
 def head_outputs(
     heads: ClusterHeads, features: Float[Tensor, "N D"], then: Callable[[Tensor, int], Tensor] = lambda x, axis: x
 ) -> Outputs:
-    """A function that gives the heads' logits of some of the images, after `then` along the axis of the clusters."""
+    """Make a function that returns the heads' logits of some images, after `then` along the axis of the clusters."""
     return lambda rows: then(heads(features[rows]), 2)
 
 
 class Selection(nn.Module):
-    """Holds the lowest label-free loss that each head has had, its weights at that moment, and the course of epochs."""
+    """Holds each head's lowest label-free loss, its weights of that epoch, and the history of epochs."""
 
     def __init__(self, heads: ClusterHeads, epochs: int, followed: int):
         super().__init__()
@@ -234,12 +234,12 @@ class Selection(nn.Module):
 
 
 def followed_images(task: Task, num_images: int, count: int) -> Int[np.ndarray, " S"]:
-    """The numbers of the images whose labels `Selection.followed` holds."""
+    """Return the numbers of the images whose labels `Selection.followed` holds."""
     return np.random.default_rng([task.seed, SAMPLE]).permutation(num_images)[:count]
 
 
 def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
-    """UserError if these settings cannot train on so many images."""
+    """Raise a UserError if these settings cannot train on so many images."""
     check_ranges("spice_self", config, "heads", "layers", "repeats", "minibatch", "epochs", "lr", "temperature")
     check_ranges("spice_self", config, "center_fraction", "assignment", "loss", "score_view", "learn_view")
     check_ranges("spice_self", config, "backbone_bn")
@@ -274,30 +274,30 @@ def _check_prior(task: Task, config: SpiceSelfConfig, batch: int) -> None:
 
 
 def drawn_images(task: Task, number: int, num_images: int) -> Int[np.ndarray, " N"]:
-    """The images in the order in which E-step `number` takes them."""
+    """Return the images in the order in which E-step `number` takes them."""
     return np.random.default_rng([task.seed, number, ORDER]).permutation(num_images)
 
 
 def drawn_views(task: Task, config: SpiceSelfConfig, epoch: int) -> list[tuple[View, Key]]:
-    """The kind and the key of the views that confidence comes from, and of those that the heads learn from.
+    """Return kind and key of the views for confidence, and of those from which the heads learn.
 
-    They are a function of the epoch, not of the step, so that runs which take other images per step can share them.
+    They depend on the epoch, not on the step, so that runs with other images per step can share them.
     """
     kinds = {"weak": (config.weak, WEAK), "strong": (config.strong, STRONG)}
     (score, score_stream), (learn, learn_stream) = kinds[config.score_view], kinds[config.learn_view]
-    # the same view twice is two draws of it
+    # two views of the same kind are drawn independently
     streams = (score_stream, learn_stream if learn_stream != score_stream else learn_stream + AGAIN)
     return [(view, (task.seed, epoch, stream)) for view, stream in zip((score, learn), streams, strict=True)]
 
 
 def encode_view(task: Task, backbone: Backbone, view: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-    """Features of unit norm, float32."""
+    """Compute features of unit norm, float32."""
     with autocast(view.device, task.precision):
         return unit(backbone(view).float())
 
 
 def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequence[str] = ("weak", "strong")) -> None:
-    """Leaves `views/`: features of all images' views of these kinds, of `view_epochs` epochs, for `train` to read."""
+    """Write `views/`, which `train` reads: features of all images' views of these kinds, of `view_epochs` epochs."""
     images, manifest = open_dataset(task, worker)
     encode = partial(encode_view, task, place(load_backbone(task, worker.run), worker.device).eval())
     for epoch in range(config.view_epochs):
@@ -309,23 +309,23 @@ def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequ
 
 
 def plain_loss(config: SpiceSelfConfig) -> Loss:
-    """Eq. (5), or one of the ablation's losses, of each head."""
+    """Return each head's loss: eq. (5), or one of the ablation."""
     if config.loss == "double_softmax":
         return double_softmax_cross_entropy
     return partial(cross_entropy, temperature=config.temperature if config.loss == "tempered" else 1.0)
 
 
 def loss_of(task: Task, config: SpiceSelfConfig) -> Loss:
-    """What the heads learn by: eq. (5), less the entropy of a minibatch's mean prediction where clusters are many."""
+    """Return the heads' training loss: the plain one, minus a minibatch's entropy where clusters are many."""
     plain = plain_loss(config)
-    # the double softmax's first gradients have the factor 1 / K too
+    # scaled as the double softmax's first gradients, which have the factor 1 / K
     usual = 1 / task.clusters if task.clusters >= MANY else 0.0
     weight = config.entropy_weight if config.entropy_weight >= 0 else usual
     return (lambda logits, labels: plain(logits, labels) - weight * entropy_of_mean(logits)) if weight else plain
 
 
 def shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int]) -> Int[Tensor, "S B"]:
-    """(steps, minibatch) positions: R shuffles, each cut into whole minibatches, shared by all heads as published."""
+    """Draw positions (steps, minibatch): R shuffles, cut into whole minibatches, shared by all heads as published."""
     size = min(config.minibatch, positions)
     generator = np.random.default_rng(key)
     rounds = [generator.permutation(positions)[: positions // size * size] for _ in range(config.repeats)]
@@ -333,13 +333,13 @@ def shuffles(config: SpiceSelfConfig, positions: int, key: tuple[int, int, int])
 
 
 def _of_all_heads(optimizer: torch.optim.Optimizer, heads: int) -> dict[str, Tensor]:
-    """The optimizer's state of all workers' heads."""
+    """Gather the optimizer's state of all workers' heads."""
     tensors = optimizer_tensors(optimizer)
     return {name: collectives.gather_shares(value, heads) if value.ndim else value for name, value in tensors.items()}
 
 
 def _rows_of_share(state: dict[str, Tensor], share: range, heads: int) -> dict[str, Tensor]:
-    """This worker's rows of what `_of_all_heads` gave."""
+    """Take this worker's rows of the state gathered by `_of_all_heads`."""
     if len(share) == heads:
         return state
     return {name: value[share.start : share.stop] if value.ndim else value for name, value in state.items()}

@@ -1,15 +1,15 @@
 """Stage 3 in minutes: the last blocks of a trained network learn from the reliable labels (SPICE III-C, eqs. 8-9).
 
-The trunk encodes every view once and is not run again. As Kumar et al. 2022 have it (LP-FT), the head is fitted to the
-features first; then head and last blocks are tuned together, FixMatch-style, at rates that suit trained weights. Images
-with a reliable label, every cluster as often, teach it as they are and by strong views; any other image that is
-predicted with confidence teaches that cluster to its strong view. The network's moving average is what is left.
+The trunk encodes every view once. The head is fitted to the features first (LP-FT, Kumar et al. 2022). Then head and
+last blocks are tuned together as in FixMatch, with learning rates for trained weights. Images with a reliable label,
+drawn equally often from every cluster, are learned in weak and in strong views. If any other image is predicted with
+confidence, its strong view learns that cluster. The result is the network's moving average.
 
-What improves are the features more than the head: it confirms its own errors. So the clusters are found again, as
-stage 2 on the neighbour graph finds them, among the tuned features, and the head is fitted to these.
+Tuning improves the features more than the head, which learns from its own errors. So the tuned features are clustered
+again, as in stage 2 on the neighbour graph, and the head is fitted to these clusters.
 
-A guard watches. If the loss rises, or clusters shrink, or the reliable labels are forgotten, training goes back to its
-start with a third of the rate; after the last retry the result is the network of stage 2, as it was.
+If the loss rises, clusters shrink or reliable labels are no longer predicted, training starts again with a third of the
+learning rate (`tune_guard`). After the last retry the result is the network of stage 2.
 """
 
 import math
@@ -49,7 +49,7 @@ from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
 DRAW, WEAK, STRONG, HEAD = 50, 51, 52, 54  # streams of random numbers
-SMOOTHED = 3  # times that soft labels are averaged with those of the neighbours
+SMOOTHED = 3  # rounds in which soft labels are averaged with those of the neighbours
 FITTED = 512  # features in one step of the head's fit
 
 
@@ -96,11 +96,11 @@ class SpiceTuneConfig:
 
 
 def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
-    """Leaves the whole network in the stage's last checkpoint, `net.safetensors`, and says in `summary.json` which.
+    """Train; the stage's last checkpoint holds the whole network, `net.safetensors`.
 
-    Reads `reliable/labels.npy` and the network of stage 2. `spice_tune/summary.json` holds {"kept": "tuned" or
-    "stage2", "why": ...}. The trunk and the statistics of BatchNorm stay as they are, bit for bit. For one worker, on
-    all cores: activations lie on its device. An interrupted run encodes again, and goes on where it was.
+    The inputs are `reliable/labels.npy` and the network of stage 2. `spice_tune/summary.json` says which network was
+    kept: {"kept": "tuned" or "stage2", "why": ...}. The trunk and BatchNorm's statistics stay the same, bit for bit.
+    One worker trains on all cores, with the activations on its device. A resumed run encodes the views again.
 
     Raises:
         UserError: these settings cannot train.
@@ -112,26 +112,26 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     net = place(stage2_network(task, worker.run), worker.device).eval()
     assert isinstance(net.backbone, Backbone)
     stage2 = deepcopy(net.state_dict())
-    found = artifacts.reliable_labels(worker.run)
+    image_labels = artifacts.reliable_labels(worker.run)
     try:
         cut = split(net.backbone, task.data.channels, task.data.size, config.blocks)
-        if not (found != UNRELIABLE).any():
+        if not (image_labels != UNRELIABLE).any():
             raise UserError("no image has a reliable label")
     except UserError as error:
         leave_stage2(net, str(error), worker)
         return
     tail = cut.tail
     images, manifest = open_dataset(task, worker)
-    chosen = chosen_images(found[: manifest.clustered], task, config, cut.activation_bytes)
+    chosen = chosen_images(image_labels[: manifest.clustered], task, config, cut.activation_bytes)
     views = [(config.weak, (task.seed, 0, WEAK))]
     views += [(config.strong, (task.seed, number, STRONG)) for number in range(config.strong_views)]
-    kept = encode(task, views, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
+    activations = encode(task, views, images, chosen, folded_trunk(task, net.backbone, cut.blocks), worker)
     images.close()
-    labels = torch.from_numpy(found[chosen]).to(worker.device)
+    labels = torch.from_numpy(image_labels[chosen]).to(worker.device)
 
     limits = Limits(config.guard_steps, config.max_rise, config.min_size, config.min_agreement)
-    guard = Guard(task, limits, labels, predicted(tail, net.head, kept[0], task, torch.arange(len(chosen))))
-    features = [features_of(tail, part, task) for part in kept]
+    guard = Guard(task, limits, labels, predicted(tail, net.head, activations[0], task, torch.arange(len(chosen))))
+    features = [features_of(tail, of_view, task) for of_view in activations]
     fit_head(task, config, net.head, features, soft_labels(net.head, features[0], labels, config))
     net.requires_grad_(False)
     optimizer = torch.optim.AdamW(layer_groups(tail, net.head, config), config.lr)
@@ -139,14 +139,17 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     start_weights = deepcopy(net.state_dict())
     assert isinstance(ema.backbone, Backbone)
     averaged_tail = split(ema.backbone, task.data.channels, task.data.size, cut.blocks).tail
-    says = partial(predicted, averaged_tail, ema.head, kept[0], task)
+    predicted_by_average = partial(predicted, averaged_tail, ema.head, activations[0], task)
     parts: dict[str, nn.Module] = {"net": ema, "student": net, "guard": guard}
     if saved:
         load_state(parts, optimizer, saved)
 
     labelled, others = config.labelled, round(config.labelled * config.ratio)
     steps = math.ceil(config.epochs * len(chosen) / (labelled + others))
-    teachers = [torch.from_numpy(np.flatnonzero(found[chosen] == c)) for c in np.unique(found[found != UNRELIABLE])]
+    teachers = [
+        torch.from_numpy(np.flatnonzero(image_labels[chosen] == c))
+        for c in np.unique(image_labels[image_labels != UNRELIABLE])
+    ]
     step = saved.step if saved else 0
     while step < guard.begun + steps:
         done = step - guard.begun
@@ -155,11 +158,11 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
             group["lr"] = group["base"] * rate
         view, taught, any_rows = draw(task.seed, step, teachers, len(chosen), labelled, others, config.strong_views)
         half = labelled // 2
-        x = torch.cat([kept[0][taught[:half]], kept[1 + view][torch.cat([taught[half:], any_rows])]])
+        x = torch.cat([activations[0][taught[:half]], activations[1 + view][torch.cat([taught[half:], any_rows])]])
 
         optimizer.zero_grad()
         with torch.no_grad():
-            weak_logits = logits_of(tail, net.head, kept[0][any_rows], task)
+            weak_logits = logits_of(tail, net.head, activations[0][any_rows], task)
         logits = logits_of(tail, net.head, x, task)
         supervised = F.cross_entropy(logits[:labelled], labels[taught])
         consistent, passed = losses.consistency(weak_logits, logits[labelled:], config.threshold)
@@ -167,12 +170,12 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
-        # of the first steps the mean, so that the start weighs no more than any other
+        # a smaller momentum at first, so that the weights of the start do not dominate the average
         follow(ema, net, min(config.ema, (done + 1) / (done + 10)))
         step += 1
 
         last = step == guard.begun + steps
-        alarm = guard.see(float(loss.detach()), last, says)
+        alarm = guard.see(float(loss.detach()), last, predicted_by_average)
         if alarm and guard.retried == config.retries:
             net.load_state_dict(stage2)
             leave_stage2(net, alarm, worker, step)
@@ -187,7 +190,9 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         metrics |= {"confident_fraction": passed}
         if step == guard.begun + steps:
             groups = (
-                regroup(task, config, ema.head, averaged_tail, kept, guard) if config.regroup else "not found again"
+                regroup(task, config, ema.head, averaged_tail, activations, guard)
+                if config.regroup
+                else "not found again"
             )
             why = f"{steps} steps at lr {config.lr / 3**guard.retried:.2g}; clusters among the new features {groups}"
             write_summary(worker.run, "tuned", why)
@@ -197,7 +202,7 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
 
 
 def check(task: Task, config: SpiceTuneConfig) -> None:
-    """UserError if these settings cannot train."""
+    """Raise a UserError if these settings cannot train."""
     check_ranges("spice_tune", config, "epochs", "labelled", "strong_views", "images", "memory", "lr", "layer_decay")
     check_ranges("spice_tune", config, "max_rise", "ratio", "head_lr", "weight_decay", "blocks", "head_steps")
     check_ranges("spice_tune", config, "neighbors", "guard_steps", "retries", "warmup", "ema", "threshold")
@@ -209,9 +214,9 @@ def check(task: Task, config: SpiceTuneConfig) -> None:
 def chosen_images(
     labels: Int[np.ndarray, " N"], task: Task, config: SpiceTuneConfig, activation_bytes: int
 ) -> Int[np.ndarray, " M"]:
-    """The numbers of the images that are used, rising: all, or at random as many as `images` and `memory` allow.
+    """Choose all images, or at random as many as `images` and `memory` allow; return their numbers, ascending.
 
-    Of the latter up to a half have reliable labels, every cluster as many if it has: none loses its own to the draw.
+    In a random choice up to a half have reliable labels, in equal numbers of every cluster as far as it has them.
     """
     most = min(config.images, int(config.memory / ((1 + config.strong_views) * activation_bytes)))
     if len(labels) <= most:
@@ -227,22 +232,22 @@ def chosen_images(
 def soft_labels(
     head: ClusterHeads, features: Float[Tensor, "M D"], labels: Int[Tensor, " M"], config: SpiceTuneConfig
 ) -> Float[Tensor, "M K"]:
-    """What the head says of each image, half of it replaced by the mean of its nearest neighbours' SMOOTHED times.
+    """Predict each image by the head, then SMOOTHED times mix in half of the nearest neighbours' mean.
 
-    The head is calibrated first by the reliable labels, which take the place of its own predictions.
+    The head is calibrated by the reliable labels first, which replace its predictions.
     """
     logits = head(features)[0]
     reliable = labels != UNRELIABLE
-    own = (logits / best_temperature(logits[reliable].cpu(), labels[reliable].cpu())).softmax(1)
-    own[reliable] = F.one_hot(labels[reliable], own.shape[1]).to(own.dtype)
+    predictions = (logits / best_temperature(logits[reliable].cpu(), labels[reliable].cpu())).softmax(1)
+    predictions[reliable] = F.one_hot(labels[reliable], predictions.shape[1]).to(predictions.dtype)
     count = min(config.neighbors, len(features) - 1)
     if count <= 0:
-        return own
+        return predictions
     index = nearest(features, count + 1)[:, 1:].long()
-    probs = own
+    probs = predictions
     for _ in range(SMOOTHED):
         # neighbour by neighbour: (M, S, K) of many clusters would not fit
-        probs = 0.5 * own + 0.5 * torch.stack([probs[column] for column in index.T]).mean(0)
+        probs = 0.5 * predictions + 0.5 * torch.stack([probs[column] for column in index.T]).mean(0)
     return probs
 
 
@@ -253,9 +258,9 @@ def fit_head(
     views: Sequence[Float[Tensor, "M D"]],
     targets: Float[Tensor, "M K"],
 ) -> None:
-    """Fit the head to soft labels by the features of all views, the network fixed; its temperature comes first.
+    """Calibrate the head, then fit it to soft labels on the features of all views; the network is fixed.
 
-    The double softmax of stage 2 leaves logits so large that the first gradients would tear the network apart.
+    After the double softmax of stage 2 logits are so large that the first gradients would destroy the network.
     """
     with torch.no_grad():
         temperature = best_temperature(head(views[-1])[0].cpu(), targets.argmax(1).cpu())
@@ -279,12 +284,12 @@ def fit_head(
 def regroup(
     task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, kept: Sequence[Tensor], guard: Guard
 ) -> str:
-    """Cluster the tuned features by the graph of their neighbours, as `spice_graph` starts, and fit the head to that.
+    """Cluster the tuned features by their neighbour graph, as at the start of `spice_graph`, and fit the head to that.
 
-    Clusters keep the numbers that stage 2 gave them. Says "are found again", or why the head stays as it is.
+    Clusters keep stage 2's numbers. Return "are found again", or why the head is not changed.
     """
-    own, settings = deepcopy(head.state_dict()), SpiceGraphConfig()
-    features = [features_of(tail, part, task) for part in kept]
+    before, settings = deepcopy(head.state_dict()), SpiceGraphConfig()
+    features = [features_of(tail, of_view, task) for of_view in kept]
     count = min(max(*settings.counts, settings.spread), len(features[0]) - 1)
     near = without_itself(nearest(features[0], count + 1).cpu().numpy().astype(np.int32))
     labels = clusterings(task, settings, features[0], near)
@@ -298,13 +303,13 @@ def regroup(
     with torch.no_grad():
         now = head(features[0])[0].argmax(1)
     if why := guard.changed(guard.everything, now):
-        head.load_state_dict(own)
+        head.load_state_dict(before)
         return f"are not taken: {why}"
     return "are found again"
 
 
 def layer_groups(tail: Tail, head: ClusterHeads, config: SpiceTuneConfig) -> list[dict]:
-    """AdamW's groups with their own rates, `base`: the head's, then a layer's `layer_decay` of the one after it."""
+    """Make AdamW's groups with rates `base`: the head's, then each layer's, `layer_decay` times the next layer's."""
     layers: list[tuple[nn.Module, float]] = [(head, config.head_lr)]
     for depth, layer in enumerate(reversed(tail.layers)):
         layers.append((layer, config.lr * config.layer_decay**depth))
@@ -313,9 +318,9 @@ def layer_groups(tail: Tail, head: ClusterHeads, config: SpiceTuneConfig) -> lis
         layer.requires_grad_(True)
         kernels = [p for name, p in layer.named_parameters() if p.ndim >= 2 and "bias" not in name]
         others = [p for name, p in layer.named_parameters() if p.ndim < 2 or "bias" in name]
-        for own, decay in ((kernels, config.weight_decay), (others, 0.0)):
-            if own:
-                groups.append({"params": own, "base": rate, "weight_decay": decay})
+        for parameters, decay in ((kernels, config.weight_decay), (others, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "base": rate, "weight_decay": decay})
     return groups
 
 
@@ -326,9 +331,9 @@ def drawn_rows(count: int, size: int, key: tuple[int, int, int]) -> Int[Tensor, 
 def draw(
     seed: int, step: int, teachers: list[Tensor], count: int, labelled: int, others: int, views: int
 ) -> tuple[int, Int[Tensor, " L"], Int[Tensor, " U"]]:
-    """(strong view, rows with a reliable label, rows of any images) of a step, with replacement.
+    """Draw (strong view, rows with a reliable label, rows of any images) of a step, with replacement.
 
-    A labelled one comes from every cluster alike, then from any of its images alike.
+    For a labelled row a cluster is drawn uniformly, then one of its images.
     """
     generator = np.random.default_rng((seed, step, DRAW))
     clusters = generator.integers(len(teachers), size=labelled)
@@ -339,14 +344,14 @@ def draw(
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
-    """As if it had made no step: AdamW's moments and its count are zero."""
+    """Set AdamW's moments and step counts to zero."""
     for values in optimizer.state.values():
         for value in values.values():
             value.zero_()
 
 
 def leave_stage2(net: ClusterNet, why: str, worker: Worker, step: int = 1) -> None:
-    """The network of stage 2 is the result; one line says so."""
+    """Leave stage 2's network as the result, and print why."""
     tqdm.write(f"the last blocks are not tuned, stage 2's result is kept: {why}", sys.stderr)
     write_summary(worker.run, "stage2", why)
     state = {"net": net.state_dict()}
