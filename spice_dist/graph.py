@@ -18,7 +18,7 @@ from scipy.sparse import linalg
 
 LANDMARKS, LANDMARKS_OF_CLUSTER = 20_000, 50  # at least; see `landmarks`
 DIMENSIONS = 3  # coordinates of the map for each cluster
-DENSE = 400  # images up to which all eigenvectors are computed: the iterative solver needs more than it is asked for
+DENSE = 400  # images up to which all eigenvectors are computed: the iterative solver needs spare ones
 
 
 def landmarks(clusters: int) -> int:

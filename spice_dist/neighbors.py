@@ -106,8 +106,8 @@ def nearest_by_index(
     """Approximate `nearest` by an inverted file of faiss, for more rows than N^2 products allow, about 10 million.
 
     The unit rows of `features`, on the CPU, fall into 4 sqrt(N) lists (fewer for N below 25 000) by k-means on at most
-    64 rows a list; a row is compared with those of the PROBES lists nearest to it. Of clustered features 95 % of the
-    true neighbours are found (tested); with as many probes as lists, all. Each worker builds the index of all rows.
+    64 rows a list. A row is compared with the PROBES lists nearest to it. For clustered features 95 % of the true
+    neighbours are found (tested), and all with as many probes as lists. Each worker builds the index of all rows.
     Memory beyond `features`: N (4 D + 8) + 256 D lists + 4 R count bytes. UserError if faiss is not installed.
     """
     try:

@@ -72,6 +72,6 @@ def _text(group: Group) -> str:
     for row in group.rows:
         cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True) if width]
         spaces = [width for width in widths if width]
-        for parts in zip_longest(*cells, fillvalue=""):
-            lines.append(BETWEEN.join(part.ljust(space) for part, space in zip(parts, spaces, strict=True)).rstrip())
+        for texts in zip_longest(*cells, fillvalue=""):
+            lines.append(BETWEEN.join(text.ljust(space) for text, space in zip(texts, spaces, strict=True)).rstrip())
     return "\n".join(lines)

@@ -67,8 +67,8 @@ class Stage:
     name: str
     train: Callable[[Any, Any, Any], None]  # train(task, settings, worker)
     settings: str = ""  # the field of Config with the stage's settings; "": it has none
-    depends: tuple[str, ...] = ()  # other fields of Config that its result depends on, and no earlier stage's
-    check: Callable[[Config, Images], None] = lambda config, images: None  # UserError for what would fail later
+    depends: tuple[str, ...] = ()  # other fields of Config that its result depends on, but no earlier stage's
+    check: Callable[[Config, Images], None] = lambda config, images: None  # raises a UserError for what would fail
     cost: Callable[[Counting, Any], Cost] | None = None
     shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, many images)
     clusters: bool = False  # a run can end after it, with a clustering

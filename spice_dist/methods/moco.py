@@ -107,7 +107,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
             update_statistics(key_net)
             keys.append(shuffled_keys(task, key_net, query_view, passes, (task.seed, step, QUERY), worker))
         update_statistics(key_net)
-        directions = zip((query_view, key_view), keys, strict=False)  # one, or both
+        directions = zip((query_view, key_view), keys, strict=False)  # one, or both if symmetric
 
         optimizer.zero_grad()
         loss, alignment = torch.zeros(2, device=worker.device)

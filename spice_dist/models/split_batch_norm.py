@@ -35,7 +35,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # views of weight and bias: their gradients are summed over a pass's groups before they reach the parameters,
         # so that passes add up in the same order with any number of workers
         weight, bias = (value if value is None else value.view_as(value) for value in (self.weight, self.bias))
-        return torch.cat([self._normalize(part, weight, bias) for part in input.chunk(self.groups)])
+        return torch.cat([self._normalize(group, weight, bias) for group in input.chunk(self.groups)])
 
     def _normalize(self, part: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kind = torch.promote_types(part.dtype, torch.float32)
