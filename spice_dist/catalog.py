@@ -3,7 +3,7 @@
 What a stage does is said by its row in `stages.py`.
 """
 
-METHODS = ("spice", "imc_swav", "scan", "fixmatch", "supervised")
+METHODS = ["spice", "imc_swav", "scan", "fixmatch", "supervised"]
 USING_LABELS = ("fixmatch", "supervised")  # baselines that learn from some true labels
 PRETEXTS = ("moco", "byol", "imc_swav", "none")
 STAGES2 = ("spice_self", "spice_graph")

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ class Declaration:
     least: float | None = None
     below: float | None = None
     most: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     remedy: str = ""  # the end of a refusal; empty: made from the range
 
     def allows(self, value: Any) -> bool:
@@ -69,7 +70,7 @@ def setting(
     least: float | None = None,
     below: float | None = None,
     most: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: Sequence[str] = (),
     remedy: str = "",
 ) -> T:
     """Make a dataclass field with a default and a `Declaration`: `epochs: int = setting(800, "passes", above=0)`."""

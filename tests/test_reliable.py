@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spice_dist import artifacts
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import UserError
 from spice_dist.evaluate import reliable_accuracy
@@ -194,7 +195,7 @@ def selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "features").mkdir(exist_ok=True)
         np.save(tmp_path / "features/features.npy", stored.numpy())
         manifest = type("Manifest", (), {"n": len(labels), "clustered": len(labels)})
-        monkeypatch.setattr(reliable, "read_manifest", lambda _: manifest)
+        monkeypatch.setattr(artifacts, "manifest", lambda _: manifest)
         says = Says(stored.float(), labels, clusters, confidence)
         monkeypatch.setattr(reliable, "load_heads", lambda *_: (says, torch.zeros(1)))
         task = Task(clusters=clusters, seed=seed)

@@ -8,7 +8,6 @@ from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
 from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
-from spice_dist.data.loaders import LOADERS
 from spice_dist.data.manifest import Ingested, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
 from spice_dist.data.remote import is_remote, remote_source
@@ -16,6 +15,7 @@ from spice_dist.data.sources import Source, is_beton, open_source
 from spice_dist.errors import UserError
 from spice_dist.settings import setting
 
+LOADERS = ("auto", "ffcv", "torch")  # what decodes packed images
 JPEG_MARGIN = 8 / 7  # a JPEG keeps its shorter side this much larger than the network's input, as 256 is to 224
 
 

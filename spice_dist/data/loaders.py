@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from spice_dist.data import beton
+from spice_dist.data.dataset import LOADERS
 from spice_dist.data.ffcv_decoder import FFCVDecoder, why_no_ffcv
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import read_manifest
@@ -15,7 +16,6 @@ from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import load_resident
 from spice_dist.errors import DamagedFile, UserError
 
-LOADERS = ("auto", "ffcv", "torch")
 RESIDENT_BYTES = 2 << 30
 FULL_CHECK_BYTES = 8 << 30  # larger files: the structure is checked whole, the samples of SPREAD_CHECK images
 SPREAD_CHECK = 4_096

@@ -383,7 +383,7 @@ def fitted(monkeypatch) -> list:
     """The configurations that the command would have started a run with."""
     started = []
     monkeypatch.setattr("spice_dist.pipeline.fit", lambda config, *_: started.append(config))
-    monkeypatch.setattr(cli, "_print_scores", lambda out: None)
+    monkeypatch.setattr("spice_dist.command.fit.print_scores", lambda out: None)
     return started
 
 
