@@ -261,6 +261,9 @@ def test_only_evaluate_probes_and_given_labels_read_the_true_labels_and_only_ing
         "methods/given_labels.py",
         "probes.py",
     ]
+    functions = ast.parse((PACKAGE / "artifacts.py").read_text()).body
+    seeing = [node for node in functions if names_of_true_labels(node) or mentions_readers(node)]
+    assert [getattr(node, "name", "") for node in seeing if not isinstance(node, ast.Expr)] == sorted(READERS)[::-1]
     reads = [
         node
         for node in ast.walk(ast.parse((PACKAGE / "data/ingest.py").read_text()))

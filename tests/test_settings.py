@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,16 @@ DECLARED = dict(declared(Config()))
 def bad(declaration: Declaration, default: Any) -> list[Any]:
     """Values just outside of the range, of the type of the setting."""
     values: list[Any] = ["nonsense"] if declaration.choices else []
-    for bound, outside in (
+    whole = isinstance(default[0] if default else 0, int) if isinstance(default, tuple) else isinstance(default, int)
+    for bound, towards in (
         (declaration.above, 0),
         (declaration.least, -1),
         (declaration.below, 0),
         (declaration.most, 1),
     ):
         if bound is not None and math.isfinite(bound):
-            values.append(bound + outside)
+            next_to_it = bound + towards if whole else math.nextafter(bound, towards * math.inf)
+            values.append(next_to_it if towards else bound)
     if isinstance(default, tuple):
         return [(value,) * max(1, len(default)) for value in values]
     return [type(default)(value) for value in values]
@@ -70,7 +73,8 @@ def test_a_value_out_of_the_declared_range_is_refused_by_name(name):
     for value in values:
         said = [message for run in runs if (message := refusal(run, name, value))]
         assert said, f"{value} is nowhere refused"
-        assert all(name.rpartition(".")[2] in message for message in said)
+        group, _, leaf = name.rpartition(".")
+        assert all(group in message and re.search(rf"\b{leaf}\b", message) for message in said)
 
 
 def refusal(config: Config, name: str, value: Any) -> str:

@@ -54,7 +54,9 @@ def test_a_record_holds_the_settings_of_the_stages_before_and_no_others():
     assert list(settings["spice_semi"])[: len(settings["data"])] == list(settings["data"])
     assert "weights" in settings["moco"]
     assert "weights" not in settings["data"]
-    everywhere = {name for record in settings.values() for name in record}
+    of_imc_swav = stages.stage_settings(override(Config(), {"method": "imc_swav", "pretext": "imc_swav"}), SOURCE)
+    assert "imc_swav.lr" in of_imc_swav["imc_swav"]
+    everywhere = {name for record in (*settings.values(), *of_imc_swav.values()) for name in record}
     assert everywhere & {"data.loader", "data.max_bad", "backbone.weights", "imc_swav.eval_bn", "method"} == set()
     changed = stages.stage_settings(override(Config(), {"spice_semi.lr": 0.5}), SOURCE)
     assert [name for name in settings if settings[name] != changed[name]] == ["spice_semi"]

@@ -27,12 +27,16 @@ from spice_dist.task import Task
 STEPS = 12
 
 
+STARTS: list[int] = []  # the steps after which training began, a call each
+
+
 def train(task: Task, settings: None, worker: Worker) -> None:
     """Lloyd's algorithm on the features (N, D): leaves `centers` (K, D) in the stage's checkpoint."""
     features = torch.from_numpy(np.load(worker.run / "features/features.npy")).float()
     centers, start = features[: task.clusters].clone(), 0
     if saved := worker.resume():
         centers, start = saved.tensors("kmeans")["centers"], saved.step
+    STARTS.append(start)
     for step in range(start + 1, STEPS + 1):
         labels = nearest(features, centers)
         loss = (features - centers[labels]).square().sum(1).mean()
@@ -102,9 +106,11 @@ def toy_run(entered: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_fit_leaves_its_clusters_scores_and_model(toy_run, capsys):
+def test_fit_leaves_its_clusters_scores_and_model(toy_run):
     metrics = json.loads((toy_run / "metrics.json").read_text())
     assert metrics["method"] == "toy"
+    assert 0 < metrics["eval"]["acc"] <= 1
+    assert (toy_run / "model/model.safetensors").exists()
     assert list(metrics["seconds"]) == ["data", "moco", "features", "toy"]
     centers = finished(toy_run / "toy").tensors("kmeans")["centers"]
     features = torch.from_numpy(np.load(toy_run / "features/features.npy")).float()
@@ -154,6 +160,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(toy_run, tmp_path, cap
     assert finished_steps(run) == 5
     assert cli.main([*FIT, "--out", str(run)]) == 0
     assert "features    finished before" in capsys.readouterr().err
+    assert STARTS[-1] == 5
     for name in ("assignments.csv", "model/model.safetensors"):
         assert (run / name).read_bytes() == (toy_run / name).read_bytes()
 

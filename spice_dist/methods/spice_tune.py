@@ -129,8 +129,9 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     images.close()
     labels = torch.from_numpy(image_labels[chosen]).to(worker.device)
 
-    limits = Limits(config.guard_steps, config.max_rise, config.min_size, config.min_agreement)
-    guard = Guard(task, limits, labels, predicted(tail, net.head, activations[0], task, torch.arange(len(chosen))))
+    guard = Guard(
+        task, limits_of(config), labels, predicted(tail, net.head, activations[0], task, torch.arange(len(chosen)))
+    )
     features = [features_of(tail, of_view, task) for of_view in activations]
     fit_head(task, config, net.head, features, soft_labels(net.head, features[0], labels, config))
     net.requires_grad_(False)
@@ -199,6 +200,15 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         worker.report(
             step, guard.begun + steps, loss.detach().nan_to_num(), lambda: state_of(parts, optimizer), metrics
         )
+
+
+def limits_of(config: SpiceTuneConfig) -> Limits:
+    return Limits(
+        steps=config.guard_steps,
+        max_rise=config.max_rise,
+        min_size=config.min_size,
+        min_agreement=config.min_agreement,
+    )
 
 
 def check(task: Task, config: SpiceTuneConfig) -> None:

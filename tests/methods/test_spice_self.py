@@ -12,12 +12,13 @@ import torch
 
 from spice_dist import artifacts
 from spice_dist.config import Config, override
+from spice_dist.data import augment
 from spice_dist.data.loaders import open_images
 from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.losses import double_softmax_cross_entropy
-from spice_dist.methods import spice_self, stored_views
+from spice_dist.methods import spice_self
 from spice_dist.methods.plumbing import finished, load_backbone, view_features
 from spice_dist.methods.spice_self import Selection, SpiceSelfConfig, check, m_step
 from spice_dist.methods.spice_self_joint import JointSelection
@@ -121,8 +122,8 @@ def stop_at(step: int) -> Callable[[], bool]:
 
 def test_kept_views_come_again_and_cost_no_forward_pass(without_stage, monkeypatch):
     encoded = []
-    real = stored_views.view_features
-    monkeypatch.setattr(stored_views, "view_features", lambda *args: encoded.append(len(args[2])) or real(*args))
+    real = augment.view_batches  # the one way from images to views in this stage
+    monkeypatch.setattr(augment, "view_batches", lambda *args: encoded.append(len(args[1])) or real(*args))
     config = changed({"view_epochs": 1, "epochs": 4})
     TRAIN["spice_self"](config, LocalWorker(without_stage("spice_self"), "spice_self", CPU))
     assert encoded == [200]

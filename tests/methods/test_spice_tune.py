@@ -20,10 +20,10 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.inference import outputs, probabilities
 from spice_dist.methods import spice_tune
 from spice_dist.methods.plumbing import finished
-from spice_dist.methods.spice_tune import STRONG, WEAK, SpiceTuneConfig, chosen_images, draw, soft_labels
+from spice_dist.methods.spice_tune import STRONG, WEAK, SpiceTuneConfig, chosen_images, draw, limits_of, soft_labels
 from spice_dist.methods.stage2 import stage2_network
 from spice_dist.methods.trunk_activations import encode, features_of
-from spice_dist.methods.tune_guard import Guard, Limits
+from spice_dist.methods.tune_guard import Guard
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterNet
 from spice_dist.models.tail import SplitNetwork, split
@@ -191,12 +191,7 @@ def test_new_clusters_that_the_guard_refuses_leave_the_tuned_head(run, monkeypat
 
 
 def guard(labels: list[int], before: list[int]) -> Guard:
-    return Guard(
-        SMALL,
-        Limits(TUNE.guard_steps, TUNE.max_rise, TUNE.min_size, TUNE.min_agreement),
-        torch.tensor(labels),
-        torch.tensor(before),
-    )
+    return Guard(SMALL, limits_of(TUNE), torch.tensor(labels), torch.tensor(before))
 
 
 def test_the_guard_sees_what_goes_wrong():

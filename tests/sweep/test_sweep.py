@@ -11,12 +11,13 @@ import pytest
 
 from spice_dist import cli
 from spice_dist.config import Config, flatten, override, read_config
+from spice_dist.data import augment
 from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed import ray_train
 from spice_dist.errors import UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.launching import Launch
-from spice_dist.methods import spice_self, stored_views
+from spice_dist.methods import spice_self
 from spice_dist.pipeline import fit_until
 from spice_dist.recipes import photos, trained
 from spice_dist.sweep import ray_tune, run
@@ -130,7 +131,7 @@ def test_a_trial_of_heads_reads_no_image_and_encodes_nothing(heads, monkeypatch)
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a view was encoded")
 
-    monkeypatch.setattr(stored_views, "view_features", refuse)
+    monkeypatch.setattr(augment, "view_batches", refuse)
     run_trial(heads, SETTINGS, ignore)
     with pytest.raises(AssertionError, match="encoded"):
         run_trial(heads, {**SETTINGS, "spice_self.strong.noise": 0.2}, ignore)  # this view is not stored
