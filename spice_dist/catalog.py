@@ -3,6 +3,7 @@
 What a stage does is said by its row in `stages.py`.
 """
 
+# a list, not a tuple: the declared choices of the setting `method` are this object, and a test enters a method
 METHODS = ["spice", "imc_swav", "scan", "fixmatch", "supervised"]
 USING_LABELS = ("fixmatch", "supervised")  # baselines that learn from some true labels
 PRETEXTS = ("moco", "byol", "imc_swav", "none")

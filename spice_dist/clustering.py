@@ -1,4 +1,4 @@
-"""What the stages of a run leave for its evaluation, whatever its method was. Made without true labels."""
+"""What the stages of a run leave for its evaluation, whatever its method was."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +50,6 @@ class Clustering:
     stages: Mapping[str, Callable[[], Int[np.ndarray, " N"]]] = field(default_factory=dict)  # labels by stage, to score
     last: str = ""  # the stage whose labels are the result's
     choice: Choice | None = None  # None: the labels are what `net` predicts
-    settings: dict[str, Any] = field(default_factory=dict)  # of the evaluation itself
 
 
 def scored_images(manifest: Ingested) -> Int[np.ndarray, " S"]:

@@ -27,13 +27,14 @@ from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task
 from spice_dist.methods.spice_tune import SpiceTuneConfig
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.folding import folded
-from spice_dist.neighbors import STRIP_GPU
+from spice_dist.neighbors import STRIP, STRIP_GPU
 
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
 USED = 0.2  # share of the peak that training a ResNet reaches
 SUGGEST_SECONDS, SUGGEST_IMAGES = 8.0, 4_000  # measured, of one core; more images are sampled
 START_SECONDS = 1.5e-8  # of one core, for an image, a cluster, a coordinate and a clustering: eigenvectors and k-means
 SUPPOSED = 20  # clusters, where the features will suggest the number
+MEASURED_SECONDS = 2.0  # at least, of each network
 TAIL = 0.2  # share of a network's forward pass in its last blocks
 
 
@@ -86,7 +87,7 @@ def spice_self(counting: Counting, config: SpiceSelfConfig) -> Cost:
 def graph(counting: Counting, config: GraphConfig) -> Cost:
     """Count the search for neighbours, and the suggestion of a number of clusters."""
     images, dim = counting.clustered, counting.backbone.dim
-    memory = (images * (dim + 10 * config.neighbors) + min(STRIP_GPU, images**2)) * FLOAT
+    memory = (images * (dim + 10 * config.neighbors) + min(_strip(), images**2)) * FLOAT
     suggested = SUGGEST_SECONDS * min(1.0, images / SUGGEST_IMAGES)
     return Cost((Work(counting.backbone, 0, 0),), _similarities(counting), memory, suggested)
 
@@ -103,7 +104,7 @@ def spice_graph(counting: Counting, config: SpiceGraphConfig) -> Cost:
 
 def reliable(counting: Counting, config: object) -> Cost:
     images = counting.clustered
-    memory = (images * counting.backbone.dim + min(STRIP_GPU, images**2)) * FLOAT
+    memory = (images * counting.backbone.dim + min(_strip(), images**2)) * FLOAT
     return Cost((Work(counting.backbone, 0, 0),), _similarities(counting), memory)
 
 
@@ -144,14 +145,17 @@ def self_label(counting: Counting, config: SelfLabelConfig) -> Cost:
     return Cost((Work(network, 2 * images, images),), 0.0, memory)
 
 
+def _strip() -> int:
+    """Return how many products the search for neighbours computes at once on this machine."""
+    return STRIP_GPU if torch.cuda.is_available() else STRIP
+
+
 def _similarities(counting: Counting) -> float:
     """Count the operations of all similarities of features."""
     return 2 * float(counting.clustered) ** 2 * counting.backbone.dim
 
 
-def measured_speed(
-    network: Network, learns: bool, device: torch.device, precision: str = "auto", seconds: float = 2.0
-) -> float:
+def measured_speed(network: Network, learns: bool, device: torch.device, precision: str = "auto") -> float:
     """Measure operations per second of this network on this device, after a first pass.
 
     The passes are training passes, or forward passes in eval mode with BatchNorm folded as for embedding.
@@ -170,7 +174,7 @@ def measured_speed(
 
     run()
     started, done = time.perf_counter(), 0
-    while not done or time.perf_counter() - started < seconds:
+    while not done or time.perf_counter() - started < MEASURED_SECONDS:
         run()
         done += 1
     return (1 + 2 * learns) * network.forward * len(images) * done / (time.perf_counter() - started)

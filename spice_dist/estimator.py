@@ -107,7 +107,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """Unit-norm float32 features of the jointly trained network, one row per readable image."""
         with self._packed(X) as (net, images, statistics):
             index = np.arange(images.n)
-            chunks = inference.outputs(net.backbone, images, index, statistics, lambda done, total: None)
+            chunks = inference.outputs(net.backbone, images, index, statistics)
             return torch.cat([unit(features).cpu() for features in chunks]).numpy()
 
     def report(self, out: str | Path) -> Path:

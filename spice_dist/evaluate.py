@@ -28,7 +28,7 @@ from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
 from spice_dist.pseudo_labels import UNRELIABLE
-from spice_dist.stages import result_of
+from spice_dist.stages import evaluation_settings, result_of
 from spice_dist.task import Task
 
 MARGIN = 0.1  # of recognised images, by which a baseline must be better, since clusters of k-means are linear
@@ -78,7 +78,7 @@ def evaluate(
         "heads": _heads(clustering, manifest, labels, y_true, scored),
         **_given_labels(clustering, manifest, y_true, scored, labels),
         "seconds": seconds,
-        **clustering.settings,
+        **{name: value for name, value in evaluation_settings(config).items() if value is not None},
         "reliable": _reliable(clustering, manifest, y_true),
     }
     for stage, labels_of in clustering.stages.items():

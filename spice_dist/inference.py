@@ -24,10 +24,10 @@ def outputs(
     images: Images,
     index: np.ndarray,
     statistics: Statistics,
-    progress: Progress,
+    progress: Progress = lambda done, total: None,
     precision: str = "auto",
 ) -> Iterator[Float[Tensor, "B D"]]:
-    """Yield the model's outputs on the un-augmented images `index`, in order, in chunks."""
+    """Yield the model's outputs on the images `index`, un-augmented, in order; `progress` gets (done, all)."""
     model.eval()
     keep_freed_memory()
     done = 0

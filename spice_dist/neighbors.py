@@ -32,7 +32,8 @@ def nearest(
 
     A row is its own neighbour too. `rows` is a consecutive share of 0 .. N-1, all by default. Indices are int32, on the
     device of `features`; rows of equal product come in any order. `progress` gets (rows done, R), R once, at the end.
-    Memory beyond `features`, in bytes: 8 R count + 4 STRIP, and 4 N D unless they are float32.
+    Memory beyond `features`, in bytes: 8 R count, 4 N D unless they are float32, and on a CPU 4 STRIP and 16 N for each
+    thread, on a GPU 4 STRIP_GPU and what topk takes.
 
     Raises:
         ValueError: `count` is not in 1 .. N, `rows` not in 0 .. N, or a feature not finite.

@@ -23,6 +23,7 @@ RANKED_BY = ("generalization", "consensus")  # their places together choose best
 FOLDS = 5
 COMPARED = 5_000  # images by which clusterings are compared
 SAMPLE = 20_000  # images, at most, that a linear classifier is fitted to and predicts
+GROUPS = 4  # of trials, by the value of a setting
 RIDGE = 1e-3  # of the mean square of a feature
 
 
@@ -94,19 +95,19 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     return float(np.asarray(spearmanr(one, other))[0])
 
 
-def importance(settings: Sequence[float | str | bool | None], scores: Sequence[float], groups: int = 4) -> float:
+def importance(settings: Sequence[float | str | bool | None], scores: Sequence[float]) -> float:
     """Compute the share of the scores' variance, 0 to 1, between groups of trials with about equal values of a setting.
 
-    Numbers are cut by rank into `groups` of equal size; other values are a group each. Groups of random trials differ
+    Numbers are cut by rank into GROUPS of equal size; other values are a group each. Groups of random trials differ
     too, so the share is corrected for chance: epsilon^2 = 1 - (N - 1) / (N - G) (1 - eta^2), not below 0.
     """
     if not len(scores):
         return 0.0
     y = np.asarray(scores, np.float64)
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in settings)
-    if numbers and len(set(settings)) > groups:
+    if numbers and len(set(settings)) > GROUPS:
         place = ranks([float(value) for value in settings if value is not None], -1) - 1
-        group = np.minimum((place * groups / len(y)).astype(int), groups - 1)
+        group = np.minimum((place * GROUPS / len(y)).astype(int), GROUPS - 1)
     else:
         group = np.unique([str(value) for value in settings], return_inverse=True)[1]
     count = len(np.unique(group))

@@ -84,7 +84,8 @@ def fit(
 def _end_named(until: str, run: OpenRun) -> str:
     ends = [stage.name for stage in stages_of(run.config) if stage.clusters]
     if until not in ends:
-        raise UserError(f'--until is "{until}"; a run of these settings can end with {", ".join(ends)}')
+        possible = f"can end with {', '.join(ends)}" if ends else "has one end only; leave --until out"
+        raise UserError(f'--until is "{until}"; a run of these settings {possible}')
     return until
 
 

@@ -222,10 +222,11 @@ def _probe(
 
 
 def _probe_knn(features: Float16[np.ndarray, "N D"], known: Labelled, device: torch.device) -> float:
-    train, train_labels = torch.from_numpy(features[known.train]).to(device), known.labels[known.train]
+    # float32 once: the search would convert all of them again for every chunk of images
+    train, train_labels = torch.from_numpy(features[known.train]).to(device).float(), known.labels[known.train]
     if known.test is None:
         return knn_accuracy_leave_one_out(train, train_labels)
-    test = torch.from_numpy(features[known.test]).to(device)
+    test = torch.from_numpy(features[known.test]).to(device).float()
     return knn_accuracy(train, train_labels, test, known.labels[known.test])
 
 

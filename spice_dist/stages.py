@@ -42,7 +42,7 @@ from spice_dist.methods import (
 from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.task import AUTO, check_task
 
-Images = Source | Ingested  # the images before and after packing
+ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
 NEW = {"backbone.others": ()}  # settings that older run folders lack, with the values of these runs
@@ -68,7 +68,7 @@ class Stage:
     train: Callable[[Any, Any, Any], None]  # train(task, settings, worker)
     settings: str = ""  # the field of Config with the stage's settings; "": it has none
     depends: tuple[str, ...] = ()  # other fields of Config that its result depends on, but no earlier stage's
-    check: Callable[[Config, Images], None] = lambda config, images: None  # raises a UserError for what would fail
+    check: Callable[[Config, ImageList], None] = lambda config, images: None  # raises a UserError for what would fail
     cost: Callable[[Counting, Any], Cost] | None = None
     shared: Callable[[Config, bool], bool] = never  # whether several workers share it: (config, many images)
     clusters: bool = False  # a run can end after it, with a clustering
@@ -86,8 +86,8 @@ def _train_heads(task: Config, settings: Any, worker: Any) -> None:
     spice_self_joint.loop_of(settings)(task, settings, worker)
 
 
-def _check_given_labels(config: Config, images: Images) -> None:
-    spice_semi.check(config, config.spice_semi)  # first, since the number of labels is compared with its batch
+def _check_given_labels(config: Config, images: ImageList) -> None:
+    spice_semi.check(config, config.spice_semi)  # its refusals come before those of given labels
     given_labels.check(config, config.given_labels, config.spice_semi)
     if isinstance(images, Source):
         given_labels.draw(config, config.given_labels, images.labels, images.clustered, images.held_out)
@@ -143,7 +143,7 @@ TABLE = (
     ),
     Stage(
         "imc_swav", imc_swav.train, "imc_swav", depends=("clusters", *PRETEXT), cost=cost.imc_swav, shared=always,
-        clusters=True, result=imc_swav.result, evaluation=("imc_swav.eval_bn",),
+        result=imc_swav.result, evaluation=("imc_swav.eval_bn",),
         check=lambda config, images: imc_swav.check(config, config.imc_swav, images.training, images.clustered),
     ),
     Stage(
@@ -254,7 +254,7 @@ def _fingerprint(labels: np.ndarray | None) -> str:
     return hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def check_settings(config: Config, images: Images, data: str) -> None:
+def check_settings(config: Config, images: ImageList, data: str) -> None:
     """Raise a UserError for settings with which the run would fail after hours of training."""
     check_task(config)
     if config.clusters != AUTO and config.clusters > images.clustered:

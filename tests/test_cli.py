@@ -357,6 +357,12 @@ def test_set_reaches_what_has_an_option_of_its_own(tmp_path):
     assert (config["clusters"], config["seed"]) == (2, 7)
 
 
+def test_a_method_of_one_end_says_so(tmp_path, capsys):
+    ended = ("--method", "imc_swav", "--until", "imc_swav")
+    assert run("fit", "digits", "--out", tmp_path / "run", *TINY, *ended) == 1
+    assert capsys.readouterr().err.endswith("has one end only; leave --until out\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

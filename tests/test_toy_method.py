@@ -68,7 +68,7 @@ def cost(counting: Counting, settings: None) -> Cost:
     return Cost((Work(counting.backbone, 0, 0),), products, memory)
 
 
-def check(config: Config, images: stages.Images) -> None:
+def check(config: Config, images: stages.ImageList) -> None:
     if config.clusters > 50:
         raise UserError(f"--clusters is {config.clusters}; the toy knows 50 at most")
 

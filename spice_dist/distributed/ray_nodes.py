@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from spice_dist.errors import UserError
 
+CONNECT_SECONDS = 3.0  # in which a node that is there takes a connection
 SECONDS = 60.0  # how long the nodes may take to answer: each starts a process for it
 PACKAGES = ("spice_dist", "torch", "ray")
 
@@ -65,15 +66,15 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
 
 
-def _answers(node: dict[str, Any], seconds: float = 3.0) -> bool:
+def _answers(node: dict[str, Any]) -> bool:
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=seconds).close()
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
 
 
-def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Report | str]]:
+def survey(folder: Path | None) -> list[tuple[str, Report | str]]:
     """Ask every node of this session's cluster at once; return (name, its report or why it has none), by name.
 
     Args:
@@ -88,7 +89,7 @@ def survey(folder: Path | None, seconds: float = SECONDS) -> list[tuple[str, Rep
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asked = [ask.options(scheduling_strategy=node).remote(*(mark or (None, None))) for node in strategies]
     try:
-        ray.wait(asked, num_returns=len(asked), timeout=seconds)
+        ray.wait(asked, num_returns=len(asked), timeout=SECONDS)
         names = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes]
         return list(zip(names, map(_answer, asked), strict=True))
     finally:

@@ -63,7 +63,7 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     images.close()
     collectives.barrier()
     if worker.rank == 0 and backbone.mixture is None:
-        partial.rename(folder / "features.npy")
+        partial.rename(artifacts.features_file(worker.run))
     elif worker.rank == 0:
         mix(rows, final, manifest.clustered, worker)
         partial.unlink()

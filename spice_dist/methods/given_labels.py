@@ -8,6 +8,7 @@ Beside evaluate.py and probes.py this is the only file that reads true labels. I
 class. Training gets the labels of the drawn images only.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,11 +105,11 @@ def result(
     stage3 = network_task(task, config)
     net = place(trained_network(stage3, config, run), device)
     images, manifest = open_run_dataset(task, run, device)
-    every, statistics = np.arange(images.n), stage3.backbone.statistics
-    chunks = outputs(net.backbone, images, every, statistics, lambda done, total: None, task.precision)
-    features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()
-    images.close()
-    (run / "features").mkdir(exist_ok=True)
+    with closing(images):
+        every, statistics = np.arange(images.n), stage3.backbone.statistics
+        chunks = outputs(net.backbone, images, every, statistics, precision=task.precision)
+        features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()
+    artifacts.features_file(run).parent.mkdir(exist_ok=True)
     with publish(artifacts.features_file(run)) as file:
         np.save(file, features)
     given = artifacts.given_labels(run) != UNRELIABLE

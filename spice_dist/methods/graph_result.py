@@ -5,6 +5,7 @@ k-means and spectral clustering of the same features are always compared too.
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -135,8 +136,8 @@ def _groupings(
     if tuned:
         net = place(_tuned_network(task, run), features.device)
         images, _ = open_run_dataset(task, run, features.device)
-        probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
-        images.close()
+        with closing(images):
+            probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
         groupings["spice_tune"] = _with_network(probs, lambda: net)
     return groupings
 

@@ -8,6 +8,7 @@ and the joint of clusters and prototypes use the global batch. Equation numbers 
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from spice_dist.methods.plumbing import (
     check_batch,
     finished,
     in_passes,
+    named,
     new_backbone,
     open_dataset,
     open_run_dataset,
@@ -204,7 +206,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
         with accumulating(model, last=False), autocast(worker.device, task.precision):
             large = [encode(model, net, views_of_pass[:GLOBAL], groups // passes) for views_of_pass in crops]
         update_statistics(net)
-        embeddings, scores = (torch.cat([outputs[kind].detach() for outputs in large], dim=1) for kind in (1, 2))
+        embeddings, scores = (torch.cat([of_pass[kind].detach() for of_pass in large], dim=1) for kind in (1, 2))
         in_use = queue if step >= config.queue_start * steps_per_epoch and step * config.batch >= config.queue else None
         targets = assignments(config, net.prototypes, scores, embeddings, in_use, groups, worker)
 
@@ -268,8 +270,8 @@ def assignments(
         earlier = queue.keys.chunk(worker.world)[worker.rank].unflatten(1, (len(scores), -1)).transpose(0, 1)
         parts = torch.cat([parts, prototypes(earlier).unflatten(1, (groups, -1))], dim=2)
     balance = partial(losses.sinkhorn, epsilon=config.epsilon, iterations=config.iterations)
-    shares = torch.stack([balance(of_view, gather=collectives.all_gather) for of_view in parts])
-    return shares[:, :, : scores.shape[1] // groups].flatten(1, 2)
+    balanced = torch.stack([balance(of_view, gather=collectives.all_gather) for of_view in parts])
+    return balanced[:, :, : scores.shape[1] // groups].flatten(1, 2)
 
 
 def cluster_losses(
@@ -315,7 +317,7 @@ def network(task: Task, run: Path) -> ClassifierNet:
 def trained_classifiers(run: Path) -> tuple[Classifiers, Tensor]:
     """Load (all classifiers of the task's K, the mean of eq. (6) of each over the last epoch (H,))."""
     tensors = finished(run / "imc_swav").tensors("classifiers")
-    of_task = {name.removeprefix("0."): value for name, value in tensors.items() if name.startswith("0.")}
+    of_task = named(tensors, "0.")
     return Classifiers.holding(of_task).eval(), tensors["select_loss"][0] / tensors["select_steps"]
 
 
@@ -341,18 +343,17 @@ def result(
     task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
     """Return the network with the selected classifier; heads are all classifiers of the task's K."""
-    images, manifest = open_run_dataset(task, run, device)
     net = place(network(task, run), device)
-    if config.eval_bn == "adapt_on_test":
-        adapt_statistics(net, task, config, images, scored_images(manifest))
     classifiers, loss = trained_classifiers(run)
     place(classifiers, device)
-    every, statistics = np.arange(images.n), task.backbone.statistics
-    chunks = outputs(net.backbone, images, every, statistics, lambda done, total: None, task.precision)
-    with torch.no_grad():
+    images, manifest = open_run_dataset(task, run, device)
+    with closing(images), torch.no_grad():
+        if config.eval_bn == "adapt_on_test":
+            adapt_statistics(net, task, config, images, scored_images(manifest))
+        every, statistics = np.arange(images.n), task.backbone.statistics
+        chunks = outputs(net.backbone, images, every, statistics, precision=task.precision)
         by_head = torch.cat([classifiers(features).argmax(2).cpu() for features in chunks], 1).numpy()  # H N
-    images.close()
-    return Clustering(task, net, by_head, loss, settings={"eval_bn": config.eval_bn})
+    return Clustering(task, net, by_head, loss)
 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:

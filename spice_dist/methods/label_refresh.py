@@ -1,6 +1,5 @@
 """The reliable labels of stage 3, and how they are made again from the averaged network while it trains."""
 
-import json
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spice_dist import artifacts
 from spice_dist.data.images import Images
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
@@ -53,12 +53,10 @@ def refreshed_labels(
     The present `labels` stay, and a line says so, if no new one would be reliable, and if the averaged network agrees
     with less than `least_agreement` of them: it has not learnt them yet, and would replace them by its own errors.
     """
-    settings = json.loads((worker.run / "reliable/summary.json").read_text())["settings"]
+    settings = artifacts.reliable_summary(worker.run)["settings"]
     share = collectives.share(num_images)
     index_of_share = np.arange(share.start, share.stop)
-    chunks = outputs(
-        ema.backbone, images, index_of_share, task.backbone.statistics, lambda done, total: None, task.precision
-    )
+    chunks = outputs(ema.backbone, images, index_of_share, task.backbone.statistics, precision=task.precision)
     features = collectives.gather_shares(torch.cat([unit(chunk).half() for chunk in chunks]), num_images)
     splits = -(-num_images // CLASSIFIED)
 

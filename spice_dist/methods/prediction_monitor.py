@@ -37,7 +37,7 @@ class PredictionMonitor:
         self.counts = torch.zeros(2, task.clusters, dtype=torch.long, device=worker.device)
         self.images, self.since = 0, time.monotonic()
 
-    def probes(
+    def count(
         self, step: int, ema: nn.Module, weak: Tensor, predictions: Sequence[Tensor], reliable: ReliableLabels
     ) -> Probes:
         """Count a step's predictions, logits (B, K) pass by pass, of weak views `weak` (B, C, H, W) of all passes."""

@@ -16,6 +16,7 @@ As all clustering heads here, these have input of unit norm, which the published
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def selection_loss(
     """
     share = collectives.share(len(neighbors))
     index = np.arange(share.start, share.stop)
-    chunks = outputs(net, images, index, task.backbone.statistics, lambda done, total: None, task.precision)
+    chunks = outputs(net, images, index, task.backbone.statistics, precision=task.precision)
     by_image = torch.cat([logits.transpose(0, 1) for logits in chunks])
     logits = collectives.gather_shares(by_image, len(neighbors)).transpose(0, 1)
     columns = torch.from_numpy(neighbors).to(worker.device).long().unbind(1)
@@ -296,15 +297,19 @@ def network(task: Task, run: Path) -> ClusterNet:
 def result(
     task: Task, config: ScanConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """Return the network after self-labelling; heads are those before it."""
+    """Return the network after self-labelling, or before it for a run that ends so; heads are those before it."""
     scan_net, loss = trained(task, run)
     images, _ = open_run_dataset(task, run, device)
-    place(scan_net, device)
-    every, statistics = np.arange(images.n), task.backbone.statistics
-    chunks = outputs(scan_net, images, every, statistics, lambda done, total: None, task.precision)
-    by_head = torch.cat([logits.argmax(2).cpu() for logits in chunks], 1).numpy()
-    images.close()
-    before = by_head[int(loss.argmin())]
+    with closing(images):
+        place(scan_net, device)
+        every, statistics = np.arange(images.n), task.backbone.statistics
+        chunks = outputs(scan_net, images, every, statistics, precision=task.precision)
+        by_head = torch.cat([logits.argmax(2).cpu() for logits in chunks], 1).numpy()
+    selected = int(loss.argmin())
+    if until == "scan":
+        net = ClusterNet(scan_net.backbone, scan_net.heads.select(selected))
+        return Clustering(task, net, by_head, loss, last="scan")
+    before = by_head[selected]
     return Clustering(task, network(task, run), by_head, loss, stages={"scan": lambda: before}, last="self_label")
 
 

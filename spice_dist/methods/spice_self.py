@@ -131,8 +131,10 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     repeated = stored_views.RepeatedViews(task, images, worker.run, draw, config.view_epochs, encode)
     learning_loss = loss_of(task, config)
     followed = followed_images(task, num_images, selection.followed.shape[2])
+    # steps after which the same views come again
+    period = config.view_epochs * steps_per_epoch or total
     for step in range(saved.step if saved else 0, total):
-        number = step % (config.view_epochs * steps_per_epoch or total)
+        number = step % period
         chosen = drawn_images(task, number, num_images)[:batch]
         epoch = number // steps_per_epoch
         if config.view_epochs:

@@ -24,7 +24,7 @@ from spice_dist.catalog import USING_LABELS
 from spice_dist.data import augment
 from spice_dist.data.images import Images
 from spice_dist.data.views import FIXMATCH_STRONG, FIXMATCH_WEAK, View
-from spice_dist.distributed.worker import Worker, accumulating
+from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.head_calibration import calibrate
 from spice_dist.methods.label_refresh import ReliableLabels, refreshed_labels
@@ -33,6 +33,7 @@ from spice_dist.methods.plumbing import (
     autocast,
     by_group,
     finished,
+    in_passes,
     new_backbone,
     open_dataset,
     own_positions,
@@ -169,7 +170,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         metrics = mean_of_passes(metrics_of_passes) | threshold.metrics()
         loss = metrics.pop("loss")
         watched = weak[labelled:] if config.ratio else weak
-        probes = monitor.probes(step + 1, ema, watched, predictions, reliable)
+        probes = monitor.count(step + 1, ema, watched, predictions, reliable)
         worker.report(step + 1, config.steps, loss, lambda: state_of(parts, optimizer), metrics, probes)
     images.close()
 
@@ -218,12 +219,13 @@ def forward(
     apart = config.weak_apart and config.ratio > 0
     together = [labelled, strong] if apart else [labelled, others, strong]
     sizes = [len(views) // groups for views in together]
-    others_of_passes = by_group([others], groups).chunk(passes) if apart else ()
-    for number, views in enumerate(by_group(together, groups).chunk(passes)):  # G V C H W
+    batches_apart = [[others]] if apart else []
+    views_of_passes = (by_group(parts, groups).chunk(passes) for parts in (together, *batches_apart))  # G V C H W
+    for views, *views_apart in in_passes(model, *views_of_passes):
         # an autocast of its own, so that no weight that it casts here without gradients is used again below
         with torch.no_grad(), autocast(weak.device, task.precision):
-            first = [net(others_of_passes[number].flatten(0, 1))] if apart else []
-        with accumulating(model, last=number + 1 == passes), autocast(weak.device, task.precision):
+            first = [net(part.flatten(0, 1)) for part in views_apart]
+        with autocast(weak.device, task.precision):
             logits = model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         on_labelled, *rest = [part.flatten(0, 1) for part in logits.split(sizes, dim=1)]
         yield Logits(on_labelled, *first, *rest)

@@ -292,14 +292,14 @@ def fit_head(
 
 
 def regroup(
-    task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, kept: Sequence[Tensor], guard: Guard
+    task: Task, config: SpiceTuneConfig, head: ClusterHeads, tail: Tail, activations: Sequence[Tensor], guard: Guard
 ) -> str:
     """Cluster the tuned features by their neighbour graph, as at the start of `spice_graph`, and fit the head to that.
 
     Clusters keep stage 2's numbers. Return "are found again", or why the head is not changed.
     """
     before, settings = deepcopy(head.state_dict()), SpiceGraphConfig()
-    features = [features_of(tail, of_view, task) for of_view in kept]
+    features = [features_of(tail, of_view, task) for of_view in activations]
     count = min(max(*settings.counts, settings.spread), len(features[0]) - 1)
     near = without_itself(nearest(features[0], count + 1).cpu().numpy().astype(np.int32))
     labels = clusterings(task, settings, features[0], near)
@@ -309,7 +309,7 @@ def regroup(
     to = graph.matched(guard.before.cpu().numpy(), probs.argmax(1), task.clusters)
     targets = np.empty_like(probs, dtype=np.float32)
     targets[:, to] = probs
-    fit_head(task, config, head, features, torch.from_numpy(targets).to(kept[0].device))
+    fit_head(task, config, head, features, torch.from_numpy(targets).to(activations[0].device))
     with torch.no_grad():
         now = head(features[0])[0].argmax(1)
     if why := guard.changed(guard.everything, now):

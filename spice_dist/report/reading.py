@@ -152,7 +152,8 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return rows | {f"{LEARN_FROM_LABELS[metrics['method']]} ({count:.0f} labels)": final}
     if metrics.get("method") == "scan":
         alone = read_scores(read_json(artifacts.stage_scores_file(folder, "scan")))
-        return rows | {"SCAN, no self-label": alone, "SCAN": final}
+        rows["SCAN, no self-label"] = alone
+        return rows | ({"SCAN": final} if "self_label" in mapping(metrics.get("seconds")) else {})
     if (folder / "imc_swav").is_dir() and not (folder / "spice_self").is_dir():  # else it was SPICE's pretext
         return rows | {"IMC-SwAV": final}
     if (method := metrics.get("method")) in catalog.METHODS and method in catalog.TITLES:  # its one stage has its name

@@ -220,6 +220,9 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
     """Held-out images train nothing and alone are scored; SPICE goes on in the same folder from the same stage 1."""
     config = override(SMALL, {"method": "scan", "data.loader": "torch", "moco.epochs": 1})
     run = tmp_path / "run"
+    first = fit(config, parts(), run, Launch(workers=0), until="scan")
+    assert first["eval"]["acc"] == min(first["heads"], key=lambda head: head["select_loss"])["acc"]
+    assert list(load(run).scores)[2:] == ["SCAN, no self-label"]
     found = fit(config, parts(), run, Launch(workers=0))
     assert (found["method"], found["reliable"]["count"], len(found["heads"])) == ("scan", 0, 3)
     assert set(found["seconds"]) == {"data", "moco", "features", "scan", "self_label"}

@@ -306,7 +306,7 @@ def monitored(run: Path, config: Config, logits: Tensor, labels: list[int], step
     for step in steps:
         probes = {}
         for _ in range(10):
-            probes = monitor.probes(step, nn.Sequential(nn.Flatten(), nn.Linear(1, 10)), images, [logits], reliable)
+            probes = monitor.count(step, nn.Sequential(nn.Flatten(), nn.Linear(1, 10)), images, [logits], reliable)
         told.append({name: probe().item() for name, probe in probes.items()})
     return told
 
