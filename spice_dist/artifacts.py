@@ -163,6 +163,30 @@ def model(run: Path) -> Path:
     return run / "model"
 
 
+def names_file(run: Path) -> Path:
+    """The names that the user gave to clusters: an object, cluster number -> name. It goes with the model."""
+    return run / "model/names.json"
+
+
+def names(run: Path) -> dict[int, str]:
+    """Empty where no cluster has a name."""
+    path = names_file(run)
+    return {int(cluster): name for cluster, name in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def edits_file(run: Path) -> Path:
+    """The corrections that this run was made with by `spice-dist apply`."""
+    return run / "edits.json"
+
+
+def duplicates_file(run: Path) -> Path:
+    return run / "duplicates.csv"
+
+
+def outliers_file(run: Path) -> Path:
+    return run / "outliers.csv"
+
+
 def probes_file(run: Path) -> Path:
     return run / "probes.json"
 
