@@ -56,7 +56,7 @@ def byol(counting: Counting, config: BYOLConfig) -> Cost:
 
 def imc_swav(counting: Counting, config: ImcSwavConfig) -> Cost:
     images = config.epochs * (counting.training // config.batch) * config.batch
-    sizes = [view.size or counting.task.data.size for view in config.views]
+    sizes = [view.size for view in config.views(counting.task.data.size)]
     networks = {side: counting.network(side) for side in sizes}
     work = [Work(networks[side], images * sizes.count(side), images * sizes.count(side)) for side in networks]
     saved = sum(counting.saved(networks[side], config.batch) for side in sizes)

@@ -12,7 +12,7 @@ import torch
 from spice_dist.catalog import USING_LABELS
 from spice_dist.config import Config
 from spice_dist.data.dataset import DataConfig
-from spice_dist.data.views import IMC_GLOBAL, IMC_LOCAL, MOCO_V2, SCAN_STRONG, View
+from spice_dist.data.views import MOCO_V2, SCAN_STRONG, View
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
@@ -54,7 +54,7 @@ def digits(num_images: int = 1797) -> Config:
             hidden=256,
             classifiers=4,
             local_views=2,
-            global_view=view,
+            global_view=replace(view, size=8),
             local_view=replace(view, crop_scale=(0.35, 0.7), size=6),
         ),
         scan=ScanConfig(lr=5e-4, heads=3, view=view),
@@ -247,7 +247,6 @@ def stl10(num_images: int = 113_000) -> Config:
         moco=MoCoConfig(queue=65_536),
         spice_self=SpiceSelfConfig(strong=strong),
         reliable=ReliableConfig("official", ratio=0.9),
-        imc_swav=ImcSwavConfig(global_view=replace(IMC_GLOBAL, size=76), local_view=replace(IMC_LOCAL, size=52)),
         spice_semi=SpiceSemiConfig(network="wrn_37_2"),
         scan=ScanConfig(epochs=100, view=strong),
         self_label=SelfLabelConfig(epochs=100, view=strong),
@@ -290,9 +289,7 @@ def tiny_imagenet(num_images: int = 100_000) -> Config:
         data=DataConfig(size=64),
         spice_self=SpiceSelfConfig(),
         reliable=ReliableConfig("official", ratio=0.9),
-        imc_swav=ImcSwavConfig(
-            batch=512, global_view=replace(IMC_GLOBAL, size=56), local_view=replace(IMC_LOCAL, size=36)
-        ),
+        imc_swav=ImcSwavConfig(batch=512),
         spice_semi=SpiceSemiConfig(),
         scan=ScanConfig(epochs=100, batch=512),
     )

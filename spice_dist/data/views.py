@@ -58,5 +58,6 @@ SCAN_WEAK = View(pad=4, flip=0.5)
 SCAN_STRONG = View(flip=0.5, operations=4, cutout=0.5)  # cutout of 16 at 32 pixels; SPICE has 32 at 96 and at 224
 FIXMATCH_WEAK = View(pad=4, flip=0.5)  # as SPICE has it; FixMatch itself reflects at the border
 FIXMATCH_STRONG = View(pad=4, flip=0.5, operations=3, reach=0.3, erase=0.5, operations_first=True)
-IMC_GLOBAL = replace(MOCO_V2, size=28, grey=0.25, blur=0.0)
-IMC_LOCAL = replace(IMC_GLOBAL, crop_scale=(0.08, 0.4), size=18)
+# of a size that follows from the image's, see `imc_swav.crop_sizes`
+IMC_GLOBAL = replace(MOCO_V2, grey=0.25, blur=0.0)
+IMC_LOCAL = replace(IMC_GLOBAL, crop_scale=(0.08, 0.4))

@@ -9,7 +9,7 @@ and the joint of clusters and prototypes use the global batch. Equation numbers 
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from spice_dist.methods.plumbing import (
     state_of,
     view_lists,
 )
-from spice_dist.models.backbone import Backbone, check_size, unit
+from spice_dist.models.backbone import Backbone, check_crop, unit
 from spice_dist.models.heads import ClassifierNet, Classifiers, LinearProjection, Prototypes
 from spice_dist.models.momentum import Queue
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
@@ -54,6 +54,7 @@ from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task, require_positive
 
 GLOBAL = 2  # large crops, which are assigned to prototypes
+PUBLISHED_CROPS = {32: (28, 18), 64: (56, 36), 96: (76, 52)}  # pixels of the image -> of its large and small crops
 ADAPT_BATCHES = 50  # of the authors' evaluation at most
 
 
@@ -101,12 +102,24 @@ class ImcSwavConfig:
         choices=("train_stats", "adapt_on_test"),
         remedy="it can be train_stats or adapt_on_test",
     )
-    global_view: View = setting(IMC_GLOBAL, "the two large crops of an image")
-    local_view: View = setting(IMC_LOCAL, "the small crops of an image")
+    global_view: View = setting(
+        IMC_GLOBAL, "the two large crops of an image; of size 0: 28 of 32 pixels, 56 of 64, 76 of 96, else 7/8"
+    )
+    local_view: View = setting(
+        IMC_LOCAL, "the small crops of an image; of size 0: 18 of 32 pixels, 36 of 64, 52 of 96, else 9/16"
+    )
 
-    @property
-    def views(self) -> list[View]:
-        return [self.global_view] * GLOBAL + [self.local_view] * self.local_views
+    def views(self, size: int) -> list[View]:
+        """The views of images of `size` pixels, large crops first."""
+        large, small = crop_sizes(size)
+        large_view = replace(self.global_view, size=self.global_view.size or large)
+        small_view = replace(self.local_view, size=self.local_view.size or small)
+        return [large_view] * GLOBAL + [small_view] * self.local_views
+
+
+def crop_sizes(size: int) -> tuple[int, int]:
+    """The sides in pixels of large and small crops: the authors', or 7/8 and 9/16 of other images, as of 32 pixels."""
+    return PUBLISHED_CROPS.get(size, (max(1, 7 * size // 8), max(1, 9 * size // 16)))
 
 
 class SwavNet(nn.Module):
@@ -167,8 +180,9 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
 
     torch.manual_seed(task.seed)
     net = SwavNet(new_backbone(task), config.dim, config.prototypes)
-    for view in (config.global_view, config.local_view):
-        check_size(net.backbone, task.data.channels, view.size or task.data.size)
+    crop_views = config.views(task.data.size)
+    for size in {view.size for view in crop_views}:
+        check_crop(net.backbone, task.data.channels, size, task.data.size)
     classifiers = EveryClassifier(task, config, net.backbone.dim)
     place(net, worker.device)
     place(classifiers, worker.device)
@@ -185,15 +199,15 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
         queue = parts["queue"] = place(Queue(config.queue, GLOBAL * config.dim), worker.device)
     if manifest.clustered < manifest.training:
         width = net.backbone.dim + config.prototypes
-        bank = parts["bank"] = place(Bank(len(config.views), config.batch, width), worker.device)
+        bank = parts["bank"] = place(Bank(len(crop_views), config.batch, width), worker.device)
     start = resume(worker, parts, optimizer)
 
     net.train()
     classifiers.train()
     passes = passes_per_step(net, groups, worker.device)
-    set_groups(classifiers, len(config.views) * groups // passes)
+    set_groups(classifiers, len(crop_views) * groups // passes)
     model, classify = worker.wrap(net), worker.wrap(classifiers)
-    stream = view_lists(task, images, manifest.training, config.batch, config.epochs, config.views, start, worker)
+    stream = view_lists(task, images, manifest.training, config.batch, config.epochs, crop_views, start, worker)
     known = known_images(task.seed, config.epochs, config.batch, manifest.training, manifest.clustered, start)
     reported = torch.zeros(4, device=worker.device)  # from the last step in which the classifiers learned
     for step, (views, (positions, before)) in enumerate(zip(stream, known, strict=True), start):

@@ -191,12 +191,22 @@ def _takes_one_size(body: nn.Module) -> bool:
     return bool(getattr(body, "pretrained_cfg", {}).get("fixed_input_size"))
 
 
-def check_size(backbone: Backbone, channels: int, size: int) -> None:
-    """Raise a UserError if the network cannot take images of this size, such as crops smaller than the images."""
-    _feature_width(backbone.body, channels, size)
+def check_crop(backbone: Backbone, channels: int, crop: int, size: int) -> None:
+    """Raise a UserError if the network cannot learn from crops of `crop` pixels of images of `size`.
+
+    It must take images of this size. If its last map of a crop is a single position, that of the whole image must be
+    one too: otherwise training and prediction would differ.
+    """
+    _feature_width(backbone.body, channels, crop)
     for other in backbone.others:
         assert isinstance(other, OtherNetwork)
-        _feature_width(other.body, channels, other.size or size)
+        _feature_width(other.body, channels, other.size or crop)
+    of_crop, of_image = (_positions(backbone.body, channels, side) for side in (crop, size))
+    if of_crop == 1 < of_image:
+        raise UserError(
+            f"the last map of a crop of {crop} pixels has 1 position, that of the whole image of {size} pixels has "
+            f"{of_image}; take larger crops, or backbone.stem=small"
+        )
 
 
 def unit(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -318,6 +328,19 @@ def _feature_width(body: nn.Module, channels: int, size: int) -> int:
         raise _unfit(size, error) from error
     finally:
         body.train(training)
+
+
+@torch.no_grad()
+def _positions(body: nn.Module, channels: int, size: int) -> int:
+    """Return how many positions the network's last map of an image has; 0 where it has no map, as a transformer."""
+    forward = getattr(body, "forward_features", None)
+    if forward is None:
+        return 0
+    training = body.training
+    body.eval()
+    last = forward(torch.zeros(1, channels, size, size))
+    body.train(training)
+    return last[0, 0].numel() if last.ndim == 4 else 0
 
 
 def _unfit(size: int, error: Exception) -> UserError:

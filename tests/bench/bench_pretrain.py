@@ -145,7 +145,7 @@ def time_bare_crops(precision: str, steps: int) -> list[float]:
 
 
 def crops(settings: Config) -> list[Tensor]:
-    return [torch.randn(BATCH, 3, view.size, view.size) for view in settings.imc_swav.views]
+    return [torch.randn(BATCH, 3, view.size, view.size) for view in settings.imc_swav.views(settings.data.size)]
 
 
 def time_bare(name: str, precision: str, steps: int) -> list[float]:

@@ -24,9 +24,10 @@ from spice_dist.methods import imc_swav
 from spice_dist.methods.imc_swav import EveryClassifier, SwavNet
 from spice_dist.methods.known_images import Bank, known_images
 from spice_dist.methods.plumbing import finished, load_backbone, new_backbone, view_lists
+from spice_dist.models.backbone import Backbone, check_crop
 from spice_dist.models.heads import ClassifierNet, Classifiers
 from spice_dist.pipeline import fit
-from spice_dist.recipes import recipe
+from spice_dist.recipes import RECIPES, recipe
 from spice_dist.task import check_task
 from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.methods.test_methods import assert_same_bits, weights
@@ -92,7 +93,7 @@ def test_five_steps_are_those_of_a_float64_reference(without_stage, smooth):
     parameters = [*net.parameters(), *heads.parameters()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p), [0]) for p in parameters]
     images = open_images(run / "data", device=CPU, size=8, channels=1)
-    stream = view_lists(config, images, 200, 64, 2, own.views, 0, LocalWorker(run, "none", CPU))
+    stream = view_lists(config, images, 200, 64, 2, own.views(config.data.size), 0, LocalWorker(run, "none", CPU))
     found = []
     for step, views in enumerate(stream):
         outputs = [by_group(net, view.double()) for view in views]
@@ -394,10 +395,27 @@ def test_published_recipes_are_those_of_the_authors():
         config = recipe(name, 60_000, "imc_swav")
         own = config.imc_swav
         assert (config.clusters, own.batch) == (clusters, batch)
-        assert (own.global_view.size, own.local_view.size) == (large, small)
+        assert [view.size for view in own.views(config.data.size)] == [large] * 2 + [small] * 4
         assert (config.backbone.name, config.backbone.stem, config.bn_groups) == ("resnet18", stem, 1)
         assert (own.epochs, own.lr, own.prototypes, own.queue, own.balance) == (500, 5e-4, 1000, 0, 4.0)
         assert [own.epochs * milestone for milestone in own.milestones] == [150, 300, 400]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_crops_of_every_recipe_leave_a_map_to_learn_from(name):
+    config = recipe(name, method=STAGE)
+    backbone = Backbone(config.backbone, config.data.channels, config.data.size)
+    for view in config.imc_swav.views(config.data.size):
+        check_crop(backbone, config.data.channels, view.size, config.data.size)
+
+
+def test_crops_follow_the_image_and_one_of_a_single_position_is_refused():
+    config = recipe("photos", method=STAGE)
+    for size, sides in {32: (28, 18), 64: (56, 36), 96: (76, 52), 224: (196, 126)}.items():
+        assert [view.size for view in config.imc_swav.views(size)] == [sides[0]] * 2 + [sides[1]] * 4
+    backbone = Backbone(config.backbone, 3, 64)
+    with pytest.raises(UserError, match="crop of 28 pixels has 1 position, that of the whole image of 64 pixels has 4"):
+        check_crop(backbone, 3, 28, 64)
 
 
 # ---------------------------------------------------------------- settings
