@@ -1,6 +1,7 @@
 """Which labels are reliable: both rules against loops and by hand, the floor, copies, advice, the score."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from spice_dist.pseudo_labels import (
     reliable_images,
 )
 from spice_dist.recipes import RECIPES
-from spice_dist.report.reading import Run
+from spice_dist.report.reading import Run, load
 from spice_dist.report.sections import label_free
 from spice_dist.task import Task
+from tests.test_cli import TINY, run
 
 CPU = torch.device("cpu")
 
@@ -250,12 +252,12 @@ def test_a_cluster_of_three_among_hundreds_lives(selected, capsys):
     assert summary["advice"] in capsys.readouterr().err
 
 
-def test_the_official_rule_says_which_cluster_left_it_empty(selected, tmp_path):
+def test_the_official_rule_says_which_cluster_left_it_empty(selected, capsys):
     features, labels = blobs([100, 100, 100, 3], 0.05)
-    with pytest.raises(UserError, match=r"300 pass, none of cluster 3, .*reliable\.rule=adaptive") as caught:
-        selected(features, labels, 4, replace(OFFICIAL, neighbors=50))
-    assert "\n" not in str(caught.value)
-    summary = json.loads((tmp_path / "reliable/summary.json").read_text())
+    found, summary = selected(features, labels, 4, replace(OFFICIAL, neighbors=50))
+    assert (found == UNRELIABLE).all()
+    assert re.search(r"300 pass, none of cluster 3, .*reliable\.rule=adaptive", summary["advice"])
+    assert capsys.readouterr().err == summary["advice"] + "\n"
     assert (summary["count"], summary["passed"], summary["dropped_for_balance"]) == (0, 300, 300)
     found, _ = selected(features, labels, 4, replace(OFFICIAL, neighbors=50, balance=False))
     assert (found != UNRELIABLE).sum() == 300
@@ -273,10 +275,23 @@ def test_the_official_rule_balances_by_a_draw_from_the_seed(selected):
 
 def test_labels_of_too_little_probability_leave_the_official_set_empty(selected):
     features, labels = blobs([50, 50], 0.1)
-    with pytest.raises(
-        UserError, match=r"nowhere do 95% of 50 neighbours agree with a label of probability above 0.99"
-    ):
-        selected(features, labels, 2, OFFICIAL, confidence=0.98)
+    found, summary = selected(features, labels, 2, OFFICIAL, confidence=0.98)
+    assert (found == UNRELIABLE).all()
+    assert "nowhere do 95% of 50 neighbours agree with a label of probability above 0.99" in summary["advice"]
+
+
+def test_a_run_without_reliable_labels_ends_with_the_result_of_stage_2(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("fit", "digits", "--out", out, *TINY, "--set", "reliable.rule=official") == 0
+    assert "no label is reliable" in (line := capsys.readouterr()).err
+    assert "stage 3 cannot start, and the result is that of stage 2" in line.out
+    assert "stage 3 cannot start" in (out / "report.html").read_text()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["reliable"]["count"] == 0
+    chosen = min(metrics["heads"], key=lambda head: head["select_loss"])
+    assert metrics["eval"]["acc"] == chosen["acc"]
+    assert load(out).scores["SPICE"] is None
+    assert run("predict", out, "digits", "--out", tmp_path / "new.csv") == 0
 
 
 def test_all_labels_equal(selected):
@@ -389,7 +404,7 @@ def test_settings_that_cannot_select_are_refused_in_one_line(config: ReliableCon
 
 
 def test_published_recipes_select_as_published_and_ours_adapt():
-    ours = {"digits", "photos", "fashion_mnist"}
+    ours = {"digits", "photos", "fashion_mnist", "cifar10_short", "cifar100", "tiny_imagenet"}
     for name, recipe in RECIPES.items():
         config = recipe(1000).reliable
         reliable.check(config)

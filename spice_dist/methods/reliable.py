@@ -49,6 +49,8 @@ from spice_dist.task import Task
 DRAW = 30  # stream of random numbers
 CHUNK = 65_536  # images of a head's forward pass
 FEW = 0.05  # share of reliable labels below which advice is given
+ANOTHER_RULE = "remove the folders reliable and spice_semi of this run and use --set reliable.rule=adaptive"
+WITHOUT_STAGE3 = f"stage 3 cannot start, and the result is that of stage 2; for more, {ANOTHER_RULE}"
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,8 @@ class ReliableConfig:
 def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
     """Write `reliable/labels.npy` (N,) int64, -100 where not reliable, and `reliable/summary.json`.
 
-    Every worker searches the neighbours of its share of the images.
-
-    Raises:
-        UserError: no label is reliable. The summary is written, the labels are not.
+    Every worker searches the neighbours of its share of the images. Where no label is reliable, stage 3 cannot start:
+    one line says so, and the run's result is that of stage 2.
     """
     check(config)
     run, progress = worker.run, partial(_show, worker)
@@ -130,13 +130,10 @@ def select(task: Task, config: ReliableConfig, worker: Worker) -> None:
         "cluster_sizes": sizes,
     }
     summary["advice"] = advice(summary)
-    if worker.rank == 0:
-        (run / "reliable").mkdir(exist_ok=True)
-        publish_json(artifacts.reliable_summary_file(run), summary)
-    if not summary["count"]:
-        raise UserError(summary["advice"])
     if worker.rank > 0:
         return
+    (run / "reliable").mkdir(exist_ok=True)
+    publish_json(artifacts.reliable_summary_file(run), summary)
     if summary["advice"]:
         tqdm.write(summary["advice"], sys.stderr)
     labels_of_all = np.full(manifest.n, UNRELIABLE)  # images that are not clustered have no label
@@ -241,14 +238,14 @@ def advice(summary: dict[str, Any]) -> str:
     if not summary["passed"] and not summary["count"]:
         return (
             f"no label is reliable: nowhere do {settings['ratio']:.0%} of {summary['neighbors']} neighbours agree with "
-            f"a label of probability above {settings['min_confidence']:g}; use --set reliable.rule=adaptive"
+            f"a label of probability above {settings['min_confidence']:g}; {WITHOUT_STAGE3}"
         )
     if not summary["count"]:
         missing = [str(cluster) for cluster, count in enumerate(summary["passed_per_cluster"]) if not count]
         named = ("s " if len(missing) > 1 else " ") + ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         return (
             f"no label is reliable: {summary['passed']:,} pass, none of cluster{named}, and the official rule takes "
-            "as many of every cluster as the smallest has; use --set reliable.rule=adaptive or reliable.balance=False"
+            f"as many of every cluster as the smallest has; {WITHOUT_STAGE3} or reliable.balance=False"
         )
     share, passed = summary["passed"] / summary["images"], summary["clusters_that_passed"]
     if share >= FEW and passed == clusters:
@@ -262,7 +259,7 @@ def advice(summary: dict[str, Any]) -> str:
     text += f"; {empty} {'is' if empty == 1 else 'are'} empty" * (empty > 0)
     remedies = ["train stage 1 longer, as the features may be too weak"] * (share < FEW)
     if summary["rule"] == "official":
-        remedies.append("remove the folders reliable and spice_semi of this run and use --set reliable.rule=adaptive")
+        remedies.append(ANOTHER_RULE)
     remedies += ["ask for fewer clusters"] * (passed < clusters)
     return f"{text}. To have more, {', or '.join(remedies)}."
 

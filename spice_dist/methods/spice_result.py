@@ -26,7 +26,10 @@ CHUNK = 4096  # images of a forward pass of the heads
 def result(
     task: Task, config: SpiceSemiConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """Return the network of the last stage of the run. Heads and reliable labels are those of stage 2."""
+    """Return the network of the last stage of the run, of stage 2 where no label was reliable enough for stage 3.
+
+    Heads and reliable labels are those of stage 2.
+    """
     heads, loss = load_heads(run)
     by_head = _labels_by_head(heads, run)
     selected = by_head[int(loss.argmin())]
@@ -37,7 +40,7 @@ def result(
     if until != "spice_self":
         advice = artifacts.reliable_summary(run)["advice"]
         reliable = Reliable(artifacts.reliable_labels(run), selected, advice)
-    if until not in (None, "spice_semi"):
+    if until not in (None, "spice_semi") or not (reliable.labels != UNRELIABLE).any():
         return Clustering(task, stage2_network(task, run), by_head, loss, reliable, stages=stages)
     stage3 = network_task(task, config)
     net = trained_network(stage3, config, run)

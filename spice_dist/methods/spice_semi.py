@@ -115,13 +115,16 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     """Leaves the averaged network in the stage's last checkpoint, `ema.safetensors`.
 
     The thresholds of a step are those that the steps before have left: no worker waits for another within a step.
+    Where no image has a label to start from, nothing is trained or left.
 
     Raises:
-        UserError: no image has a reliable label, or these settings cannot train.
+        UserError: these settings cannot train.
     """
-    images, manifest = open_dataset(task, worker)
-    labels = read_labels(task, worker.run)
     check(task, config)
+    labels = read_labels(task, worker.run)
+    if not (labels != UNRELIABLE).any():
+        return
+    images, manifest = open_dataset(task, worker)
     task = network_task(task, config)
 
     torch.manual_seed(task.seed)
@@ -256,19 +259,9 @@ def mean_of_passes(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def read_labels(task: Task, run: Path) -> Int[Tensor, " N"]:
-    """Labels to start from, UNRELIABLE where an image has none: those given, or those that the stage `reliable` left.
-
-    Raises:
-        UserError: no image has one.
-    """
+    """Labels to start from, given or selected by the stage `reliable`; UNRELIABLE where an image has none."""
     read = artifacts.given_labels if task.method in USING_LABELS else artifacts.reliable_labels
-    labels = torch.from_numpy(read(run))
-    if not (labels != UNRELIABLE).any():
-        raise UserError(
-            "no image has a reliable label to start from; use --set reliable.rule=adaptive, ask for fewer clusters, "
-            "or train stage 1 longer"
-        )
-    return labels
+    return torch.from_numpy(read(run))
 
 
 def new_threshold(task: Task, config: SpiceSemiConfig) -> FixedThreshold | AdaptiveThreshold:

@@ -164,7 +164,9 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return graph_rows(folder, metrics)
     spice_self = read_scores(read_json(artifacts.stage_scores_file(folder, "spice_self")))
     spice = read_scores(read_json(artifacts.stage_scores_file(folder, "spice_semi")))
-    if (folder / "spice_semi").is_dir() or spice_self is None:
+    # without a reliable label stage 3 has trained nothing
+    trained = (folder / "spice_semi").is_dir() and number(mapping(metrics.get("reliable")).get("count")) != 0
+    if trained or spice_self is None:
         spice = spice or final
     return rows | {"SPICE-Self": spice_self, "SPICE": spice}
 

@@ -34,6 +34,7 @@ from spice_dist.methods import reliable, spice_self_joint
 from spice_dist.methods.features import embed
 from spice_dist.methods.stage2 import load_heads
 from spice_dist.ownership import owned
+from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.stages import check_settings, pretext_stages
 from spice_dist.sweep.records import (
     FAILED,
@@ -145,6 +146,8 @@ def _run_stages(trial: Trial) -> Scores:
     if plan.reliable:
         _train(trial, StageCall("reliable", reliable.select, config, config.reliable))
         labels = artifacts.reliable_labels(folder)[: scorer.num_images]
+        if not (labels != UNRELIABLE).any():
+            raise UserError(artifacts.reliable_summary(folder)["advice"])
         clusters, scores = scorer.of_labels(labels, features)
     with publish(folder / "clusters.npy") as file:
         np.save(file, clusters)
