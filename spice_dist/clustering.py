@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spice_dist.data.manifest import Ingested
-from spice_dist.models.heads import ClassifierNet, ClusterNet
+from spice_dist.models.heads import Network
 from spice_dist.suggest import Suggestion
 from spice_dist.task import Task
 
@@ -42,7 +42,7 @@ class Clustering:
     """The result of a run, and what its scores need beside the images."""
 
     task: Task  # settings of `net`; stage 3 may have another backbone than stage 1
-    net: ClusterNet | ClassifierNet
+    net: Network
     by_head: Int[np.ndarray, "H M"]  # labels by every head, of all images or of those that are clustered
     loss: Float[Tensor, " H"] | None  # without labels, of every head; None: how far its labels are from the result's
     reliable: Reliable | None = None

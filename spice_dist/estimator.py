@@ -22,7 +22,7 @@ from spice_dist.data.views import Statistics
 from spice_dist.launching import Launch
 from spice_dist.model_folder import load_model, temporary_images
 from spice_dist.models.backbone import unit
-from spice_dist.models.heads import ClassifierNet, ClusterNet
+from spice_dist.models.heads import Network
 from spice_dist.pipeline import fit
 from spice_dist.report import write_report
 from spice_dist.resolve import Wish, resolve
@@ -116,7 +116,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         return write_report(self.run_, Path(out))
 
     @contextmanager
-    def _packed(self, X: Data) -> Iterator[tuple[ClusterNet | ClassifierNet, Images, Statistics]]:
+    def _packed(self, X: Data) -> Iterator[tuple[Network, Images, Statistics]]:
         check_is_fitted(self, "run_")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, task = load_model(artifacts.model(self.run_), device)

@@ -22,13 +22,13 @@ from spice_dist.errors import UserError
 from spice_dist.inference import probabilities
 from spice_dist.methods.plumbing import named, place
 from spice_dist.models.backbone import Backbone, BackboneConfig
-from spice_dist.models.heads import ClassifierNet, Classifiers, ClusterHeads, ClusterNet
+from spice_dist.models.heads import ClassifierNet, Classifiers, ClusterHeads, ClusterNet, LinearNet, Network
 from spice_dist.task import Task
 
 TUPLES = ("widths", "depths", "mean", "std", "others", "other_weights")  # lists in JSON
 
 
-def save_model(net: ClusterNet | ClassifierNet, task: Task, folder: Path) -> None:
+def save_model(net: Network, task: Task, folder: Path) -> None:
     """Writes `model.safetensors` and `model.json`: all that `load_model` needs, wherever the folder is moved."""
     from safetensors.torch import save_file
 
@@ -47,7 +47,7 @@ def save_model(net: ClusterNet | ClassifierNet, task: Task, folder: Path) -> Non
     publish_json(folder / "model.json", about)
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet | ClassifierNet, Task]:
+def load_model(folder: Path, device: torch.device) -> tuple[Network, Task]:
     """Returns the network in eval mode and its task. UserError if the folder holds none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -70,6 +70,8 @@ def load_model(folder: Path, device: torch.device) -> tuple[ClusterNet | Classif
     head = named(weights, "head.")
     if "in_weight" in head:
         net = ClassifierNet(backbone, Classifiers.holding(head))
+    elif "weight" in head:
+        net = LinearNet(backbone, backbone.dim, task.clusters)
     else:
         net = ClusterNet(backbone, ClusterHeads.holding(head))
     net.load_state_dict(weights)

@@ -190,7 +190,7 @@ def cifar10_short(num_images: int = 60_000) -> Config:
         cifar10(),
         bn_groups=8,
         backbone=BackboneConfig(name="resnet18", stem="small"),
-        reliable=ReliableConfig(),
+        reliable=ReliableConfig(ratio=0.99),
         moco=MoCoConfig(
             epochs=200,
             batch=512,
@@ -231,9 +231,9 @@ def cifar100(num_images: int = 60_000) -> Config:
     """The 100 classes of CIFAR-100: SPICE's settings for its superclasses, and those that IMC-SwAV publishes.
 
     Reliable labels are selected by the adaptive rule: the published one keeps none if one cluster has none
-    (--set reliable.rule=official --set reliable.ratio=0.99). Not run here.
+    (--set reliable.rule=official). Not run here.
     """
-    return replace(cifar100_20(), clusters=100, reliable=ReliableConfig(), imc_swav=ImcSwavConfig(batch=512))
+    return replace(cifar100_20(), clusters=100, reliable=ReliableConfig(ratio=0.99), imc_swav=ImcSwavConfig(batch=512))
 
 
 def stl10(num_images: int = 113_000) -> Config:
@@ -268,6 +268,7 @@ def imagenet_10(num_images: int = 13_000) -> Config:
         moco=MoCoConfig(epochs=5000),
         spice_self=SpiceSelfConfig(strong=strong),
         reliable=ReliableConfig("official", ratio=0.9),
+        spice_semi=SpiceSemiConfig(linear_head=True),
         scan=ScanConfig(epochs=100, view=strong),
         self_label=SelfLabelConfig(epochs=100, view=strong),
     )
@@ -284,14 +285,14 @@ def tiny_imagenet(num_images: int = 100_000) -> Config:
     SPICE does not publish all settings for it: epochs and queue are those of CIFAR-10, and stage 3 trains the backbone
     of stages 1 and 2 anew. SCAN publishes none: those are of the CIFAR-100 superclasses, with batches that hold every
     cluster. Reliable labels are selected by the adaptive rule: the published one keeps none if one cluster has none
-    (--set reliable.rule=official --set reliable.ratio=0.9). Not run here.
+    (--set reliable.rule=official). Not run here.
     """
     return replace(
         cifar10(),
         clusters=200,
         data=DataConfig(size=64),
         spice_self=SpiceSelfConfig(),
-        reliable=ReliableConfig(),
+        reliable=ReliableConfig(ratio=0.9),
         imc_swav=ImcSwavConfig(batch=512),
         spice_semi=SpiceSemiConfig(),
         scan=ScanConfig(epochs=100, batch=512),

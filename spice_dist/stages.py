@@ -45,7 +45,8 @@ from spice_dist.task import AUTO, check_task
 ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
-NEW = {"backbone.others": ()}  # settings that older run folders lack, with the values of these runs
+# settings that older run folders lack, with the values of these runs
+NEW = {"backbone.others": (), "spice_semi.linear_head": False}
 
 
 def never(config: Config, many: bool) -> bool:

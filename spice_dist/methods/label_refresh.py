@@ -15,11 +15,21 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.inference import outputs
 from spice_dist.methods.reliable import ReliableConfig, choose
 from spice_dist.models.backbone import unit
-from spice_dist.models.heads import ClusterNet
+from spice_dist.models.heads import ClusterNet, LinearNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
-CLASSIFIED = 65_536  # features that the head is given at a time
+
+class FeaturesAndLogits(nn.Module):
+    """Maps images (B, C, H, W) to the features of a network and its logits beside them, (B, D + K)."""
+
+    def __init__(self, net: ClusterNet | LinearNet):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.net.backbone(images)
+        return torch.cat([features.float(), self.net.logits(features)], 1)
 
 
 class ReliableLabels(nn.Module):
@@ -38,7 +48,7 @@ class ReliableLabels(nn.Module):
 def refreshed_labels(
     task: Task,
     least_agreement: float,
-    ema: ClusterNet,
+    ema: ClusterNet | LinearNet,
     images: Images,
     num_images: int,
     worker: Worker,
@@ -56,14 +66,16 @@ def refreshed_labels(
     settings = artifacts.reliable_summary(worker.run)["settings"]
     share = collectives.share(num_images)
     index_of_share = np.arange(share.start, share.stop)
-    chunks = outputs(ema.backbone, images, index_of_share, task.backbone.statistics, precision=task.precision)
-    features = collectives.gather_shares(torch.cat([unit(chunk).half() for chunk in chunks]), num_images)
-    splits = -(-num_images // CLASSIFIED)
+    model = FeaturesAndLogits(ema)
+    chunks = outputs(model, images, index_of_share, task.backbone.statistics, precision=task.precision)
+    parts = [chunk.tensor_split([-task.clusters], 1) for chunk in chunks]
+    features = collectives.gather_shares(torch.cat([unit(of_chunk).half() for of_chunk, _ in parts]), num_images)
+    logits = collectives.gather_shares(torch.cat([of_chunk for _, of_chunk in parts]), num_images)
+    confidences, clusters = logits.softmax(1).max(1)
 
     def predicted(index: np.ndarray) -> tuple[Tensor, Tensor]:
-        chunks = (features[torch.from_numpy(rows).to(features.device)] for rows in np.array_split(index, splits))
-        best = [ema.head(chunk.float())[0].softmax(1).max(1) for chunk in chunks]
-        return torch.cat([chunk.indices for chunk in best]), torch.cat([chunk.values for chunk in best])
+        rows = torch.from_numpy(index).to(clusters.device)
+        return clusters[rows], confidences[rows]
 
     def unchanged(why: str) -> Tensor:
         if worker.rank == 0:
@@ -74,11 +86,11 @@ def refreshed_labels(
     agreement = float((predicted(labelled.numpy())[0].cpu() == labels[labelled]).float().mean())
     if agreement < least_agreement:
         return unchanged(f"the averaged network has learnt {agreement:.0%} of the reliable labels")
-    clusters, _, reliable, _ = choose(
+    labels_now, _, reliable, _ = choose(
         task, ReliableConfig(**settings), features.cpu().numpy(), predicted, worker.device
     )
     if not reliable.any():
         return unchanged("no label of the averaged network is reliable")
     refreshed = torch.full_like(labels, UNRELIABLE)
-    refreshed[:num_images] = torch.where(reliable, clusters, UNRELIABLE)
+    refreshed[:num_images] = torch.where(reliable, labels_now, UNRELIABLE)
     return refreshed

@@ -45,7 +45,7 @@ from spice_dist.methods.plumbing import (
 from spice_dist.methods.prediction_monitor import PredictionMonitor
 from spice_dist.methods.stage2 import stage2_network
 from spice_dist.methods.thresholds import AdaptiveThreshold, FixedThreshold
-from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.heads import ClusterHeads, ClusterNet, LinearNet
 from spice_dist.models.momentum import copy_buffers, follow, slow_copy
 from spice_dist.models.presets import for_small_images
 from spice_dist.models.split_batch_norm import set_momentum, update_statistics
@@ -95,6 +95,9 @@ class SpiceSemiConfig:
     )
     mean: tuple[float, ...] = setting((), "of the images, on values in [0, 1]; empty: what the backbone is made for")
     std: tuple[float, ...] = setting((), "standard deviation of the images, as the mean", above=0)
+    linear_head: bool = setting(
+        False, "one linear layer on features that are not normalised, as published; `network` always has it"
+    )
     weak_apart: bool = setting(
         False, "weak views of the other images in a pass of their own, without gradients; False: as published"
     )
@@ -130,6 +133,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     torch.manual_seed(task.seed)
     net = place(new_network(task, config, worker.run), worker.device)
     if config.init == "stage2":
+        assert isinstance(net, ClusterNet)
         calibrate(task, config.strong, net, images, labels)
     ema = slow_copy(net).eval()
     optimizer = torch.optim.SGD(decay_kernels_only(net, config.weight_decay), config.lr, momentum=0.9, nesterov=True)
@@ -331,7 +335,7 @@ def network_task(task: Task, config: SpiceSemiConfig) -> Task:
     return replace(task, backbone=own)
 
 
-def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
+def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet | LinearNet:
     """A network of `network_task` to train.
 
     It is what stage 1 started from, another from random weights, or the backbone and the selected head of stages 1 and
@@ -342,10 +346,12 @@ def new_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
     backbone = new_backbone(task)
     if config.network in SHAPES:
         set_momentum(backbone, 1 - config.ema)
-    return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters, layers=1 if config.network else 2))
+    if config.network or config.linear_head:
+        return LinearNet(backbone, backbone.dim, task.clusters)
+    return ClusterNet(backbone, ClusterHeads(1, backbone.dim, task.clusters))
 
 
-def trained_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet:
+def trained_network(task: Task, config: SpiceSemiConfig, run: Path) -> ClusterNet | LinearNet:
     """The averaged network that training has left; `task` is that of `network_task`."""
     net = new_network(task, config, run)
     net.load_state_dict(finished(run / "spice_semi").tensors("ema"))
@@ -356,10 +362,10 @@ def check(task: Task, config: SpiceSemiConfig) -> None:
     """UserError if these settings cannot train."""
     check_ranges("spice_semi", config, "steps", "labelled", "ratio", "init", "threshold_rule", "threshold")
     check_ranges("spice_semi", config, "threshold_momentum", "refresh_agreement", "refresh_steps")
-    if config.init == "stage2" and (config.network or config.mean or config.std):
+    if config.init == "stage2" and (config.network or config.linear_head or config.mean or config.std):
         raise UserError(
             'spice_semi.init "stage2" goes on with the network of stages 1 and 2 and its normalisation; leave '
-            'spice_semi.network, mean and std empty, or set init="scratch"'
+            'spice_semi.network, linear_head, mean and std empty, or set init="scratch"'
         )
     if (len(config.mean), len(config.std)) not in ((0, 0), (3, 3)) or not all(value > 0 for value in config.std):
         raise UserError(

@@ -91,7 +91,30 @@ class ClusterNet(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.head(unit(self.backbone(images)))[0]
+        return self.logits(self.backbone(images))
+
+    def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        return self.head(unit(features))[0]
+
+
+class LinearNet(nn.Module):
+    """A backbone and one linear layer on its features, not normalised: images (B, C, H, W) to logits (B, K).
+
+    So are the published networks of stage 3. The initialisation is nn.Linear's, with biases of zero. The logits are in
+    float32 also under autocast.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int, clusters: int):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(dim, clusters)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return self.logits(self.backbone(images))
+
+    def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
 
 
 class LinearProjection(nn.Sequential):
@@ -178,3 +201,7 @@ class ClassifierNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         return self.head(self.backbone(images))[0]
+
+
+Network = ClusterNet | LinearNet | ClassifierNet
+"""What a run can end with: maps images (B, C, H, W) to logits (B, K), by its `backbone` and its `head`."""
