@@ -26,18 +26,36 @@ def quotas(images: int, clusters: int, prior: Sequence[float] = ()) -> list[int]
     return [int(share * images / sum(prior) + 1e-9) for share in prior]  # 0.57 of 100 is below 57 in floating point
 
 
+def margins(logits: Float[Tensor, "*rows K"], axis: int = -1) -> Float[Tensor, "*rows K"]:
+    """Compute log p - log(1 - p) of the softmax along `axis`: the logit over the others' logsumexp.
+
+    Margins rank images as probabilities p do. Probabilities of most images round to exactly 1 in float32 after some
+    training; margins still differ.
+    """
+    largest_logit, at = logits.max(axis, keepdim=True)
+    exponentials = (logits - largest_logit).exp()
+    # of the largest entry the difference would cancel
+    others = (exponentials.sum(axis, keepdim=True) - exponentials).log() + largest_logit
+    beside_largest = logits.scatter(axis, at, -torch.inf).logsumexp(axis, keepdim=True)
+    return logits - others.scatter(axis, at, beside_largest)
+
+
 def prototype_labels(
-    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], center_fraction: float, overlap: bool = True
+    features: Float[Tensor, "M D"],
+    confidence: Outputs,
+    wanted: Sequence[int],
+    center_fraction: float,
+    overlap: bool = True,
 ) -> tuple[Int[Tensor, "H P"], Int[Tensor, "H P"]]:
     """Run the E-step, SPICE eqs. (2)-(4): (number of an image, its label), by cluster; P = sum of `wanted`, the n[k].
 
-    A cluster's center is the mean feature of its `center_fraction` n[k] most probable images. The n[k] images nearest
-    to the center get the label. Rows of `features` have unit norm, so the dot product ranks like the cosine: a
-    center's length is one factor per cluster.
+    `confidence` gives the probabilities, or `margins`, which rank alike. A cluster's center is the mean feature of its
+    `center_fraction` n[k] most confident images. The n[k] images nearest to the center get the label. Rows of
+    `features` have unit norm, so the dot product ranks like the cosine: a center's length is one factor per cluster.
 
     With overlap, as published, an image near two centers appears twice with two labels, and one near none is left out.
     Without overlap, a cluster takes neither images for its center nor images to label that a cluster before it has
-    taken. This needs memory for H M K probabilities.
+    taken. This needs memory for H M K numbers.
     """
     if min(wanted) < 1:
         raise ValueError(f"{len(features)} images cannot give {len(wanted)} clusters one image each")
@@ -45,20 +63,20 @@ def prototype_labels(
     labels = torch.arange(len(wanted), device=features.device).repeat_interleave(
         torch.tensor(wanted, device=features.device)
     )
-    if not len(probs(slice(0, 1))):  # this worker has no head: there are more workers than heads
+    if not len(confidence(slice(0, 1))):  # this worker has no head: there are more workers than heads
         return labels[None][:0], labels[None][:0]
     choose = _overlapping if overlap else _disjoint
-    members = choose(features, probs, wanted, confident)
+    members = choose(features, confidence, wanted, confident)
     return members, labels.expand(len(members), -1)
 
 
 def _overlapping(
-    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], confident: Sequence[int]
+    features: Float[Tensor, "M D"], confidence: Outputs, wanted: Sequence[int], confident: Sequence[int]
 ) -> Int[Tensor, "H P"]:
     members: dict[int, Int[Tensor, "H n"]] = {}
     for group in _alike(wanted):
         of = slice(None) if len(group) == len(wanted) else group
-        columns = (block[:, :, of].transpose(1, 2) for block in _blocks(probs, features, len(wanted)))
+        columns = (block[:, :, of].transpose(1, 2) for block in _blocks(confidence, features, len(wanted)))
         counts = [confident[k] for k in group]
         centers = cluster_centers(features, largest(columns, max(counts)), counts)
         rows = max(1, NUMBERS // centers[:, :, 0].numel())
@@ -80,17 +98,17 @@ def _alike(wanted: Sequence[int]) -> list[list[int]]:
 
 
 def _disjoint(
-    features: Float[Tensor, "M D"], probs: Outputs, wanted: Sequence[int], confident: Sequence[int]
+    features: Float[Tensor, "M D"], confidence: Outputs, wanted: Sequence[int], confident: Sequence[int]
 ) -> Int[Tensor, "H P"]:
-    columns = torch.cat(list(_blocks(probs, features, len(wanted))), 1)
+    columns = torch.cat(list(_blocks(confidence, features, len(wanted))), 1)
     heads = len(columns)
     used = torch.zeros(heads, len(features), dtype=torch.bool, device=features.device)
     labelled = used.clone()
     members = []
     for k, (count, of_center) in enumerate(zip(wanted, confident, strict=True)):
-        most_probable = columns[:, :, k].masked_fill(used, -1).topk(of_center).indices
-        used.scatter_(1, most_probable, True)
-        center = features[most_probable].mean(1)
+        most_confident = columns[:, :, k].masked_fill(used, -torch.inf).topk(of_center).indices
+        used.scatter_(1, most_confident, True)
+        center = features[most_confident].mean(1)
         members.append((center @ features.T).masked_fill(labelled, -torch.inf).topk(count).indices)
         labelled.scatter_(1, members[-1], True)
     return torch.cat(members, 1)
@@ -110,7 +128,7 @@ def selection_loss(
     features: Float[Tensor, "N D"], logits: Outputs, wanted: Sequence[int], center_fraction: float, loss: Loss
 ) -> Float[Tensor, " H"]:
     """Compute every head's loss (5) on its own prototype labels of the whole set: lower is better, without labels."""
-    chosen, labels = prototype_labels(features, lambda rows: logits(rows).softmax(2), wanted, center_fraction)
+    chosen, labels = prototype_labels(features, lambda rows: margins(logits(rows)), wanted, center_fraction)
     rows = max(1, NUMBERS // (max(1, len(chosen)) * max(features.shape[1], len(wanted))))
     total = torch.zeros(len(chosen), dtype=torch.float64, device=features.device)
     for images, label in zip(chosen.split(rows, 1), labels.split(rows, 1), strict=True):

@@ -1,6 +1,7 @@
 """The E-step against loops in float64, by hand, under relabelling, in blocks, with priors and without overlap."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from spice_dist import pseudo_labels
 from spice_dist.losses import cross_entropy, double_softmax_cross_entropy
-from spice_dist.pseudo_labels import Outputs, largest, prototype_labels, quotas, selection_loss
+from spice_dist.pseudo_labels import Outputs, largest, margins, prototype_labels, quotas, selection_loss
 
 
 def random_case(heads: int = 3, images: int = 24, clusters: int = 4, dim: int = 5, seed: int = 0):
@@ -49,6 +50,33 @@ def loop(features: Tensor, probs: Tensor, wanted: list[int], fraction: float, ov
 
 def pairs_of(members: Tensor, labels: Tensor) -> list[set]:
     return [set(zip(m.tolist(), y.tolist(), strict=True)) for m, y in zip(members, labels, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_margins_are_the_log_odds_of_the_softmax(scale):
+    logits = scale * torch.randn(7, 50, 4, generator=torch.Generator().manual_seed(0))
+    others = [logits.double()[..., [j for j in range(4) if j != k]].logsumexp(-1) for k in range(4)]
+    torch.testing.assert_close(
+        margins(logits).double(), logits.double() - torch.stack(others, -1), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(margins(logits.transpose(1, 2), 1), margins(logits).transpose(1, 2))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_images_that_are_all_sure_are_ranked_whatever_their_order(overlap):
+    """Of most images a probability is exactly 1 in float32: ranks by probability follow the order of the images."""
+    features, probs = random_case(images=200)
+    logits = 60 * probs.log()
+    assert (logits.softmax(2).amax(2) == 1).float().mean() > 0.7
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+
+    def labelled(ranks, order: Tensor) -> list[set]:
+        members, labels = prototype_labels(features[order], given(ranks(logits[:, order])), [50] * 4, 0.5, overlap)
+        return pairs_of(order[members], labels)
+
+    assert labelled(margins, torch.arange(200)) == labelled(margins, order)
+    by_probability = partial(torch.softmax, dim=2)
+    assert labelled(by_probability, torch.arange(200)) != labelled(by_probability, order)
 
 
 @pytest.mark.parametrize("overlap", [True, False])

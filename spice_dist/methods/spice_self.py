@@ -43,7 +43,7 @@ from spice_dist.methods.plumbing import (
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
-from spice_dist.pseudo_labels import Loss, Outputs, prototype_labels, quotas, selection_loss
+from spice_dist.pseudo_labels import Loss, Outputs, margins, prototype_labels, quotas, selection_loss
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
@@ -144,9 +144,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         scored, learned = (view.to(worker.device).float() for view in views)
 
         with torch.no_grad():  # E-step
-            probs = head_outputs(own_heads, scored, torch.softmax)
+            confidence = head_outputs(own_heads, scored, margins)
             overlap = config.assignment == "overlap"
-            members, labels = prototype_labels(features[chosen], probs, sizes, config.center_fraction, overlap)
+            members, labels = prototype_labels(features[chosen], confidence, sizes, config.center_fraction, overlap)
 
         order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
         losses = torch.zeros(len(own_heads), device=worker.device)

@@ -45,7 +45,7 @@ from spice_dist.methods.spice_self import (
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
-from spice_dist.pseudo_labels import prototype_labels, quotas, selection_loss
+from spice_dist.pseudo_labels import margins, prototype_labels, quotas, selection_loss
 from spice_dist.task import Task
 
 
@@ -83,9 +83,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         scored, strong_images = (view.to(worker.device).float() for view in views)
 
         with torch.no_grad():  # E-step
-            probs = head_outputs(heads, scored, torch.softmax)
+            confidence = head_outputs(heads, scored, margins)
             overlap = config.assignment == "overlap"
-            members, labels = prototype_labels(features[chosen], probs, sizes, config.center_fraction, overlap)
+            members, labels = prototype_labels(features[chosen], confidence, sizes, config.center_fraction, overlap)
 
         order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
         inputs = partial(encode_again, task, config, backbone, strong_images)

@@ -43,7 +43,7 @@ from spice_dist.methods.plumbing import load_backbone, new_backbone, open_run_da
 from spice_dist.methods.spice_self import ORDER, SHUFFLE, STRONG, WEAK, SpiceSelfConfig, head_outputs, m_step
 from spice_dist.models.backbone import BackboneConfig, unit
 from spice_dist.models.heads import ClusterHeads
-from spice_dist.pseudo_labels import Loss, prototype_labels, quotas, selection_loss
+from spice_dist.pseudo_labels import Loss, margins, prototype_labels, quotas, selection_loss
 
 CPU = torch.device("cpu")
 LOSSES: dict[str, Loss] = {"double_softmax": double_softmax_cross_entropy, "cross_entropy": cross_entropy}
@@ -309,8 +309,8 @@ def bench_large(steps: int) -> None:
 
         @torch.no_grad()
         def e_step() -> tuple[Tensor, Tensor]:
-            probs = head_outputs(heads, scored, torch.softmax)
-            return prototype_labels(similar, probs, quotas(batch, clusters), own.center_fraction)
+            confidence = head_outputs(heads, scored, margins)
+            return prototype_labels(similar, confidence, quotas(batch, clusters), own.center_fraction)
 
         (members, labels), expecting = timed(e_step)
         print(f"E-step {expecting:.0f} s", flush=True)
