@@ -71,7 +71,7 @@ def features(counting: Counting, config: None) -> Cost:
 
 def spice_self(counting: Counting, config: SpiceSelfConfig) -> Cost:
     clusters, images, dim = counting.task.clusters, counting.clustered, counting.backbone.dim
-    batch = min(images, config.samples_per_cluster * clusters)  # M
+    batch = config.e_step_images(images, clusters)
     steps_per_epoch = images // batch
     # pairs (image, label) per head
     learned_pairs = steps_per_epoch * config.epochs * config.repeats * config.center_fraction * batch

@@ -276,7 +276,9 @@ def imagenet_10(num_images: int = 13_000) -> Config:
 
 def imagenet_dogs(num_images: int = 19_500) -> Config:
     """SPICE's settings for 15 dog breeds of ImageNet, 3,000 epochs. Not run here."""
-    return replace(imagenet_10(), clusters=15, moco=MoCoConfig(epochs=3000))
+    of_ten = imagenet_10()
+    spice_self = replace(of_ten.spice_self, batch=8000)
+    return replace(of_ten, clusters=15, moco=MoCoConfig(epochs=3000), spice_self=spice_self)
 
 
 def tiny_imagenet(num_images: int = 100_000) -> Config:

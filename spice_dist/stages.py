@@ -46,7 +46,7 @@ ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
 # settings that older run folders lack, with the values of these runs
-NEW = {"backbone.others": (), "spice_semi.linear_head": False}
+NEW = {"backbone.others": (), "spice_self.batch": 0, "spice_semi.linear_head": False}
 
 
 def never(config: Config, many: bool) -> bool:

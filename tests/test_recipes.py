@@ -34,6 +34,8 @@ def test_a_recipe_is_its_row_of_the_papers_tables(name: str):
     assert (own.batch, own.lr, own.weight_decay, own.momentum, own.temperature) == (128, 0.015, 1e-4, 0.999, 0.2)
     assert (config.spice_self.heads, config.spice_self.lr, config.spice_semi.steps) == (10, 0.005, 2**20)
     assert config.backbone.name == "resnet34"
+    images_of_e_step = {"cifar100_20": 10_000, "imagenet_dogs": 8000, "tiny_imagenet": 100_000}.get(name, 5000)
+    assert config.spice_self.e_step_images(200_000, config.clusters) == images_of_e_step
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_scan_trains_as_published(name, epochs, batch, labelling, cutout):
     own, then = config.scan, config.self_label
     assert (config.method, own.epochs, own.batch, then.epochs, then.batch) == ("scan", epochs, batch, labelling, 1000)
     assert (own.lr, own.weight_decay, then.lr, then.weight_decay) == (1e-4,) * 4
-    assert (own.neighbors, own.entropy_weight, own.heads, then.threshold) == (20, 5, 1, 0.99)
+    assert (own.neighbors, own.entropy_weight, own.heads, then.threshold) == (21, 5, 1, 0.99)  # itself and 20 others
     assert own.view == then.view
     assert round(own.view.cutout * config.data.size) == cutout
     assert own.view.operations == 4

@@ -219,7 +219,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
         crops = list(zip(*(view.chunk(passes) for view in views), strict=True))
         with accumulating(model, last=False), autocast(worker.device, task.precision):
             large = [encode(model, net, views_of_pass[:GLOBAL], groups // passes) for views_of_pass in crops]
-        update_statistics(net)
+        update_statistics(net, GLOBAL)  # as the authors, who pass each view by itself
         embeddings, scores = (torch.cat([of_pass[kind].detach() for of_pass in large], dim=1) for kind in (1, 2))
         in_use = queue if step >= config.queue_start * steps_per_epoch and step * config.batch >= config.queue else None
         targets = assignments(config, net.prototypes, scores, embeddings, in_use, groups, worker)
@@ -235,7 +235,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
             swav += swav_of_pass.detach()
             features.append(z.detach().float())
             probs.append((every.detach() / config.temperature).softmax(-1))
-        update_statistics(net)
+        update_statistics(net, config.local_views)
         if step < config.warmup:
             net.prototypes.weight.grad = None
         if queue is not None:
@@ -249,7 +249,7 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
         if learned:
             clustering_loss, objective, reported = cluster_losses(task, config, classify, learned, worker)
             clustering_loss.backward()
-            update_statistics(classifiers)
+            update_statistics(classifiers, len(crop_views))
             classifiers.note(objective, first=before < config.batch)
         optimizer.step()
         net.prototypes.renormalise()

@@ -7,10 +7,11 @@ clusters should be equally frequent. The whole network minimises (eq. 2)
 
 p is the softmax of a linear head on strong views. n(i) is one of the nearest neighbours of image i, itself included,
 drawn anew each epoch. The mean in the entropy is over the global batch. After each epoch this loss without labels, on
-images without augmentation, with five nearest neighbours and lambda = 1, selects among epochs and heads.
+images without augmentation, with an image and its five nearest others and lambda = 1, selects among epochs and heads.
 
 `self_label`: if an image is predicted with a probability above the threshold, its strong view learns that cluster. All
-clusters with such images have equal weight.
+clusters with such images have equal weight. Predictions are made in eval mode; the authors' program makes them in train
+mode (digits: ACC .963 here, .960 so).
 
 As all clustering heads here, these have input of unit norm, which the published ones have not.
 """
@@ -65,7 +66,7 @@ from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
 
 NEIGHBOR, VIEW = 40, 41  # streams of random numbers
-SELECTED_BY = 5  # nearest neighbours by which epochs and heads are compared
+SELECTED_BY = 6  # an image and its five nearest others, by which epochs and heads are compared
 BETAS = (0.9, 0.999)  # of Adam
 
 
@@ -78,7 +79,7 @@ class ScanConfig:
     lr: float = setting(1e-4, "learning rate of Adam", above=0)
     weight_decay: float = setting(1e-4, "on every parameter, as part of the gradient", least=0)
     neighbors: int = setting(
-        20, "of each image, itself included", least=2, remedy="give 2 or more: the nearest one is the image itself"
+        21, "of each image, itself included", least=2, remedy="give 2 or more: the nearest one is the image itself"
     )
     entropy_weight: float = setting(5.0, "lambda, which keeps all clusters in use", least=0)
     heads: int = setting(1, "linear heads on one backbone, of which the lowest selection loss takes one", above=0)

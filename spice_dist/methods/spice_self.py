@@ -64,6 +64,7 @@ class SpiceSelfConfig:
         least=2,
         remedy="a center needs at least 2 images",
     )
+    batch: int = setting(0, "M, images of one E-step; 0: samples_per_cluster times K", least=0)
     center_fraction: float = setting(
         0.5, "share of these images that make up a center", above=0, most=1, remedy="it is a share, at most 1"
     )
@@ -95,6 +96,10 @@ class SpiceSelfConfig:
     weak: View = setting(SCAN_WEAK, "the weak view")
     strong: View = setting(SCAN_STRONG, "the strong view")
 
+    def e_step_images(self, images: int, clusters: int) -> int:
+        """M, of so many images."""
+        return min(images, self.batch or self.samples_per_cluster * clusters)
+
     @property
     def encodes_anew(self) -> bool:
         """Whether the backbone changes within an E-step, so that no view's features can be reused."""
@@ -107,7 +112,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     num_images = manifest.clustered
     check(task, config, num_images)
     features = torch.from_numpy(artifacts.features(worker.run, num_images)).to(worker.device)
-    batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
+    batch = config.e_step_images(num_images, task.clusters)
     sizes, sizes_of_all = (quotas(count, task.clusters, config.prior) for count in (batch, num_images))
     steps_per_epoch = num_images // batch
     total = config.epochs * steps_per_epoch
@@ -247,14 +252,19 @@ def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
     check_ranges("spice_self", config, "backbone_bn")
     if not math.isfinite(config.entropy_weight):
         raise UserError(f"spice_self.entropy_weight is {config.entropy_weight}; it must be finite")
-    check_ranges("spice_self", config, "samples_per_cluster")
+    check_ranges("spice_self", config, "samples_per_cluster", "batch")
+    if config.batch and config.batch < 2 * task.clusters:
+        raise UserError(
+            f"spice_self.batch is {config.batch}, fewer than 2 images for each of {task.clusters} clusters; give 0, or "
+            f"at least {2 * task.clusters}"
+        )
     if num_images < 2 * task.clusters:
         raise UserError(
             f"{num_images} images are too few for {task.clusters} clusters: prototypes need at least two images each; "
             f"ask for {num_images // 2} clusters or fewer"
         )
     if config.prior:
-        _check_prior(task, config, min(num_images, config.samples_per_cluster * task.clusters))
+        _check_prior(task, config, config.e_step_images(num_images, task.clusters))
     if config.view_epochs < 0 or (config.view_epochs and config.encodes_anew):
         raise UserError(
             f"spice_self.view_epochs is {config.view_epochs}; give 0 or more, and 0 with a backbone that changes: its "

@@ -60,7 +60,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     if worker.world > 1:
         raise UserError("a backbone that changes in stage 2 is trained by one worker: use --workers 0")
     features = torch.from_numpy(artifacts.features(worker.run, num_images)).to(worker.device)
-    batch = min(num_images, config.samples_per_cluster * task.clusters)  # M
+    batch = config.e_step_images(num_images, task.clusters)
     sizes, sizes_of_all = (quotas(count, task.clusters, config.prior) for count in (batch, num_images))
     steps_per_epoch = num_images // batch
     total = config.epochs * steps_per_epoch

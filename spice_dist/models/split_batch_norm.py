@@ -83,8 +83,12 @@ def forget_statistics(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_statistics(module: nn.Module) -> None:
-    """Move the running statistics towards the mean over the groups of all workers since the last update."""
+def update_statistics(module: nn.Module, times: int = 1) -> None:
+    """Move the running statistics towards the mean over the groups of all workers since the last update.
+
+    Args:
+        times: as many equal updates at once; momentum m then counts as 1 - (1 - m)^times.
+    """
     norms = [norm for norm in _norms(module) if norm.pending]
     if not norms:
         return
@@ -95,8 +99,9 @@ def update_statistics(module: nn.Module) -> None:
         momentum = 0.1 if norm.momentum is None else norm.momentum
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        norm.running_mean.lerp_(mean, momentum)
-        norm.running_var.lerp_(var, momentum)
+        share = momentum if times == 1 else 1 - (1 - momentum) ** times
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(var, share)
         norm.pending.clear()
 
 

@@ -128,7 +128,7 @@ def test_every_neighbour_of_the_list_is_drawn_about_as_often(small_run):
 
 def test_the_selection_loss_is_its_float64_formula_on_plain_images(small_run):
     net, kept = scan.trained(SMALL, small_run)
-    lists = scan.find_neighbors(SMALL.scan, 200, LocalWorker(small_run, "none", CPU))[:, :5]
+    lists = scan.find_neighbors(SMALL.scan, 200, LocalWorker(small_run, "none", CPU))[:, :6]
     view = augment.apply(PLAIN, pixels(small_run, np.arange(200)), torch.arange(200), ())
     with torch.no_grad():
         probs = classify(net.double().eval(), view.double()).softmax(2)

@@ -65,6 +65,16 @@ def test_running_statistics_follow_the_mean_over_groups():
     torch.testing.assert_close(ours.running_var, 0.9 + 0.1 * variances.mean(0))
 
 
+def test_several_updates_at_once_are_torchs_one_after_another():
+    ours, torchs = pair()
+    ours(images())
+    update_statistics(ours, times=3)
+    for _ in range(3):
+        torchs(images())
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_var, torchs.running_var)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     ours, _ = pair()
     ours.groups = 3
