@@ -32,6 +32,15 @@ def quarantine_file(run: Path) -> Path:
     return run / "data/quarantine.csv"
 
 
+def packed_file(run: Path) -> Path:
+    return run / "data/dataset.beton"
+
+
+def paths_file(run: Path) -> Path:
+    """The names of the images: a JSON string a line."""
+    return run / "data/paths.jsonl"
+
+
 def true_labels_file(run: Path) -> Path:
     return run / "data/labels.npy"
 
@@ -161,6 +170,11 @@ def levels_file(run: Path) -> Path:
 def model(run: Path) -> Path:
     """The folder of the trained model."""
     return run / "model"
+
+
+def card_file(run: Path) -> Path:
+    """What the model is, for people: it goes with the model."""
+    return run / "model/README.md"
 
 
 def names_file(run: Path) -> Path:

@@ -5,10 +5,10 @@ import os
 import sys
 from typing import NoReturn
 
-from spice_dist.command import doctor, evaluate, fit, pack, predict, report, settings, suggest_k, tune
+from spice_dist.command import doctor, evaluate, export, fit, pack, predict, report, settings, suggest_k, tune
 
 OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
-COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, evaluate)
+COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, export, evaluate)
 
 
 def main(arguments: list[str] | None = None) -> int:

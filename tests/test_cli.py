@@ -135,6 +135,12 @@ def test_the_model_folder_alone_predicts_what_the_run_assigned(digits_run, tmp_p
     assert [row["cluster"] for row in predicted] == [row["cluster"] for row in assigned]
 
 
+def test_a_run_leaves_a_model_card(digits_run):
+    card = (digits_run / "model/README.md").read_text()
+    assert "# 10 groups of 1,797 images" in card
+    assert "| this model's groups |" in card
+
+
 def test_the_same_command_again_trains_nothing_and_changes_nothing(digits_run, capsys):
     before = {path: path.stat().st_mtime_ns for path in digits_run.rglob("*.safetensors")}
     assignments = (digits_run / "assignments.csv").read_bytes()
