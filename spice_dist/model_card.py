@@ -138,21 +138,22 @@ def _groups(run: Path, metrics: dict[str, Any]) -> str:
 def _network(about: dict[str, Any], backbone: dict[str, Any] | None) -> str:
     own = mapping(about.get("backbone"))
     names = " + ".join(str(name) for name in [own.get("name"), *(own.get("others") or ())])
-    weights = "" if backbone is None else str(backbone.get("weights") or "")
-    source = {
-        "": "random weights, or not recorded",
-        PACKAGE: "weights of a Python package",
-        TIMM: "weights that timm publishes",
-    }.get(weights, "a file of weights")
     stem = "" if own.get("stem") == "native" else f", stem {literal(str(own.get('stem')))}"
     rows = [
         ("network", literal(names) + stem),
-        ("started from", source),
-        ("licence of these weights", literal(licence(backbone)) or "not known; ask whoever made them"),
+        ("started from", _source(backbone)),
+        ("licence of these weights", literal(licence(backbone)) or "not known"),
         ("mean of the input", _numbers(own.get("mean"))),
         ("deviation of the input", _numbers(own.get("std"))),
     ]
     return "## Network\n\n" + _table(("", ""), rows)
+
+
+def _source(backbone: dict[str, Any] | None) -> str:
+    if backbone is None:
+        return "not recorded"
+    kinds = {"": "random weights", PACKAGE: "weights of a Python package", TIMM: "weights that timm publishes"}
+    return kinds.get(str(backbone.get("weights") or ""), "a file of weights")
 
 
 def _numbers(values: object) -> str:

@@ -103,7 +103,7 @@ def _check_missing(plan: Plan, skip_missing: bool) -> None:
     if not plan.missing or (skip_missing and plan.items):
         return
     assert isinstance(plan.files, Originals), "packed images have no files to miss"
-    count = f"{len(plan.missing):,} of {len(plan.missing) + len(plan.items):,} images are not in {plan.files.root}"
+    count = f"{len(plan.missing):,} of {len(plan.missing) + len(plan.items):,} images are not in {plan.files}"
     remedy = "give the folder where they are now, --source DIR, or leave these out, --skip-missing"
     raise UserError(f"{count} ({spoken(plan.missing)}); {remedy}")
 
@@ -112,7 +112,7 @@ def _check_out(plan: Plan) -> list[Item]:
     """Return what is still to be written; UserError if `out` holds anything else, or there is no room."""
     out, files = plan.out, plan.files
     if isinstance(files, Originals) and not files.listed and out.resolve().is_relative_to(files.root.resolve()):
-        raise UserError(f"{out} is inside of the images' folder {files.root}; give another OUT")
+        raise UserError(f"{out} is inside of the images' folder {files}; give another OUT")
     if os.path.lexists(out) and _record(out) != _fingerprint(plan):
         raise UserError(f"{out} exists and holds other files than this export; give an OUT that does not exist")
     to_do = [item for item in plan.items if not _is_there(plan, item)]

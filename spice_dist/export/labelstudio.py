@@ -11,6 +11,7 @@ from spice_dist.data.files import Progress, publish
 from spice_dist.errors import UserError
 from spice_dist.export.originals import Originals, find_originals
 from spice_dist.export.result import Result, read_result
+from spice_dist.group_names import plain
 
 STEP = 1_000  # images between two calls of progress
 MODEL = "spice_dist"
@@ -42,8 +43,8 @@ def export(run: Path, out: Path, source: Path | None, progress: Progress) -> lis
     return [
         f"wrote {out}: {result.n:,} tasks with predictions",
         "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
-        f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={folder.parent}",
-        f"add the local storage {folder} to the project, paste this labelling config, import {out.name}:",
+        f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={plain(str(folder.parent))}",
+        f"add the local storage {plain(str(folder))} to the project, paste this labelling config, import {out.name}:",
         labelling_config([result.labels[cluster] for cluster in result.labels if cluster in used]),
     ]
 
@@ -61,7 +62,9 @@ def _served(originals: Originals, folder: Path, name: str) -> str:
     """Return the URL path of an image: relative to the parent of the folder, which Label Studio serves."""
     path = originals.path(name)
     if not path.is_relative_to(folder):
-        raise UserError(f"{path} is not in {folder}, which Label Studio would serve; give a run of one folder")
+        raise UserError(
+            f"{plain(str(path))} is not in {originals}, which Label Studio would serve; use a run of one folder"
+        )
     return "/data/local-files/?d=" + quote(os.fsencode(path.relative_to(folder.parent)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spice_dist.data.files import commit
 from spice_dist.errors import UserError
-from spice_dist.export.trained import Trained, in_words, largest_difference, preprocessing, trained
+from spice_dist.export.trained import Trained, cropping, largest_difference, preprocessing, trained
 from spice_dist.group_names import labels_of
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClassifierNet, ClusterNet
@@ -60,7 +60,7 @@ def export(run: Path, out: Path) -> list[str]:
             f"largest on {len(model.index)} images",
             f"input: images, uint8 (any number, {model.task.data.size}, {model.task.data.size}, "
             f"{model.task.data.channels}); outputs: {' and '.join(OUTPUTS)}; normalisation is inside",
-            in_words(model.task).partition(", / 255")[0],
+            cropping(model.task),
         ]
 
 

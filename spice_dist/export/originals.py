@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from spice_dist import artifacts
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset
 from spice_dist.errors import UserError
+from spice_dist.group_names import plain
 
 WITHOUT_FILES = (".npy", ".npz", ".beton")  # their images have names, but no files
 
@@ -18,6 +19,9 @@ class Originals:
 
     root: Path
     listed: bool  # a list named the files: they may lie outside of the root
+
+    def __str__(self) -> str:
+        return plain(str(self.root))
 
     def path(self, name: str) -> Path:
         return Path(os.path.abspath(self.root / name))
@@ -59,4 +63,6 @@ def find_originals(run: Path, given: Path | None, first: str) -> Originals | Non
     if path.suffix.lower() in SUFFIXES:
         holds_images = first == f"{path.name}/0000000"
         return None if holds_images else Originals(path.parent, listed=True)
-    raise UserError(f"the images' folder {source} is not there; give the folder where they are now: --source DIR")
+    raise UserError(
+        f"the images' folder {plain(source)} is not there; give the folder where they are now: --source DIR"
+    )

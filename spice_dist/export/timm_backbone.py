@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spice_dist.data.files import commit
 from spice_dist.errors import UserError
-from spice_dist.export.trained import Trained, in_words, largest_difference, preprocessing, trained
+from spice_dist.export.trained import Trained, cropping, largest_difference, preprocessing, trained
 from spice_dist.models.backbone import BackboneConfig
 from spice_dist.models.split_batch_norm import split_batch_norm
 from spice_dist.models.wide_resnet import SHAPES
@@ -106,7 +106,9 @@ def _about(model: Trained, difference: float) -> str:
 def _usage(task: Task, arguments: dict[str, Any], out: Path) -> list[str]:
     given = "".join(f", {name}={value!r}" for name, value in arguments.items())
     call = f'timm.create_model("{task.backbone.name}", pretrained=False{given}, checkpoint_path={str(out)!r}).eval()'
-    return [f"load it: model = {call}", in_words(task)]
+    about = preprocessing(task)
+    normalised = f"then / 255, minus {about['mean']}, divided by {about['std']}"
+    return [f"load it: model = {call}", f"{cropping(task)}, {normalised}"]
 
 
 def _left_out(model: Trained) -> list[str]:

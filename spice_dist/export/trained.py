@@ -68,13 +68,10 @@ def preprocessing(task: Task) -> dict[str, Any]:
     }
 
 
-def in_words(task: Task) -> str:
-    """Say what `preprocessing` describes in one line."""
-    about = preprocessing(task)
-    return (
-        f"images: {about['colour']}, {about['crop']}, resized to {task.data.size} x {task.data.size} "
-        f"({about['interpolation']}), / 255, mean {about['mean']}, std {about['std']}"
-    )
+def cropping(task: Task) -> str:
+    """Say in one line which pixels of an image the network takes."""
+    about, size = preprocessing(task), task.data.size
+    return f"images: {about['colour']}, {about['crop']}, resized to {size} x {size} ({about['interpolation']})"
 
 
 def largest_difference(what: str, one: Float[Tensor, "M D"], other: Float[Tensor, "M D"], tolerance: float) -> float:

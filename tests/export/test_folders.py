@@ -70,7 +70,7 @@ def test_hostile_names_of_files_and_groups_stay_inside_and_differ(
     assert len({str(name).casefold() for name in names}) == len(names)
     assert digests(out) == digests(hostile_photos)
     assert len(digests(out)) == len(HOSTILE)
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["_._escaped [31m", "_CON", "_con-2"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["_.._escaped [31m", "_CON", "_con-2"]
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,14 @@ def test_any_number_of_images_gets_the_probabilities_of_the_run(exported: Export
     images = open_images(artifacts.data(exported.run), device=CPU, size=size, channels=channels, loader="torch")
     (pixels, _), *_ = images.batches(np.arange(images.n), images.n)
     expected = probabilities(net, images, task.backbone.statistics)
-    assert expected.std(0).max() > 1e-3, "images that differ"
+    assert expected.std(0).max() > 2e-4, "images that differ"
     session = onnxruntime.InferenceSession(str(exported.file))
     (given,) = session.get_inputs()
     assert (given.type, given.shape[1:]) == ("tensor(uint8)", [size, size, channels])
     for count in (1, images.n):
         batch = pixels[:count].permute(0, 2, 3, 1).contiguous().numpy()
         probs, features = session.run(["probabilities", "features"], {"images": batch})
-        np.testing.assert_allclose(probs, expected[:count], atol=1e-4)
+        np.testing.assert_allclose(probs, expected[:count], atol=2e-5)
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_the_file_says_what_it_takes_and_what_its_groups_are_called(exported: Ex
 
 def test_a_file_that_gives_other_probabilities_is_not_written(exported: Exported, tmp_path: Path):
     content = onnx.load(str(exported.file))
-    (scale,) = [tensor for tensor in content.graph.initializer if tensor.name.endswith("scale")]
+    (scale,) = [tensor for tensor in content.graph.initializer if tensor.name == "scale"]
     scale.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), scale.name))
     with trained(exported.run) as model, pytest.raises(UserError, match="nothing was written"):
         onnx_network._write_checked(content, {}, model, tmp_path / "network.onnx")
