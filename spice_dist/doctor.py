@@ -146,7 +146,7 @@ def ffcv(run: IntendedRun) -> Iterator[Finding]:
         yield Finding("ffcv", OK, f"{version('ffcv')}, with its native decoder")
         return
     fix = "apt-get install libopencv-dev libturbojpeg0-dev, then launch/setup.sh"
-    yield Finding("ffcv", NOTE, f"{missing}; Pillow reads the images, slower", fix)
+    yield Finding("ffcv", NOTE, f"{missing}; torchvision decodes the images, slower", fix)
 
 
 def limits(run: IntendedRun) -> Iterator[Finding]:

@@ -12,8 +12,8 @@ from spice_dist.data.ffcv_decoder import FFCVDecoder, why_no_ffcv
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import read_manifest
 from spice_dist.data.packed import Decoder, PackedImages
-from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import load_resident
+from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.errors import DamagedFile, UserError
 
 RESIDENT_BYTES = 2 << 30
@@ -79,11 +79,11 @@ def _verified(data_dir: Path) -> beton.BetonInfo:
 @cache
 def _decoder(loader: str) -> Decoder:
     if loader == "torch":
-        return PillowDecoder()
+        return TorchvisionDecoder()
     missing = why_no_ffcv()
     if missing is None:
         return FFCVDecoder()
     if loader == "ffcv":
         raise UserError(missing)
-    log.warning("%s; Pillow, which is slower, takes its place", missing)
-    return PillowDecoder()
+    log.warning("%s; torchvision's decoder, which is slower, takes its place", missing)
+    return TorchvisionDecoder()

@@ -1,4 +1,4 @@
-"""The same decoding and resizing with Pillow, where FFCV is not installed."""
+"""The same decoding and resizing as FFCV's with Pillow."""
 
 import io
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ from spice_dist.data.beton_writer import BetonWriter
 from spice_dist.data.crops import Crop
 from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
+from spice_dist.data.packed import PackedImages
+from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.sources import from_array, open_source
+from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.data.views import MOCO_V2
 from spice_dist.distributed.worker import usable_cores
 
@@ -239,6 +242,14 @@ def bench_photos(root: Path, repeats: int) -> None:
         row("two MoCo views, 224 px", n, partial(drain, peer), views, repeats, 3.0)
         for name, crops, wanted in (("decode and crop, 224 px", one, 0.85), ("decode once, crop twice", two, 0.5)):
             row(name, n, partial(drain, stock), partial(our_crops, images, order, crops), repeats, wanted)
+    info = beton.verify(root / "jpg/dataset.beton")
+    with ExitStack() as opened:
+        pillow, torchvision = (
+            opened.enter_context(closing(PackedImages(info, decoder(), CPU, 224, 3, usable_cores())))
+            for decoder in (PillowDecoder, TorchvisionDecoder)
+        )
+        passes = [partial(our_crops, images, order, one) for images in (pillow, torchvision)]
+        row("without FFCV: Pillow's decoder, torchvision's", n, passes[0], passes[1], repeats, 1.0)
 
 
 def our_crops(images: Any, order: np.ndarray, crops: Any) -> None:

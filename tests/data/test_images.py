@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from spice_dist.data import ffcv_decoder, loaders
 from spice_dist.data import packed as packed_module
@@ -32,6 +33,7 @@ from spice_dist.data.packed import PackedImages
 from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.resident import ResidentImages
 from spice_dist.data.sources import Source, from_array
+from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.data.views import MOCO_V2, View
 from spice_dist.errors import DamagedFile, UserError
 
@@ -133,8 +135,6 @@ def test_the_number_of_torch_threads_is_left_alone(jpg_folder: Path):
 
 def photographs(count: int = 24) -> np.ndarray:
     """Parts of a photograph, (N, 120, 150, 3)."""
-    from sklearn.datasets import load_sample_image
-
     photo = load_sample_image("china.jpg")
     rng = np.random.default_rng(0)
     starts = zip(rng.integers(0, 300, count), rng.integers(0, 480, count), strict=True)
@@ -303,6 +303,28 @@ def test_damaged_bytes_never_reach_the_decoder_where_stock_ffcv_shows_another_im
     assert (stale == 77).all()  # what stock FFCV, which looks at no return code, would serve
 
 
+@pytest.mark.parametrize("quality", [20, 95])
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
+def test_torchvision_decodes_the_pixels_of_pillow_bit_for_bit(subsampling: str, quality: int):
+    for name, box in (("china.jpg", (0, 0, 341, 256)), ("flower.jpg", (3, 5, 130, 104))):
+        file = io.BytesIO()
+        photograph = Image.fromarray(load_sample_image(name)).crop(box)
+        photograph.save(file, "JPEG", quality=quality, subsampling=subsampling)
+        pixels = [np.zeros((photograph.height, photograph.width, 3), np.uint8) for _ in range(2)]
+        PillowDecoder().decode(bytearray(file.getvalue()), pixels[0])
+        TorchvisionDecoder().decode(bytearray(file.getvalue()), pixels[1])
+        assert pixels[0].std() > 20
+        assert np.array_equal(*pixels)
+
+
+@pytest.mark.parametrize("decoder", [PillowDecoder, TorchvisionDecoder])
+def test_a_stored_image_that_is_cut_off_is_a_damaged_file(decoder: type):
+    file = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).save(file, "JPEG")
+    with pytest.raises(DamagedFile, match="cannot be decoded"):
+        decoder().decode(bytearray(file.getvalue()[:3000]), np.zeros((427, 640, 3), np.uint8))
+
+
 class Stuck(PillowDecoder):
     """Stands for a decoder that meets a file system which does not answer."""
 
@@ -310,7 +332,7 @@ class Stuck(PillowDecoder):
         time.sleep(3)
 
 
-@pytest.mark.parametrize("decoder", [FFCVDecoder, PillowDecoder])
+@pytest.mark.parametrize("decoder", [FFCVDecoder, PillowDecoder, TorchvisionDecoder])
 def test_a_jpeg_of_another_size_than_the_file_states_is_refused_and_only_by_its_header(
     jpg_folder: Path, monkeypatch: pytest.MonkeyPatch, decoder: type
 ):
@@ -453,7 +475,7 @@ def test_mistakes_in_opening_are_one_line_that_helps(packed: Path, tmp_path: Pat
         open_images(tmp_path / "nowhere", device=CPU, size=24)
 
 
-def test_without_ffcv_pillow_takes_over_and_says_so_once(
+def test_without_ffcv_torchvision_takes_over_and_says_so_once(
     jpg_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     ffcv_decoder._native.cache_clear()
@@ -464,7 +486,7 @@ def test_without_ffcv_pillow_takes_over_and_says_so_once(
         with caplog.at_level(logging.WARNING, "spice_dist.data"):
             for _ in range(2):
                 with closing(open_images(jpg_folder, device=CPU, size=48)) as opened:
-                    assert isinstance(opened._decoder, PillowDecoder)  # type: ignore
+                    assert isinstance(opened._decoder, TorchvisionDecoder)  # type: ignore
         assert [("pip install" in record.message) for record in caplog.records] == [True]
         with pytest.raises(UserError, match="pip install"):
             open_images(jpg_folder, device=CPU, size=48, loader="ffcv")
