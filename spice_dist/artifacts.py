@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float16, Int
 
 from spice_dist.data.manifest import Ingested, read_manifest
+from spice_dist.errors import DamagedFile, UserError
 
 
 def data(run: Path) -> Path:
@@ -177,6 +178,14 @@ def card_file(run: Path) -> Path:
     return run / "model/README.md"
 
 
+def trained_model(folder: Path) -> Path:
+    """Return the model folder of the run `folder`, or `folder` if it is a model itself; UserError if it is neither."""
+    for place in (model(folder), folder):
+        if (place / "model.json").is_file():
+            return place
+    raise UserError(f"{str(folder)!r} holds no model; give the folder of a finished run, or a copy of its model folder")
+
+
 def names_file(run: Path) -> Path:
     """The names that the user gave to clusters: an object, cluster number -> name. It goes with the model."""
     return run / "model/names.json"
@@ -184,8 +193,18 @@ def names_file(run: Path) -> Path:
 
 def names(run: Path) -> dict[int, str]:
     """Empty where no cluster has a name."""
-    path = names_file(run)
-    return {int(cluster): name for cluster, name in json.loads(path.read_text()).items()} if path.exists() else {}
+    return model_names(model(run))
+
+
+def model_names(folder: Path) -> dict[int, str]:
+    """As `names`, of a model folder; DamagedFile if the file is not such an object."""
+    path = folder / "names.json"
+    try:
+        return {int(cluster): str(name) for cluster, name in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedFile(f'{path} holds no names ({error}): make it an object such as {{"3": "dresses"}}') from error
 
 
 def edits_file(run: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16
+from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor, nn
 
 from spice_dist.allocator import keep_freed_memory
@@ -28,15 +28,26 @@ def outputs(
     precision: str = "auto",
 ) -> Iterator[Float[Tensor, "B D"]]:
     """Yield the model's outputs on the images `index`, un-augmented, in order; `progress` gets (done, all)."""
+    done = 0
+    for number, out in outputs_of(model, images.batches(index, chunk_of(images.size)), statistics, precision):
+        done += len(number)
+        progress(done, len(index))
+        yield out
+
+
+def outputs_of(
+    model: nn.Module,
+    batches: Iterator[tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"]]],
+    statistics: Statistics,
+    precision: str = "auto",
+) -> Iterator[tuple[Int64[Tensor, " b"], Float[Tensor, "b d"]]]:
+    """Yield, for each batch of (images, their numbers), the numbers and the model's outputs, un-augmented."""
     model.eval()
     keep_freed_memory()
-    done = 0
-    for image, number in images.batches(index, chunk_of(images.size)):
+    for image, number in batches:
         with torch.no_grad(), autocast(image.device, precision):
             out = model(augment.apply(PLAIN, image, number, (), statistics))
-        done += len(image)
-        progress(done, len(index))
-        yield out.float()
+        yield number, out.float()
 
 
 def chunk_of(size: int) -> int:

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from spice_dist.errors import Interrupted
 
+LINE_S = 30.0  # between two lines of progress in a log
+
 
 class StopSignal:
     """Takes Ctrl-C, SIGTERM and SIGUSR1 as requests to save and stop; a second Ctrl-C stops at once."""
@@ -43,9 +45,12 @@ class StopSignal:
 
 
 class Bar:
-    """Shows a stage's progress: done of total, rate, time left, loss."""
+    """Shows a stage's progress: done of total, rate, time left, loss.
 
-    def __init__(self, stage: str, stop: StopSignal):
+    A bar on a terminal and in a notebook; elsewhere, where nothing can be redrawn, a line every LINE_S seconds.
+    """
+
+    def __init__(self, stage: str, stop: StopSignal | None = None):
         self.stage, self.stop = stage, stop
         self.tqdm: Any = None  # until the first progress, so that an early error is one line
 
@@ -54,6 +59,7 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         if self.tqdm is not None:
+            self.tqdm.delay = 0  # a stage of a moment has its line too
             self.tqdm.close()
 
     def fill(self) -> None:
@@ -63,15 +69,39 @@ class Bar:
 
     def show(self, done: int, total: int, loss: float | None = None) -> None:
         """Show the progress; a stage without a loss saves no state, and stops here when asked to."""
-        if loss is None:
+        if loss is None and self.stop is not None:
             self.stop.check()
+        start = done if loss is not None and done > 1 else 0
         if self.tqdm is None:
-            slow = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no redrawing
-            options = {"unit": "", "mininterval": slow, "dynamic_ncols": True, "file": sys.stderr}
-            self.tqdm = tqdm(desc=f"{self.stage:<11}", **options)
-        if self.tqdm.total != total:
+            self.tqdm = _bar(self.stage, total, start)
+        elif self.tqdm.total != total:
             self.tqdm.reset(total)
-            self.tqdm.initial = self.tqdm.n = done if loss is not None and done > 1 else 0
+            self.tqdm.initial = self.tqdm.n = start
         if loss is not None:
             self.tqdm.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.tqdm.update(done - self.tqdm.n)
+
+
+def _bar(stage: str, total: int, start: int) -> Any:
+    from tqdm.asyncio import tqdm as plain
+    from tqdm.auto import tqdm as bar  # in a notebook its own
+
+    options: dict[str, Any] = {"desc": f"{stage:<11}", "total": total, "initial": start, "unit": ""}
+    if bar is plain and not sys.stderr.isatty():
+        parts = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        return plain(**options, mininterval=LINE_S, delay=LINE_S, bar_format=parts, file=_Lines(sys.stderr))
+    return bar(**options, mininterval=0.2, dynamic_ncols=True)
+
+
+class _Lines:
+    """A stream on which each state of a bar is a line."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():  # without the return to the start of the line, and blanks over what stood there
+            self.stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()

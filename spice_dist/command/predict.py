@@ -1,21 +1,84 @@
 """`spice-dist predict`: the clusters of new images."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spice_dist.command.options import Commands
 
+if TYPE_CHECKING:
+    from spice_dist.predicting import Predictions
+
+SUFFIXES = (".csv", ".parquet")
+EXAMPLES = """examples:
+  spice-dist predict runs/photos new.jpg                          one image: its cluster on the screen
+  spice-dist predict runs/photos new_photos/ --out new.csv        or new.parquet
+  find new_photos -name '*.jpg' | spice-dist predict runs/photos - --unreadable keep --out new.csv
+  spice-dist predict runs/photos new_photos/ --json | jq '.images[] | select(.cluster == 3).path'
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("predict", help="assign new images with the model of a finished run")
+    command = commands.add_parser("predict", help="assign new images with the model of a finished run", epilog=EXAMPLES)
     command.set_defaults(call=predict)
     command.add_argument("run", type=Path, help="a run folder, or a copy of its model folder")
-    command.add_argument("data", help="as for fit")
-    command.add_argument("--out", type=Path, required=True, help="a CSV file: index, path, cluster, confidence")
+    command.add_argument("data", help="as for fit, one image file, or -: a list of paths from standard input")
+    command.add_argument(
+        "--out",
+        type=Path,
+        help="a .csv or .parquet file: index, path, cluster, confidence, name (default: CSV on standard output)",
+    )
+    command.add_argument(
+        "--unreadable",
+        choices=("skip", "keep", "error"),
+        default="skip",
+        help="an image that cannot be used is left out and listed (skip, the default), a row with cluster -1 and no "
+        "confidence (keep), or ends the command (error)",
+    )
+    command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
 def predict(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist import model_folder
+    from spice_dist import artifacts
+    from spice_dist.data.dataset import open_given
 
-    model_folder.predict(options.run, options.data, options.out)
-    print(f"wrote {options.out}")
+    _check_out(options.out, options.data)
+    folder = artifacts.trained_model(options.run)
+    source = open_given(options.data)
+
+    from spice_dist import predicting
+    from spice_dist.terminal import Bar
+
+    with Bar("predict") as bar:
+        predictions = predicting.predict(folder, source, options.unreadable, bar.show)
+    _show(predictions, options)
+
+
+def _check_out(out: Path | None, data: str) -> None:
+    from spice_dist.errors import UserError
+
+    if out is None:
+        return
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out is {str(out)!r}; give a name that ends with {' or '.join(SUFFIXES)}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"{str(out)!r} cannot be written; give a file in a folder that exists")
+    if out.exists() and Path(data).is_file() and out.samefile(data):
+        raise UserError(f"--out would replace {data!r}, from which the images are read; give another name")
+
+
+def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
+    from spice_dist import prediction_files as files
+
+    listed = files.write_predictions(options.out, predictions) if options.out else None
+    if options.json:
+        print(files.as_json(predictions))
+    elif options.out:
+        print(f"wrote {options.out}")
+    elif options.data == predictions.source.paths[0]:
+        print(files.one_line(predictions))
+    else:
+        sys.stdout.writelines(files.csv_lines(predictions))
+    if line := files.left_out_line(predictions):
+        print(line + (f"; {listed} says why" if listed else ""), file=sys.stderr)

@@ -1,17 +1,19 @@
 """Settings of a run's images, and the way from any kind of DATA to one packed data set."""
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from spice_dist.data.decode import MIN_SIDE
+from spice_dist.data.decode import MIN_SIDE, Packing
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
-from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source
+from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, stored_format
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
 from spice_dist.data.manifest import Ingested, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
 from spice_dist.data.remote import is_remote, remote_source
-from spice_dist.data.sources import Source, is_beton, open_source
+from spice_dist.data.sources import Source, from_files, is_beton, is_image_name, open_source
 from spice_dist.errors import UserError
 from spice_dist.settings import setting
 
@@ -46,13 +48,37 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
         source,
         out_dir,
         size=config.size,
-        jpeg_side=round(config.size * JPEG_MARGIN),
+        jpeg_side=_jpeg_side(config),
         format=config.format,
         quality=config.quality,
         max_bad=config.max_bad,
         drop_duplicates=config.drop_duplicates,
         progress=progress,
     )
+
+
+def packing_of(config: DataConfig) -> Packing:
+    """Return how `prepare` stores the images of a small set."""
+    format = stored_format(config.format, config.size, images=1)
+    return Packing(format, config.size if format == "raw" else _jpeg_side(config), config.quality)
+
+
+def _jpeg_side(config: DataConfig) -> int:
+    return round(config.size * JPEG_MARGIN)
+
+
+def open_given(data: str) -> Source:
+    """Open what `open_data` opens, one image file, or "-": paths on standard input, a line each or NUL-terminated."""
+    if data == "-":
+        return from_files(paths_in(sys.stdin.buffer.read()))
+    path = Path(data)
+    return from_files([data]) if is_image_name(path.name) and path.is_file() else open_data(data)
+
+
+def paths_in(listed: bytes) -> list[str]:
+    """Split the output of find or ls, or of find -print0."""
+    end = b"\0" if b"\0" in listed else b"\n"
+    return [os.fsdecode(line) for line in listed.split(end) if line.strip()]
 
 
 def open_data(data: str, labels: str | None = None, split: str = "whole", trust_foreign_beton: bool = False) -> Source:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -24,7 +24,7 @@ REUSED_BYTES = 64 << 20  # freed memory that a child does not give back
 CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 
 
-def packed_in_order(source: Source, packing: Packing, workers: int, first: int = 0) -> Iterator[Result]:
+def packed_in_order(source: Source, packing: Packing, workers: int, first: int = 0) -> Generator[Result, None, None]:
     """Yield for each image from `first` on, in order, the bytes to store, or the reason why it cannot be used.
 
     Untrusted files are decoded in `workers` child processes, arrays in as many threads of this one. At most

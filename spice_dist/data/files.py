@@ -61,8 +61,13 @@ def csv_cell(text: str) -> str:
 
     Backslashes, control characters and undecodable bytes become Python escapes; a leading = + - @ gets an apostrophe.
     """
-    text = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = printable(text)
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+
+
+def printable(text: str) -> str:
+    """Return `text` with Python escapes for backslashes, control characters and undecodable bytes."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def unguard(cell: str) -> str:

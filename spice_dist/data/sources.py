@@ -6,6 +6,7 @@ apart.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,8 +90,12 @@ def open_source(data: str, labels: str | None = None) -> Source:
         if labels == "folder":
             raise UserError("labels 'folder' belong to a folder; for an .npz give 'array' or none")
         return _array(path, with_labels=labels == "array")
-    hint = "; for a single image give the folder it is in" if _suffix(path.name) in IMAGE_SUFFIXES else ""
+    hint = "; for a single image give the folder it is in" if is_image_name(path.name) else ""
     raise UserError(f"{data!r} is not a kind of data that can be read: give {KINDS}{hint}")
+
+
+def is_image_name(name: str) -> bool:
+    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def is_beton(data: str) -> bool:
@@ -130,11 +136,23 @@ def _digits() -> Source:
     return Source("digits", names, pixels.__getitem__, target.astype(np.int64), [str(c) for c in range(10)])
 
 
-def from_files(files: Sequence[str | Path]) -> Source:
+def from_files(files: Sequence[Any]) -> Source:
     """Take images by their paths, in the order given."""
     if not len(files):
         raise UserError("the list of images is empty: give at least one path")
+    if others := {type(file).__name__ for file in files if not isinstance(file, str | os.PathLike)}:
+        raise UserError(f"the list of images holds {', '.join(sorted(others))}: give paths, or uint8 arrays, alone")
     return files_source("a list of files", [os.fspath(file) for file in files], lambda i: Path(files[i]))
+
+
+def from_arrays(images: Sequence[Any]) -> Source:
+    """Take images of any sizes, each (H, W), (H, W, 1) or (H, W, 3) uint8, named by their number."""
+    for i, image in enumerate(images):
+        is_array = isinstance(image, np.ndarray)
+        if not is_array or image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,)):
+            got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+            raise UserError(f"image {i} of the list is {got}: give uint8 of shape (H, W), (H, W, 1) or (H, W, 3)")
+    return Source("a list of arrays", [f"{i:07d}" for i in range(len(images))], images.__getitem__)
 
 
 def from_array(images: np.ndarray) -> Source:
@@ -193,7 +211,7 @@ def scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
                         ignored[SYMLINK] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(name)
-                    elif entry.is_file(follow_symlinks=False) and _suffix(entry.name) in IMAGE_SUFFIXES:
+                    elif entry.is_file(follow_symlinks=False) and is_image_name(entry.name):
                         paths.append(name)
                     else:
                         ignored[_suffix(entry.name)] += 1
@@ -253,7 +271,8 @@ def read_file(path: Path) -> bytes:
                 raise BadImage("empty file")
             return file.read(MAX_FILE_BYTES)
     except OSError as error:
-        raise BadImage(f"cannot read: {error.strerror}") from error
+        reason = f"{SYMLINK}: give the file that it points to" if error.errno == errno.ELOOP else error.strerror
+        raise BadImage(f"cannot read: {reason}") from error
 
 
 # ---------------------------------------------------------------- arrays

@@ -94,6 +94,7 @@ class ClusterNet(nn.Module):
         return self.logits(self.backbone(images))
 
     def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        """Return the logits of images whose features the backbone has computed."""
         return self.head(unit(features))[0]
 
 
@@ -113,6 +114,7 @@ class LinearNet(nn.Module):
         return self.logits(self.backbone(images))
 
     def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        """Return the logits of images whose features the backbone has computed."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 
@@ -200,7 +202,11 @@ class ClassifierNet(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.head(self.backbone(images))[0]
+        return self.logits(self.backbone(images))
+
+    def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        """Return the logits of images whose features the backbone has computed."""
+        return self.head(features)[0]
 
 
 Network = ClusterNet | LinearNet | ClassifierNet

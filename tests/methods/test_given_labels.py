@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spice_dist import cli, losses, model_folder
+from spice_dist import cli, losses
 from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data.sources import open_source
@@ -140,7 +140,7 @@ def test_a_run_says_that_it_used_labels_and_scores_other_images(tmp_path, config
         assert "This run USED TRUE LABELS: it learned from 30 of them" in text
         assert "the 170 images whose labels were not given" in text
     assert list(load(run).scores)[1].endswith("(30 labels)")
-    model_folder.predict(run, "digits", tmp_path / "out.csv")
+    assert cli.main(["predict", str(run), "digits", "--out", str(tmp_path / "out.csv")]) == 0
     with open(tmp_path / "out.csv") as file:
         assert [int(row["cluster"]) for row in csv.DictReader(file)][:200] == assigned.tolist()
 

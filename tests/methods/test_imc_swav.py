@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spice_dist import model_folder
+from spice_dist import cli, model_folder
 from spice_dist.config import Config, override
 from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
@@ -359,7 +359,7 @@ def test_a_run_clusters_predicts_and_is_evaluated_again_with_other_statistics(tm
     assert len(metrics["heads"]) == 2
     assert metrics["select"]["select_loss"] == min(head["select_loss"] for head in metrics["heads"])
     assert "IMC-SwAV" in (run / "report.html").read_text()
-    model_folder.predict(run, "digits", tmp_path / "new.csv")
+    assert cli.main(["predict", str(run), "digits", "--out", str(tmp_path / "new.csv")]) == 0
     ours = (run / "assignments.csv").read_text().splitlines()[1:]
     again = (tmp_path / "new.csv").read_text().splitlines()[1:201]
     assert [row.split(",")[2] for row in ours] == [row.split(",")[2] for row in again]

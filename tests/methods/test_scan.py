@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spice_dist import model_folder
+from spice_dist import cli
 from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data import augment
@@ -234,7 +234,7 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
     assert "SCAN, no self-label" in format_scores(run)
     assert "SCAN, self-labelling" in (run / "report.html").read_text()
 
-    model_folder.predict(run, "digits", tmp_path / "out.csv")
+    assert cli.main(["predict", str(run), "digits", "--out", str(tmp_path / "out.csv")]) == 0
     with open(tmp_path / "out.csv") as file:
         predicted = [int(row["cluster"]) for row in csv.DictReader(file)]
     assert predicted[:200] == read_assignments(run / "assignments.csv")[0].tolist()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spice_dist import inference, model_folder
+from spice_dist import cli, inference, model_folder
 from spice_dist.assignments import read_assignments
 from spice_dist.config import Config, override
 from spice_dist.data import augment
@@ -268,7 +268,7 @@ def test_the_model_of_a_run_is_the_network_of_stage_three(without_stage, tmp_pat
     assert isinstance(net, LinearNet)
     assert (task.backbone.name, net.head.weight.shape) == ("wrn_28_2", (10, 128))
     assert_same_bits(net.state_dict(), finished(run / "spice_semi").tensors("ema"))
-    model_folder.predict(run, "digits", tmp_path / "out.csv")
+    assert cli.main(["predict", str(run), "digits", "--out", str(tmp_path / "out.csv")]) == 0
     assigned = read_assignments(run / "assignments.csv")[0]
     with open(tmp_path / "out.csv") as file:
         predicted = [int(row["cluster"]) for row in csv.DictReader(file)]

@@ -1,0 +1,92 @@
+"""Predictions as rows, as JSON, as a line; the rows are index, path, cluster, confidence, name."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spice_dist.data.files import csv_cell, printable, publish
+from spice_dist.predicting import Predictions
+
+COLUMNS = ("index", "path", "cluster", "confidence", "name")
+PLURAL = ("link", "closed folder")
+
+
+def write_predictions(out: Path, predictions: Predictions) -> Path | None:
+    """Write the rows to `out`, by its suffix as .parquet or CSV.
+
+    Returns:
+        OUT.quarantine.csv, path and reason of each unreadable image; None, and no such file, where all are readable.
+    """
+    if out.suffix == ".parquet":
+        _write_parquet(out, predictions)
+    else:
+        with publish(out) as file:
+            file.writelines(line.encode() for line in csv_lines(predictions))
+    listed = out.with_name(out.name + ".quarantine.csv")
+    if not predictions.reasons:
+        listed.unlink(missing_ok=True)  # of an earlier call
+        return None
+    unreadable = [(predictions.source.paths[i], reason) for i, reason in predictions.reasons.items()]
+    with publish(listed) as file:
+        file.writelines(line.encode() for line in _lines([("path", "reason"), *unreadable]))
+    return listed
+
+
+def csv_lines(predictions: Predictions) -> Iterator[str]:
+    """Yield the lines of a CSV file; an unreadable image has no confidence."""
+    yield from _lines([COLUMNS])
+    for index, path, cluster, confidence, name in predictions.rows():
+        sure = "" if confidence is None else f"{confidence:.4f}"
+        yield from _lines([(index, path, cluster, sure, name or "")])
+
+
+def one_line(predictions: Predictions) -> str:
+    """Say what becomes of a single image."""
+    ((_, path, cluster, confidence, name),) = predictions.rows()
+    if confidence is None:
+        return f"{printable(path)}: unreadable ({printable(predictions.reasons[0])})"
+    named = f" ({printable(name)})" if name else ""
+    return f"{printable(path)}: cluster {cluster}{named}, confidence {confidence:.2f}"
+
+
+def as_json(predictions: Predictions) -> str:
+    """Return an object with the images, how many files were given, and how many are left out, by reason."""
+    images = [dict(zip(COLUMNS, row, strict=True)) for row in predictions.rows()]
+    unreadable = [
+        {"index": i, "path": predictions.source.paths[i], "reason": reason} for i, reason in predictions.reasons.items()
+    ]
+    result = {"given": predictions.given(), "left_out": predictions.left_out(), "unreadable": unreadable}
+    return json.dumps({"images": images, **result}, indent=1)
+
+
+def left_out_line(predictions: Predictions) -> str:
+    """Say how many files have no row, and why, such as "51 of 10,051 left out: 30 .heic, 12 links, 9 unreadable"."""
+    counts = predictions.left_out()
+    if not counts:
+        return ""
+    reasons = [f"{count:,} {printable(kind)}{'s' * (kind in PLURAL and count > 1)}" for kind, count in counts.items()]
+    return f"{sum(counts.values()):,} of {predictions.given():,} left out: {', '.join(reasons)}"
+
+
+def _lines(rows: list[tuple[Any, ...]]) -> Iterator[str]:
+    for row in rows:
+        text = io.StringIO()
+        cells = [csv_cell(cell) if isinstance(cell, str) else cell for cell in row]
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        yield text.getvalue()
+
+
+def _write_parquet(out: Path, predictions: Predictions) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    types = (pa.int64(), pa.string(), pa.int64(), pa.float32(), pa.string())
+    index, path, *others = zip(*predictions.rows(), strict=True)
+    # a name that is no UTF-8, which parquet cannot hold
+    path = [name.encode("utf-8", "backslashreplace").decode() for name in path]
+    columns = [pa.array(column, kind) for column, kind in zip((index, path, *others), types, strict=True)]
+    with publish(out) as file:
+        parquet.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), file)
