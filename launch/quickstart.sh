@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up, then runs the main job: clusters scikit-learn's 1,797 handwritten digits into runs/digits.
+# Sets up what runs, then runs the main job: clusters scikit-learn's 1,797 handwritten digits into runs/digits.
 # Arguments are passed on, such as --seed 1 --out runs/digits-1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-launch/setup.sh
+launch/setup.sh run
 exec .venv/bin/spice-dist fit digits --out runs/digits "$@"

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" -eq 0 ] || exec sudo "$0" "$@"
 export PATH=$PATH:/usr/sbin:/sbin
-launch/setup.sh
+launch/setup.sh test
 
 declare -A debian_packages=([slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [ip]=iproute2
   [nsenter]=util-linux [pgrep]=procps [shellcheck]=shellcheck [modulecmd]=environment-modules)

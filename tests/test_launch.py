@@ -202,3 +202,54 @@ def test_a_job_for_a_cluster_that_lets_anybody_in_is_refused_unless_told(tmp_pat
 def test_commands_without_workers_are_not_told_of_the_cluster(tmp_path):
     done = ray_job(tmp_path, "200", "--insecure", "report", "/runs/a")
     assert done.stdout.endswith("-- spice-dist report /runs/a\n")
+
+
+def checkout(folder: Path) -> Path:
+    """A checkout whose programs only write down how they were called, to `calls`."""
+    (folder / "launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "setup.sh", folder / "launch")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(LAUNCH.parent / name, folder)
+    for program in ("bin/g++", "bin/pkg-config", "bin/apt-get", "bin/sudo", "bin/python3", ".venv/bin/python"):
+        path = folder / program
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho "{path.name} $*" >>"{folder}/calls"\n')
+        path.chmod(0o755)
+    return folder
+
+
+def set_up(folder: Path, *level: str) -> list[str]:
+    """What launch/setup.sh installs by pip."""
+    (folder / "calls").write_text("")
+    names = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    subprocess.run([str(folder / "launch/setup.sh"), *level], env=names, check=True, capture_output=True)
+    calls = (folder / "calls").read_text()
+    assert "apt-get" not in calls
+    return re.findall(r"-e (\S+)", calls)
+
+
+def test_each_level_installs_what_it_needs_once_and_a_higher_one_is_enough(tmp_path):
+    folder = checkout(tmp_path / "all")
+    assert set_up(folder, "run") == [".[photos]"], "no FFCV, no compiler, no tools of tests"
+    assert set_up(folder, "run") == []
+    assert set_up(folder) == [".[photos,cluster]", ".[ffcv]"]
+    assert set_up(folder, "test") == [".[photos,cluster,dev]", ".[ffcv]"]
+    for level in ("run", "cluster", "test"):
+        assert set_up(folder, level) == []
+    again = checkout(tmp_path / "tests first")
+    assert set_up(again, "test") == [".[photos,cluster,dev]", ".[ffcv]"]
+    assert set_up(again, "run") == set_up(again) == []
+    (again / "constraints.txt").write_text("changed")
+    assert set_up(again, "run") == [".[photos]"]
+
+
+def test_an_unknown_level_is_one_line(tmp_path):
+    done = subprocess.run([str(LAUNCH / "setup.sh"), "all"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "run|cluster|test" in done.stderr
+
+
+def test_the_quick_start_sets_up_what_runs_and_the_tests_what_tests():
+    wanted = {"quickstart.sh": "run", "test.sh": "test", "test_slurm.sh": "test"}
+    for script, level in wanted.items():
+        assert f"launch/setup.sh {level}\n" in (LAUNCH / script).read_text()
