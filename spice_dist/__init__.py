@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from spice_dist.pipeline import fit
     from spice_dist.recipes import recipe
 
+    __version__: str
+
 # How often an idle thread of torch's CPU kernels looks for work before it sleeps, read when torch is first imported.
 # With libgomp's default a second busy program was seen to make a training step 20 times as long; with so few turns it
 # is two to three times, about its share of the cores, and no slower when the cores are free (tests/bench).
@@ -32,7 +34,15 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("spice_dist")
     if name not in _HOME:
         raise AttributeError(f"module 'spice_dist' has no attribute {name!r}")
     return getattr(importlib.import_module(f"spice_dist.{_HOME[name]}"), name)

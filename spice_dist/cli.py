@@ -2,18 +2,61 @@
 
 import argparse
 import os
+import select
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from spice_dist.command import doctor, evaluate, export, fit, pack, predict, report, settings, suggest_k, tune
+from spice_dist.command import (
+    completion,
+    doctor,
+    evaluate,
+    export,
+    fit,
+    pack,
+    predict,
+    report,
+    settings,
+    suggest_k,
+    tune,
+)
 
-OK, MISTAKE, REQUEUE, INTERRUPTED = 0, 1, 75, 130
-COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, export, evaluate)
+OK, MISTAKE, REQUEUE, INTERRUPTED, CLOSED = 0, 1, 75, 130, 141
+COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, export, evaluate, completion)
+
+
+FIRST_STEPS = """spice-dist clusters images without labels.
+
+  spice-dist fit digits --out runs/digits        a first run: 1,797 handwritten digits, minutes on two cores
+  spice-dist fit photos/ --out runs/photos       your images; then look at runs/photos/report.html
+  spice-dist predict runs/photos new.jpg         the group of another image
+  spice-dist doctor                              check this machine
+  spice-dist --help                              all commands; spice-dist fit --help: options and examples of one
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 a mistake, told in one line; 75 state saved, run me again; 130 the same after Ctrl-C."""
+    """Parse the arguments, of the command line by default, and do what they ask for.
+
+    Returns:
+        0 done; 1 a mistake, named in one line; 75 state saved, run me again; 130 the same after Ctrl-C; 141 what reads
+        the output, such as head, has closed it.
+    """
     given = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(given)
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends: also what --help has printed
+    except BrokenPipeError:
+        if not (_discard(sys.stdout) | _discard(sys.stderr)):
+            raise
+        return CLOSED
+
+
+def _run(given: list[str]) -> int:
+    if not given:
+        print(FIRST_STEPS, end="")
+        return OK
     options = parser().parse_args(given)
     from spice_dist.errors import Interrupted, UserError, warn_in_one_line
 
@@ -27,21 +70,51 @@ def main(arguments: list[str] | None = None) -> int:
         print("spice-dist: stopped, the state is saved; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED if str(signal) in ("", "SIGINT") else REQUEUE
     except KeyboardInterrupt:
-        print("spice-dist: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("spice-dist: stopped at once; the same command goes on from what is saved", file=sys.stderr)
         os._exit(INTERRUPTED)  # threads of loaders and workers must not hold the process
     return OK
 
 
+def _discard(stream: Any) -> bool:
+    """Return whether the reader of a stream has closed it; what is written to it from now on is lost then."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # no file behind it
+        return False
+    return True
+
+
 class _Parser(argparse.ArgumentParser):
-    """Mistakes in one line, as everywhere."""
+    """Mistakes in one line, as everywhere; examples as they are written."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(MISTAKE, f"spice-dist: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from spice_dist import __version__
+
+        print(f"spice-dist {__version__}")
+        parser.exit(OK)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of all sub-commands; `call` of what it parses is the action."""
-    root = _Parser(prog="spice-dist", description="Cluster images without labels, on one machine or many (SPICE).")
+    root = _Parser(
+        prog="spice-dist",
+        description="Cluster images without labels, on one machine or many (SPICE).",
+        epilog=FIRST_STEPS.partition("\n\n")[2],
+    )
+    root.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    root.set_defaults(root=root)  # what `completion` completes
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

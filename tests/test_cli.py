@@ -402,7 +402,7 @@ def test_wrong_settings_are_refused_in_one_line(tmp_path, capsys):
     assert "NAME=VALUE" in mistake(capsys, "fit", "digits", *out, "--set", "moco.lr")
     assert "digits, photos" in mistake(capsys, "fit", "digits", *out, "--recipe", "digit")
     assert "divisor of 2" in mistake(capsys, "fit", "digits", *out, "--workers", "3")
-    assert "holds no model" in mistake(capsys, "predict", tmp_path, "digits", *out)
+    assert "holds no model" in mistake(capsys, "predict", tmp_path, "digits")
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -513,3 +513,14 @@ def test_help_names_the_commands():
     shown = subprocess.run(command("--help"), capture_output=True, text=True, env=environment, check=True).stdout
     for name in ("fit", "pack", "predict", "report", "evaluate"):
         assert f"    {name} " in shown
+
+
+def test_scripts_get_the_scores_that_the_table_shows_as_json(digits_run, capsys):
+    assert run("evaluate", digits_run, "--json") == 0
+    (numbers,) = json.loads(capsys.readouterr().out)["runs"]
+    metrics = json.loads((digits_run / "metrics.json").read_text())
+    assert numbers["scores"]["SPICE"] == pytest.approx(metrics["eval"])
+    assert (numbers["images"], numbers["clusters"], numbers["method"]) == (1797, 10, "spice")
+    assert numbers["without_labels"]["silhouette"] == metrics["select"]["silhouette"]
+    assert run("evaluate", digits_run, digits_run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == [numbers, numbers]

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from spice_dist.config import Config
     from spice_dist.data.sources import Source
 
+EXAMPLES = """examples:
+  spice-dist doctor                                               this machine
+  spice-dist doctor photos/ --clusters 12 --out runs/photos       and a run that is meant
+  spice-dist doctor photos/ --address auto --out /shared/run      and every node of a Ray cluster
+"""
+
 
 def add(commands: Commands) -> None:
     command = commands.add_parser(
-        "doctor", help="check this machine, a cluster and a run that is meant, before it starts"
+        "doctor", help="check this machine, a cluster and a run that is meant, before it starts", epilog=EXAMPLES
     )
     command.set_defaults(call=doctor, checkpoint_seconds=60.0)  # it saves nothing
     command.add_argument("data", nargs="?", help="as for fit; its images and the cost of the recipe are looked at")

@@ -1,13 +1,23 @@
 """`spice-dist evaluate`: the scores of finished runs, or of the features of a run's checkpoints."""
 
 import argparse
+import json
 from pathlib import Path
 
 from spice_dist.command.options import Commands
 
+EXAMPLES = """examples:
+  spice-dist evaluate runs/photos
+  spice-dist evaluate runs/seed-0 runs/seed-1 runs/seed-2         mean and standard deviation
+  spice-dist evaluate runs/photos --json | jq .runs[0].clusters
+  spice-dist evaluate runs/digits --probe knn                     features of the checkpoints of stage 1
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("evaluate", help="print the scores of finished runs, or probe a run's features")
+    command = commands.add_parser(
+        "evaluate", help="print the scores of finished runs, or probe a run's features", epilog=EXAMPLES
+    )
     command.set_defaults(call=evaluate)
     command.add_argument(
         "run", type=Path, nargs="+", help="of several, such as seeds, mean and standard deviation are printed"
@@ -18,17 +28,13 @@ def add(commands: Commands) -> None:
         choices=("knn", "kmeans", "linear"),
         help="instead: accuracy of the features of each kept checkpoint of stage 1, also of a run that is not finished",
     )
+    command.add_argument("--json", action="store_true", help="print the numbers as JSON, for scripts")
 
 
 def evaluate(options: argparse.Namespace, given: list[str]) -> None:
     first, *others = options.run
     if options.probe is None:
-        if others:
-            from spice_dist.report.table import format_seeds
-
-            print(format_seeds(options.run))
-        else:
-            print_scores(first)
+        _print_runs(options.run, options.json)
         return
     import torch
 
@@ -41,7 +47,18 @@ def evaluate(options: argparse.Namespace, given: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with StopSignal() as stop, Bar("probe", stop) as bar:
         rows = probe_checkpoints(first, options.probe, device, bar.show)
-    print(format_rows(rows))
+    print(json.dumps(rows, indent=1) if options.json else format_rows(rows))
+
+
+def _print_runs(runs: list[Path], as_json: bool) -> None:
+    from spice_dist.report import table
+
+    if as_json:
+        print(table.as_json(runs))
+    elif len(runs) > 1:
+        print(table.format_seeds(runs))
+    else:
+        print_scores(runs[0])
 
 
 def print_scores(run: Path) -> None:

@@ -15,9 +15,18 @@ from spice_dist.command.options import (
     open_source,
 )
 
+EXAMPLES = """examples:
+  spice-dist fit digits --out runs/digits                         a first run: 1,797 handwritten digits
+  spice-dist fit photos/ --out runs/photos                        as many groups as the images suggest
+  spice-dist fit photos/ --out runs/photos --clusters 12          other groups of the same run: seconds
+  spice-dist fit cifar10:data --out runs/cifar --recipe cifar10 --dry-run    what it would cost
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("fit", help="cluster images: the whole pipeline into a run folder, resumable")
+    command = commands.add_parser(
+        "fit", help="cluster images: the whole pipeline into a run folder, resumable", epilog=EXAMPLES
+    )
     command.set_defaults(call=fit)
     command.add_argument(
         "data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton"

@@ -5,9 +5,16 @@ from pathlib import Path
 
 from spice_dist.command.options import Commands, add_ingest_options, open_source
 
+EXAMPLES = """examples:
+  spice-dist pack photos/ photos.beton --size 256
+  spice-dist fit photos.beton --out runs/photos
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("pack", help="check images and pack them into one .beton file, resumable")
+    command = commands.add_parser(
+        "pack", help="check images and pack them into one .beton file, resumable", epilog=EXAMPLES
+    )
     command.set_defaults(call=pack)
     command.add_argument("data", help="as for fit")
     command.add_argument("out", type=Path, help="a new .beton file; OUT.json and lists are written beside it")

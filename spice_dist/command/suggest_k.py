@@ -5,9 +5,16 @@ from pathlib import Path
 
 from spice_dist.command.options import Commands, add_ingest_options, configuration, open_source
 
+EXAMPLES = """examples:
+  spice-dist suggest-k runs/photos                                from the features of a run: at once
+  spice-dist suggest-k photos/                                    from the images
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("suggest-k", help="how many groups the images form: a curve, a range, three levels")
+    command = commands.add_parser(
+        "suggest-k", help="how many groups the images form: a curve, a range, three levels", epilog=EXAMPLES
+    )
     command.set_defaults(
         call=suggest_k, out=None, recipe=None, method="spice", clusters=None, config=None, pretext=None
     )

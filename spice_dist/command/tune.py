@@ -12,9 +12,17 @@ from spice_dist.command.options import (
     open_source,
 )
 
+EXAMPLES = """examples:
+  spice-dist tune digits --space heads --trials 20 --out sweeps/digits
+  spice-dist tune digits --space heads --trials 40 --out sweeps/digits --resume
+  spice-dist fit digits --config sweeps/digits/best.json --out runs/best
+"""
+
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("tune", help="search settings without labels: many trials on one base run, resumable")
+    command = commands.add_parser(
+        "tune", help="search settings without labels: many trials on one base run, resumable", epilog=EXAMPLES
+    )
     command.set_defaults(call=tune)
     command.add_argument("data", help="as for fit")
     command.add_argument("--out", type=Path, required=True, help="the folder of the sweep")

@@ -1,12 +1,14 @@
 """Format the scores of finished runs for a terminal."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spice_dist.errors import UserError
-from spice_dist.report.reading import SCORES, load
+from spice_dist.report.reading import SCORES, load, mapping, number
 
 WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}
@@ -64,6 +66,30 @@ def format_seeds(runs: Sequence[Path]) -> str:
     selected = [run.metrics["select"] for run in loaded]
     spreads = (f"{name} {_spread([values.get(name) for values in selected])}" for name in selected[0])
     return "\n".join([*lines, "", "without labels: " + ", ".join(spreads)])
+
+
+def as_json(runs: Sequence[Path]) -> str:
+    """Return an object with one entry of `runs` for each run; a score or number that a run lacks is null."""
+    return json.dumps({"runs": [_numbers(run) for run in runs]}, indent=1)
+
+
+def _numbers(run: Path) -> dict[str, Any]:
+    """Return what `format_scores` shows; scores by method, and where the run keeps its rows and its page."""
+    loaded = load(run)
+    metrics = loaded.metrics
+    return {
+        "run": str(run),
+        "method": metrics.get("method"),
+        "images": metrics.get("n"),
+        "clusters": loaded.num_clusters,
+        "nonempty": metrics.get("nonempty"),
+        "uses_labels": bool(metrics.get("uses_labels")),
+        "verdict": mapping(metrics.get("verdict")) or None,
+        "scores": loaded.scores,
+        "reliable": mapping(metrics.get("reliable")).get("count"),
+        "without_labels": {name: number(value) for name, value in mapping(metrics.get("select")).items()},
+        "seconds": mapping(metrics.get("seconds")),
+    }
 
 
 def _spread(values: Sequence[float | None]) -> str:
