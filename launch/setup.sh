@@ -14,12 +14,14 @@ if [ $# -gt 1 ] || [ -z "${extras[$level]:-}" ]; then
   echo "setup: usage: launch/setup.sh [run|cluster|test], not $*" >&2
   exit 1
 fi
+if [ "$level" = test ]; then debian_packages+=(chromium); fi  # which the tests of the report drive
 wanted=$(cat pyproject.toml constraints.txt launch/setup.sh | sha256sum)
 
 is_done() { [ -f ".venv/.spice-dist-$1" ] && [ "$(cat ".venv/.spice-dist-$1")" = "$wanted" ]; }
 ffcv_libraries() { command -v g++ >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
 python_modules() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 python_headers() { "$python" -c 'import sysconfig, os; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null; }
+browser() { [ "$level" != test ] || command -v chromium >/dev/null; }
 
 install_debian_packages() {
   local root=()
@@ -45,7 +47,7 @@ done
 python=${PYTHON:-python3}
 if [ "$level" = run ]; then
   python_modules || install_debian_packages python3-venv
-elif ! ffcv_libraries || ! python_modules || ! python_headers; then
+elif ! ffcv_libraries || ! python_modules || ! python_headers || ! browser; then
   install_debian_packages "${debian_packages[@]}"
 fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -228,6 +228,11 @@ def report_file(run: Path) -> Path:
     return run / "report.html"
 
 
+def map_file(run: Path) -> Path:
+    """Where the images lie on the report's map."""
+    return run / "report/map.npz"
+
+
 def sweep_file(folder: Path) -> Path:
     """Of the folder of a sweep: its settings."""
     return folder / "sweep.json"

@@ -256,6 +256,17 @@ def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clus
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
+def true_classes(run: Path) -> Int[np.ndarray, " N"] | None:
+    """Return the true class of every scored image, -1 for the others; None without true labels. For the report."""
+    y_true = artifacts.true_labels(run)
+    if y_true is None:
+        return None
+    classes = np.full(len(y_true), -1)
+    scored = scored_images(artifacts.manifest(run))
+    classes[scored] = y_true[scored]
+    return classes
+
+
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
     """Return the ACC of a clustering of the clustered images; None without true labels. For tables, never to choose."""
     y_true = artifacts.true_labels(run)

@@ -150,7 +150,7 @@ class Page(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if any(tag == "style" for tag, _ in self.open):
+        if any(tag in ("style", "script") for tag, _ in self.open):
             return
         self.text += data
         for _, identity in self.open:
@@ -177,10 +177,12 @@ def unlabelled(tmp_path_factory):
     return folder, Page(write_report(folder, images=read_pixels).read_text(encoding="utf-8"))
 
 
-def test_the_page_runs_nothing_and_loads_nothing(labelled):
+def test_the_page_runs_one_script_and_loads_nothing(labelled):
     _, parsed, _ = labelled
     tags = {tag for tag, _ in parsed.elements}
-    assert not tags & {"script", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "use", "image"}
+    kinds = [attributes.get("type") for tag, attributes in parsed.elements if tag == "script"]
+    assert kinds == ["text/plain", "application/json", None]  # two that are data, and the page's own
+    assert not tags & {"iframe", "object", "embed", "link", "base", "form", "foreignobject", "use", "image"}
     for tag, attributes in parsed.elements:
         assert not [name for name in attributes if name.startswith("on")], attributes
         for name in ("src", "href", "xlink:href", "action", "srcset", "data", "background", "poster"):
@@ -189,7 +191,11 @@ def test_the_page_runs_nothing_and_loads_nothing(labelled):
         assert "url(" not in attributes.get("style", "")
         assert tag != "svg" or "onload" not in attributes
     policies = [a["content"] for t, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert len(policies) == 1
+    assert policies[0].startswith(
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
+    assert policies[0].count("'") == 6
 
 
 def test_the_style_sheet_refers_to_nothing(labelled):
@@ -468,9 +474,14 @@ def test_principal_axes_are_those_of_the_covariance(monkeypatch):
 def test_center_similarity_in_blocks_equals_the_whole(monkeypatch):
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(100, 6)), rng.integers(0, 5, 100)
-    whole = gallery.center_similarity(features, labels, 6)
+    whole = gallery.cluster_centers(features, labels, 6)
+    np.testing.assert_allclose(
+        whole[2] @ features[labels == 2].mean(axis=0), np.linalg.norm(features[labels == 2].mean(axis=0))
+    )
+    similarity = gallery.center_similarity(features, labels, whole)
     monkeypatch.setattr(gallery, "CHUNK", 7)
-    np.testing.assert_allclose(gallery.center_similarity(features, labels, 6), whole)
+    np.testing.assert_allclose(gallery.cluster_centers(features, labels, 6), whole)
+    np.testing.assert_allclose(gallery.center_similarity(features, labels, whole), similarity)
 
 
 def test_large_images_become_small_jpegs():

@@ -172,7 +172,7 @@ def finished_steps(run: Path) -> int:
 def test_its_scores_and_report_bear_its_name(toy_run, tmp_path, capsys):
     assert cli.main(["evaluate", str(toy_run)]) == 0
     assert "Toy  " in capsys.readouterr().out
-    assert cli.main(["report", str(toy_run), "--out", str(tmp_path / "page.html")]) == 0
+    assert cli.main(["report", str(toy_run), "--map", "pca", "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "Moves centers to the mean" in page
 

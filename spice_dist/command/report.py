@@ -1,24 +1,42 @@
-"""`spice-dist report`: report.html of a finished run."""
+"""`spice-dist report`: report.html of a finished run, or a page about two runs of the same images."""
 
 import argparse
 from pathlib import Path
 
 from spice_dist.command.options import Commands
+from spice_dist.errors import UserError
 
 EXAMPLES = """examples:
   spice-dist report runs/photos
   spice-dist report runs/photos --out photos.html
+  spice-dist report runs/a runs/b --out compared.html
 """
 
 
 def add(commands: Commands) -> None:
-    command = commands.add_parser("report", help="write report.html of a finished run again", epilog=EXAMPLES)
+    command = commands.add_parser(
+        "report", help="write report.html of a finished run again, or compare two runs", epilog=EXAMPLES
+    )
     command.set_defaults(call=report)
-    command.add_argument("run", type=Path)
-    command.add_argument("--out", type=Path, help="default: report.html in the run folder")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one run, or two of the same images")
+    command.add_argument("--out", type=Path, help="default: report.html in the run folder; needed for two runs")
+    command.add_argument(
+        "--map", choices=("umap", "pca"), default="umap", help="umap (default) where installed, a minute; or pca"
+    )
+    command.add_argument("--page-mb", type=float, help="megabytes of thumbnails in the page (20); others lie beside it")
 
 
 def report(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist.report import write_report
+    runs, out = options.runs, options.out
+    if len(runs) > 2:
+        raise UserError(f"{len(runs)} runs were given: give one run, or two to compare")
+    if len(runs) == 2 and out is None:
+        raise UserError("two runs are compared on a page of its own: name it by --out page.html")
+    from spice_dist.report import PAGE_MB, write_comparison, write_report
 
-    print(f"wrote {write_report(options.run, options.out)}")
+    if len(runs) == 2:
+        written = write_comparison(runs[0], runs[1], out)
+    else:
+        page_mb = PAGE_MB if options.page_mb is None else options.page_mb
+        written = write_report(runs[0], out, page_mb=page_mb, take_time=options.map == "umap")
+    print(f"wrote {written}")

@@ -155,7 +155,8 @@ def size_chart(sizes: np.ndarray, reliable: np.ndarray, order: np.ndarray) -> Ma
             left, y(even), width - right, short(even)
         )
     )
-    return svg(f"Sizes of {len(sizes)} clusters, from {sizes.min():,} to {sizes.max():,} images", width, height, parts)
+    title = f"Sizes of {len(sizes)} clusters, from {sizes.min():,} to {sizes.max():,} images"
+    return svg(title, width, height, parts, role="group")  # bars are links, which an image may not hold
 
 
 def feature_map(points: np.ndarray, labels: np.ndarray, name_clusters: bool) -> Markup:
@@ -231,7 +232,7 @@ def _pieces(points: list[tuple]) -> list[list[tuple]]:
     return [*pieces, piece] if piece else pieces
 
 
-def svg(title: str, width: int, height: int, parts: list[Markup]) -> Markup:
-    return Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
-        title, width, height, Markup("").join(parts)
+def svg(title: str, width: int, height: int, parts: list[Markup], role: str = "img") -> Markup:
+    return Markup('<svg class="chart" role="{}" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
+        role, title, width, height, Markup("").join(parts)
     )

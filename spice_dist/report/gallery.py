@@ -23,6 +23,7 @@ MAP_IMAGES = 3000  # most images on the map of features
 
 @dataclass
 class Thumbnail:
+    index: int
     uri: str
     path: str
     confidence: float
@@ -68,23 +69,30 @@ def counts(num_clusters: int) -> tuple[int, int, int]:
     return 6, 3, 64
 
 
-def center_similarity(features: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Return each image's cosine with its cluster's center: center[k] = normalize(mean of features with label k)."""
-    blocks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+def cluster_centers(features: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Return center[k] = normalize(mean of features with label k), float64 (K, D); DamagedFile if one is not finite."""
     centers = np.zeros((num_clusters, features.shape[1]))
-    for block in blocks:
+    for block in blocks(len(labels)):
         rows = np.asarray(features[block], dtype=np.float64)
         if not np.isfinite(rows).all():
             raise DamagedFile("features.npy holds values that are not finite")
         order = np.argsort(labels[block], kind="stable")
         present, starts = np.unique(labels[block][order], return_index=True)
         centers[present] += np.add.reduceat(rows[order], starts, axis=0)
-    centers /= np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-12)
+    return centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-12)
+
+
+def center_similarity(features: np.ndarray, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return each image's cosine with its cluster's center."""
     similarity = np.empty(len(labels))
-    for block in blocks:
+    for block in blocks(len(labels)):
         rows = np.asarray(features[block], dtype=np.float64)
         similarity[block] = np.einsum("nd,nd->n", rows, centers[labels[block]])
     return similarity
+
+
+def blocks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,7 +134,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
         for chunk in np.array_split(wanted, max(1, -(-len(wanted) // 5000))):
             for index, image in zip(chunk.tolist(), images(run.folder, chunk), strict=True):
                 uri, pixelated = encode(image, edge)
-                thumbnails[index] = Thumbnail(uri, paths[index], float(run.confidence[index]), pixelated)
+                thumbnails[index] = Thumbnail(index, uri, paths[index], float(run.confidence[index]), pixelated)
     except (UserError, OSError) as error:
         notes.append(f"The images could not be read, so no thumbnails are shown: {error}")
         nearest = uncertain = [np.empty(0, np.int64)] * run.num_clusters

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from spice_dist import catalog
+from spice_dist import artifacts, catalog
+from spice_dist.assignments import read_names
 from spice_dist.report import charts
+from spice_dist.report.evidence import Evidence
 from spice_dist.report.gallery import principal_axes
 from spice_dist.report.reading import LEARN_FROM_LABELS, SCORES, Run, mapping, number
 from spice_dist.report.text import duration, percent
@@ -255,6 +257,27 @@ def manifest(run: Run) -> list[tuple[str, str]]:
             value = len(value)
         rows.append((shown, f"{value:,}" if isinstance(value, int) else str(value)))
     return rows
+
+
+def outliers(run: Run, evidence: Evidence) -> list[dict]:
+    paths = read_names(artifacts.assignments_file(run.folder), np.array([i for i, _ in evidence.outliers], np.int64))
+    return [{"index": i, "path": paths[i], "distance": charts.short(distance)} for i, distance in evidence.outliers]
+
+
+def copies(run: Run, evidence: Evidence) -> list[list[dict]]:
+    """Return the groups of copies, the best of each first; images that the run does not have are left out."""
+    wanted = np.array([int(row["index"]) for group in evidence.copies for row in group], np.int64)
+    paths = read_names(artifacts.assignments_file(run.folder), wanted)
+    groups = [[(int(row["index"]), row["kind"], row["best"] == "1") for row in group] for group in evidence.copies]
+    names = ("index", "path", "kind", "best")
+    return [
+        [dict(zip(names, (i, paths[i], kind, best), strict=True)) for i, kind, best in group if i in paths]
+        for group in groups
+    ]
+
+
+def apply_command(run: Run) -> str:
+    return shlex.join(["spice-dist", "apply", str(run.folder), "edits.json"])
 
 
 def command(run: Run) -> str:
