@@ -264,6 +264,16 @@ def test_the_matched_pairs_are_on_the_diagonal():
     assert confusion.table(labels, truth, 101, ["a", "b", "c"]) is None
 
 
+def test_the_papers_numbers_stand_beside_those_of_its_data_sets(tmp_path):
+    write_run(tmp_path)
+    manifest = tmp_path / "data/manifest.json"
+    assert "published" not in write_report(tmp_path, images=read_pixels).read_text(encoding="utf-8")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": "cifar10"}))
+    page = write_report(tmp_path, images=read_pixels).read_text(encoding="utf-8")
+    row = re.findall(r">SPICE, published</th>(.*?)</tr>", page, re.DOTALL)[0]
+    assert re.findall(r"[\d.]+(?=<span)|–", row) == ["92.6", "–", "85.2", "86.5", "–"]
+
+
 # ---------------------------------------------------------------- the map
 
 

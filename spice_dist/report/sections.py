@@ -12,6 +12,7 @@ from spice_dist.assignments import read_names
 from spice_dist.report import charts
 from spice_dist.report.evidence import Evidence
 from spice_dist.report.gallery import principal_axes
+from spice_dist.report.published import published
 from spice_dist.report.reading import LEARN_FROM_LABELS, SCORES, Run, mapping, number
 from spice_dist.report.text import duration, percent
 
@@ -110,7 +111,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
 
 
 def score_rows(run: Run) -> list[dict]:
-    """Return the rows of the table, with the best value of every column marked."""
+    """Return the rows of the table, the best value of every column marked; the paper's rows of this data set last."""
     if not run.has_labels:
         return []
     best = {
@@ -122,6 +123,9 @@ def score_rows(run: Run) -> list[dict]:
             {"value": (row or {}).get(score), "best": (row or {}).get(score) == best[score]} for score in SCORE_TITLES
         ]
         rows.append({"name": name, "cells": cells, "baseline": name.startswith(("Pixels", "Features"))})
+    for name, row in published(run.manifest.get("source")).items():
+        cells = [{"value": row.get(score), "best": False} for score in SCORE_TITLES]
+        rows.append({"name": name, "cells": cells, "baseline": True})
     return rows
 
 

@@ -59,7 +59,7 @@ function buildFind() {
   const levels = Object.entries({ coarse: "coarse", cluster: "(the result)", fine: "fine" }).filter(([at]) => LEVELS[at]);
   $("find").append(
     el("label", { class: "grow" }, el("span", { class: "hidden" }, "Search by file name"),
-      el("input", { type: "search", id: "find-text", placeholder: "Search by file name", oninput: later, maxlength: 200 })),
+      el("input", { type: "search", id: "find-text", placeholder: "Search names", oninput: later, maxlength: 200 })),
     el("label", {}, "In ", el("select", { id: "find-group", onchange: find })),
     el("label", {}, "Show ", el("select", { id: "find-kind", onchange: find }, ...kinds)),
     el("label", {}, el("input", { type: "checkbox", id: "picking" }), " Click selects"),
@@ -133,7 +133,7 @@ function enhanceGroup(k) {
   if (!section || members.length === 0) return;
   section.querySelector("header").after(groupTools(k));
   const border = members.slice().sort(byMargin).slice(0, 12);
-  if (DATA.top > 1) section.append(el("h4", {}, "On the border to another group"), grid(border, `Border of cluster ${k}`));
+  if (DATA.top > 1) section.append(el("h4", {}, "On the border to another group"), grid(border, `Border of cluster ${k}`, true));
   section.append(showAll(members, `cluster ${k}`));
   section.querySelector("summary").textContent = `All on this page (${members.length.toLocaleString("en")})`;
 }

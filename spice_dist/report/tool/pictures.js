@@ -74,15 +74,15 @@ function fill(chunk) {
   firstStop(chunk.parentElement);
 }
 
-/** A grid of thumbnails; of many images only those near the screen are built. */
-function grid(images, label) {
+/** A grid of thumbnails; of many images only those near the screen are built, and all of them only then if `later`. */
+function grid(images, label, later = false) {
   const node = el("div", { class: "grid", role: "group", "aria-label": label });
   for (let start = 0; start < images.length; start += CHUNK) {
     const chunk = el("div", { class: "thumbs live" });
     chunk.images = images.slice(start, start + CHUNK);
     chunk.style.setProperty("--rows", Math.ceil(chunk.images.length / 12));
     node.append(chunk);
-    if (start === 0) fill(chunk);
+    if (start === 0 && !later) fill(chunk);
     else waiting.observe(chunk);
   }
   if (images.length === 0) node.append(el("p", { class: "muted" }, "No image."));

@@ -7,7 +7,13 @@ const TYPES = { i2: Int16Array, i4: Int32Array, f4: Float32Array, u2: Uint16Arra
 const MAX_OPERATIONS = 100000;
 const KEY = "spice-dist:" + DATA.run;
 
-const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+function bytesOf(text) {
+  const raw = atob(text);
+  const bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+  return bytes;
+}
+
 const A = {}; // arrays over the images of the page, which are numbered 0 .. N-1 in the order of DATA.paths
 for (const [name, { type, data }] of Object.entries(DATA.arrays)) A[name] = new TYPES[type](bytesOf(data).buffer);
 const N = DATA.paths.length;
