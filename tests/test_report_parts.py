@@ -109,6 +109,7 @@ def test_what_the_run_kept_goes_before_what_can_be_computed(tmp_path):
     np.testing.assert_allclose(found["weights"].reshape(N, K)[:, 0], 0.7, atol=1e-3)
     sizes = np.bincount(labels, minlength=K)
     stability = evidence.stability(load(tmp_path))
+    assert stability is not None
     np.testing.assert_allclose(stability, np.where(sizes > 0, (1 + sizes / N) / 2, 0))
     posterior[np.arange(N), labels] = 0  # of another grouping than the result
     np.save(tmp_path / "spice_graph/posterior.npy", posterior.astype(np.float16))

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,7 +77,7 @@ def _umap(main: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S 2"]:
         warnings.simplefilter("ignore")  # a fixed seed takes one thread
         from umap import UMAP
 
-        start = main[:, :2] * (10 / max(float(main[:, :2].std()), 1e-9))
+        start: Any = main[:, :2] * (10 / max(float(main[:, :2].std()), 1e-9))  # `init` takes arrays too
         return np.asarray(UMAP(init=start, random_state=SEED).fit_transform(main), dtype=np.float32)
 
 

@@ -53,7 +53,11 @@ def write_report(
         raise UserError(f"the megabytes of a page must be 0 or more, not {page_mb:g}")
     loaded = load(run)
     check_out(out)
-    folder = artifacts.map_file(run).parent if out == artifacts.report_file(run) else out.with_suffix(".sheets")
+    folder = (
+        artifacts.map_file(run).parent
+        if out.resolve() == artifacts.report_file(run).resolve()
+        else out.with_suffix(".sheets")
+    )
     page, sheets = render(loaded, images, int(page_mb * 1e6), folder.name, take_time)
     if sheets is not None:
         sprites.write_beside(sheets, folder)
@@ -85,8 +89,10 @@ def render(
     run: Run, images: ReadImages, budget: int, folder: str, take_time: bool
 ) -> tuple[str, sprites.Sheets | None]:
     """Return the page, and the sheets of which it holds the first ones; None if the images cannot be read."""
-    centers = None if run.features is None else cluster_centers(run.features, run.labels, run.num_clusters)
-    similarity = None if centers is None else center_similarity(run.features, run.labels, centers)
+    centers = similarity = None
+    if run.features is not None:
+        centers = cluster_centers(run.features, run.labels, run.num_clusters)
+        similarity = center_similarity(run.features, run.labels, centers)
     typical = run.confidence if similarity is None else similarity
     shown, notes = galleries(run, similarity, images)
     evidence = gather(run, typical, centers, _indices(shown))

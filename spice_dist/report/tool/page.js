@@ -114,8 +114,7 @@ function groupTools(k) {
     if (text && text !== changes.names.get(k)) change({ kind: "name", cluster: k, name: text });
   };
   name.addEventListener("change", rename);
-  const other = clusterMenu(`Cluster to merge with cluster ${k}`);
-  other.value = DATA.groups[k].next ?? (k ? 0 : 1);
+  const other = clusterMenu(`Cluster to merge with cluster ${k}`, DATA.groups[k].next ?? (k ? 0 : Math.min(1, DATA.clusters - 1)));
   const parts = el("input", { type: "number", min: 2, max: 100, value: 2, "aria-label": `Number of parts of cluster ${k}` });
   const merge = () => (+other.value === k ? say("Choose another cluster to merge with.") : change({ kind: "merge", clusters: [k, +other.value] }));
   return el("div", { class: "tools row" }, name,

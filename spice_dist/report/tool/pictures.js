@@ -9,7 +9,7 @@ const loaded = new Map(); // sheet -> address
 function address(sheet) {
   if (!loaded.has(sheet)) {
     const text = sheet < SHEET.inside ? $("sheet-" + sheet).textContent : null;
-    const url = text === null ? `${SHEET.folder}/sheet-${sheet}.${SHEET.kind.split("/")[1]}`
+    const url = text === null ? `${encodeURIComponent(SHEET.folder)}/sheet-${sheet}.${SHEET.kind.split("/")[1]}`
       : URL.createObjectURL(new Blob([bytesOf(text)], { type: SHEET.kind }));
     loaded.set(sheet, url);
     RULES.insertRule(`.s${sheet}{background-image:url("${url}")}`);
@@ -153,9 +153,17 @@ function selectionChanged() {
 const indicesOf = (images) => [...images].map((image) => A.index[image]);
 const finish = (operation) => change(operation) && select([]);
 
-function clusterMenu(label, attributes = {}) {
-  const menu = el("select", { "aria-label": label, class: "clusters-menu", ...attributes });
-  menu.append(...range(DATA.clusters).map((k) => el("option", { value: k }, nameOf(k, "cluster"))));
+/** A menu of all clusters. Its other options are made when it is first used: every one of many groups has a menu. */
+function clusterMenu(label, chosen = 0) {
+  const option = (k) => el("option", { value: k }, nameOf(k, "cluster"));
+  const menu = el("select", { "aria-label": label, class: "clusters-menu" }, option(chosen));
+  const complete = () => {
+    if (menu.options.length > 1 || DATA.clusters === 1) return;
+    menu.replaceChildren(...range(DATA.clusters).map(option));
+    menu.value = chosen;
+  };
+  menu.addEventListener("pointerdown", complete);
+  menu.addEventListener("focus", complete);
   return menu;
 }
 
@@ -209,8 +217,7 @@ function show(image, from = null) {
   if (!panel.open) opener = from;
   const picture = el("div", { class: "large", role: "img", "aria-label": DATA.paths[image] });
   paint(picture, image);
-  const menu = clusterMenu("Cluster to move this image to");
-  menu.value = A.candidates?.[image * DATA.top + 1] ?? 0;
+  const menu = clusterMenu("Cluster to move this image to", A.candidates[image * DATA.top + Math.min(1, DATA.top - 1)]);
   const copies = DATA.duplicates.find((group) => group.includes(image))?.filter((other) => other !== image) ?? [];
   const facts = el("p", {}, `${nameOf(A.cluster[image], "cluster")} · confidence ${percent(A.confidence[image])}`);
   if (A.truth && A.truth[image] >= 0) facts.append(` · true class ${DATA.classes[A.truth[image]]}`);
@@ -221,7 +228,7 @@ function show(image, from = null) {
     el("div", { class: "panel-body" }, picture, el("div", {}, facts,
       el("p", { class: "row", id: "panel-copy" }, button("Copy path", () => copy(DATA.paths[image])),
         button(selected.has(image) ? "Take out of selection" : "Select", () => { toggle([image]); panel.close(); })),
-      el("h3", {}, DATA.weights_are), DATA.top ? chances(image) : "",
+      el("h3", {}, DATA.weights_are), chances(image),
       el("p", { class: "row" }, menu, button("Move", closing(() => ({ kind: "move", images: [A.index[image]], cluster: +menu.value }))),
         button("Belongs to no group", closing(() => ({ kind: "outside", images: [A.index[image]] })))))),
     el("h3", {}, "Nearest neighbours"), grid(neighborsOf(image), "Nearest neighbours"),
