@@ -26,7 +26,6 @@ from spice_dist.data.sources import Source
 from spice_dist.inference import probabilities
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_self import followed_images
-from spice_dist.model_card import write_card
 from spice_dist.model_folder import save_model
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.stages import evaluation_settings, result_of
@@ -40,7 +39,7 @@ def evaluate(
     config: Config, run: Path, device: torch.device, seconds: dict[str, float],
     progress: Progress = lambda done, total: None, until: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `model/` with its card, `assignments.csv`, `metrics.json` and the scores of each stage; return the metrics.
+    """Write `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; return the metrics.
 
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
 
@@ -91,7 +90,6 @@ def evaluate(
     if "spice_self" in clustering.stages:
         _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(artifacts.metrics_file(run), result)
-    write_card(run)
     return result
 
 

@@ -173,6 +173,7 @@ def _stage_call(row: Stage, run: OpenRun) -> StageCall:
 
 def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
     """Write assignments, scores and the report of a run whose stages are done; return the scores."""
+    from spice_dist.model_card import write_card
     from spice_dist.report import write_report
 
     folder = run.folder
@@ -182,6 +183,7 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
         with Bar("evaluate", run.stop) as bar:
             evaluate(_with_plain_loader(run), folder, run.device, seconds, bar.show, until=list(run.settings)[-1])
     metrics = artifacts.metrics(folder)
+    write_card(folder)
     write_report(folder)
     return metrics
 

@@ -20,7 +20,6 @@ def add(commands: Commands) -> None:
         "export",
         help="take a finished run away: images in folders, tables, networks",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(call=export)
     command.add_argument("run", type=Path, help="the folder of a finished run")

@@ -16,7 +16,7 @@ from spice_dist.errors import UserError
 from spice_dist.export.trained import Trained, cropping, largest_difference, preprocessing, trained
 from spice_dist.group_names import labels_of
 from spice_dist.models.backbone import unit
-from spice_dist.models.heads import ClassifierNet, ClusterNet
+from spice_dist.models.heads import Network
 from spice_dist.task import Task
 
 OPSET = 20
@@ -28,7 +28,7 @@ OUTPUTS = ("probabilities", "features")
 class Deployed(nn.Module):
     """Maps images (B, H, W, C), uint8, to probabilities (B, K) and unit-norm features (B, D): it normalises first."""
 
-    def __init__(self, net: ClusterNet | ClassifierNet, task: Task):
+    def __init__(self, net: Network, task: Task):
         super().__init__()
         self.net = net
         about = preprocessing(task)
@@ -40,9 +40,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B D"]]:
         features = self.net.backbone(images.permute(0, 3, 1, 2).float() * self.scale - self.shift)
-        directions = unit(features)
-        logits = self.net.head(directions if isinstance(self.net, ClusterNet) else features)[0]
-        return logits.softmax(1), directions
+        return self.net.logits(features).softmax(1), unit(features)
 
 
 def export(run: Path, out: Path) -> list[str]:

@@ -16,7 +16,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.loaders import open_images
 from spice_dist.errors import UserError
 from spice_dist.model_folder import load_model
-from spice_dist.models.heads import ClassifierNet, ClusterNet
+from spice_dist.models.heads import Network
 from spice_dist.task import Task
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ CHECKED = 16  # images of the run on which an exported network is compared with 
 class Trained:
     """The trained model of a run, and a few of the images that it was trained on."""
 
-    net: ClusterNet | ClassifierNet
+    net: Network
     task: Task
     images: Images
     index: Int[np.ndarray, " M"]  # of the images to compare on

@@ -92,6 +92,7 @@ def test_three_steps_are_those_of_a_float64_reference(without_stage, smooth, rul
 
     torch.manual_seed(0)
     net = spice_semi.new_network(config, own, run).double().train()
+    assert isinstance(net, ClusterNet)
     slow = copy.deepcopy(net)
     named = dict(net.named_parameters())
     velocity = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -288,6 +289,7 @@ def test_another_network_ends_with_one_linear_layer_on_its_features_as_they_are(
         config = override(SMALL, changes)
         task = spice_semi.network_task(config, config.spice_semi)
         net = spice_semi.new_network(task, config.spice_semi, small_run).eval()
+        assert isinstance(net, LinearNet)
         images = torch.rand(5, 1, 8, 8)
         features = net.backbone(images).double()
         expected = features @ net.head.weight.double().T
@@ -378,6 +380,7 @@ def test_calibrating_changes_no_prediction_and_makes_reliable_labels_likelier_on
     images, _ = open_run_dataset(config, small_run, CPU)
     labels = torch.from_numpy(np.load(small_run / "reliable/labels.npy"))
     net = spice_semi.new_network(config, own, small_run)
+    assert isinstance(net, ClusterNet)
     with torch.no_grad():
         net.head.weights[-1].mul_(1000)
         net.head.biases[-1].mul_(1000)
@@ -400,6 +403,7 @@ def test_stage_three_goes_on_from_a_calibrated_network(without_stage):
     run = without_stage("spice_semi")
     train(config, run)
     began = spice_semi.new_network(config, config.spice_semi, run)
+    assert isinstance(began, ClusterNet)
     images, _ = open_run_dataset(config, run, CPU)
     calibrate(config, config.spice_semi.strong, began, images, torch.from_numpy(np.load(run / "reliable/labels.npy")))
     images.close()

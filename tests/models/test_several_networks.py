@@ -22,7 +22,7 @@ from spice_dist.errors import UserError
 from spice_dist.models.backbone import (
     Backbone,
     BackboneConfig,
-    check_size,
+    check_crop,
     pretrained_backbone,
     unit,
     weights_fingerprint,
@@ -87,7 +87,7 @@ def test_a_network_that_cannot_take_the_size_gets_the_nearest_that_it_can(config
 
 def test_a_network_of_one_size_gets_crops_of_others_enlarged(config):
     several = pretrained_backbone(config, 3, 96).eval()
-    check_size(several, 3, 64)
+    check_crop(several, 3, 64, 64)
     assert several(pictures(64)).shape == (2, several.dim)
 
 
