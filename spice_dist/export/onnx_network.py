@@ -125,7 +125,7 @@ def _compare(path: Path, model: Trained) -> float:
         raise UserError(f"the check of an ONNX file needs onnxruntime: {INSTALL}") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     pixels = model.pixels().permute(0, 2, 3, 1).contiguous().numpy()
-    results = [torch.from_numpy(result) for result in session.run(list(OUTPUTS), {"images": pixels})]
-    expected = (model.outputs(model.net).softmax(1), unit(model.outputs(model.net.backbone)))
-    pairs = zip(OUTPUTS, results, expected, strict=True)
-    return max(largest_difference(f"the {name}", *pair, TOLERANCE) for name, *pair in pairs)
+    results = [torch.as_tensor(result) for result in session.run(list(OUTPUTS), {"images": pixels})]
+    expected = (model.outputs(model.net).softmax(1), unit(model.outputs(model.backbone)))
+    triples = zip(OUTPUTS, results, expected, strict=True)
+    return max(largest_difference(f"the {name}", one, other, TOLERANCE) for name, one, other in triples)

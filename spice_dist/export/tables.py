@@ -61,7 +61,7 @@ def principal_axes(features: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray
     rows = np.asarray(features[index], np.float32)
     if not np.isfinite(rows).all():
         raise DamagedFile("features.npy holds values that are not finite: make the run again")
-    pca = PCA(min(2, *rows.shape), svd_solver="covariance_eigh").fit(rows)
+    pca: Any = PCA(min(2, *rows.shape), svd_solver="covariance_eigh").fit(rows)
     directions = np.zeros((rows.shape[1], 2), np.float32)
     directions[:, : len(pca.components_)] = pca.components_.T
     return pca.mean_, directions

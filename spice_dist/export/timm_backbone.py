@@ -31,7 +31,7 @@ def export(run: Path, out: Path) -> list[str]:
     with trained(run) as model:
         refuse_others(model.task.backbone)
         arguments, reference = build(model.task)
-        tensors = with_timm_names(model.net.backbone.body, reference)
+        tensors = with_timm_names(model.backbone.body, reference)
         difference = _write_checked(tensors, arguments, model, out)
         return [f"wrote {out}: {_about(model, difference)}", *_usage(model.task, arguments, out), *_left_out(model)]
 
@@ -90,7 +90,7 @@ def _write_checked(tensors: dict[str, Tensor], arguments: dict[str, Any], model:
             temporary = Path(folder) / "backbone.safetensors"  # timm knows the format by the suffix
             save_file(tensors, temporary, {"format": "pt", "spice_dist": json.dumps(about)})
             loaded = timm.create_model(name, pretrained=False, checkpoint_path=str(temporary), **arguments)
-            features = model.outputs(model.net.backbone.body)
+            features = model.outputs(model.backbone.body)
             difference = largest_difference("timm's features", model.outputs(loaded), features, TOLERANCE)
             commit(temporary, out)
     except OSError as error:
@@ -112,7 +112,7 @@ def _usage(task: Task, arguments: dict[str, Any], out: Path) -> list[str]:
 
 
 def _left_out(model: Trained) -> list[str]:
-    mixture = model.net.backbone.mixture
+    mixture = model.backbone.mixture
     if mixture is None or not float(mixture.weight):
         return []
     share = f"weight {float(mixture.weight):.1f} beside 1"

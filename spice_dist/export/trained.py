@@ -16,6 +16,7 @@ from spice_dist.data.images import Images
 from spice_dist.data.loaders import open_images
 from spice_dist.errors import UserError
 from spice_dist.model_folder import load_model
+from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import Network
 from spice_dist.task import Task
 
@@ -31,6 +32,11 @@ class Trained:
     task: Task
     images: Images
     index: Int[np.ndarray, " M"]  # of the images to compare on
+
+    @property
+    def backbone(self) -> Backbone:
+        assert isinstance(self.net.backbone, Backbone)
+        return self.net.backbone
 
     def outputs(self, module: nn.Module) -> Float[Tensor, "M D"]:
         """Compute the outputs of a module for these images as a run does."""

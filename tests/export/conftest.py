@@ -91,8 +91,8 @@ def make_run(run: Path, source: Source, made: Made) -> Path:
     head = Classifiers(1, backbone.dim, 8, K) if made.classifier else ClusterHeads(1, backbone.dim, K)
     net = ClassifierNet(backbone, head) if isinstance(head, Classifiers) else ClusterNet(backbone, head)
     randomise(net)
-    if made.classifier:
-        net.head.in_weight.data.mul_(1_000)  # so that images of one photograph get different probabilities
+    if isinstance(head, Classifiers):
+        head.in_weight.data.mul_(1_000)  # so that images of one photograph get different probabilities
     if backbone.mixture is not None:
         backbone.mixture.weight.fill_(0.6)
     save_model(net.eval(), Task(clusters=K, data=data, backbone=made.backbone), artifacts.model(run))

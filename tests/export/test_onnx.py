@@ -64,7 +64,7 @@ def test_any_number_of_images_gets_the_probabilities_of_the_run(exported: Export
     assert (given.type, given.shape[1:]) == ("tensor(uint8)", [size, size, channels])
     for count in (1, images.n):
         batch = pixels[:count].permute(0, 2, 3, 1).contiguous().numpy()
-        probs, features = session.run(["probabilities", "features"], {"images": batch})
+        probs, features = map(np.asarray, session.run(["probabilities", "features"], {"images": batch}))
         np.testing.assert_allclose(probs, expected[:count], atol=2e-5)
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
 

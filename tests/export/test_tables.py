@@ -125,7 +125,8 @@ def test_label_studio_finds_every_file_and_offers_every_name(hostile_run: Path, 
         (result,) = prediction["result"]
         assert result["value"]["choices"][0] in offered
         assert (result["from_name"], result["to_name"]) == ("cluster", "image")
-        assert view.find(f".//*[@name='{result['from_name']}']").get("toName") == result["to_name"]
+        (control,) = view.findall(f".//*[@name='{result['from_name']}']")
+        assert control.get("toName") == result["to_name"]
         assert 0 <= prediction["score"] <= 1
 
 

@@ -43,7 +43,7 @@ def test_the_printed_line_loads_the_features_of_the_run(make: Make, tmp_path: Pa
     net, task = load_model(artifacts.model(run), torch.device("cpu"))
     images = torch.randn(4, task.data.channels, task.data.size, task.data.size)
     with torch.no_grad():
-        ours, theirs = net.backbone.body(images), model(images)
+        ours, theirs = net.get_submodule("backbone.body")(images), model(images)
     assert ours.std() > 1e-3, "features that differ between images"
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
 
