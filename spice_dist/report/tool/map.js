@@ -27,7 +27,8 @@ function drawSoon() {
 /** Colour numbers of all images, and the colours of these numbers. */
 function colours() {
   const by = $("map-colour").value;
-  if (by === "confidence") return [(i) => Math.min(9, Math.floor(10 * A.confidence[i])), range(10).map((c) => `hsl(${(c * 210) / 9} 70% 50%)`)];
+  const ramp = range(10).map((c) => `hsl(${(c * 210) / 9} 70% 50%)`);
+  if (by === "confidence") return [(i) => Math.min(9, Math.floor(10 * A.confidence[i])), ramp];
   const palette = range(8).map((c) => css("--c" + c));
   if (by === "edited") return [(i) => (changes.moved.has(A.index[i]) || changes.outside.has(A.index[i]) ? 1 : 7), palette];
   const values = by === "class" ? A.truth : A[level];
@@ -54,7 +55,8 @@ function draw() {
   buckets.forEach((bucket, c) => {
     ink.fillStyle = palette[c];
     for (const image of bucket) {
-      if (!pictures || !drawPicture(image, ...toScreen(image))) ink.fillRect(AT_X[image] - dot / 2, AT_Y[image] - dot / 2, dot, dot);
+      const [x, y] = toScreen(image);
+      if (!pictures || !drawPicture(image, x, y)) ink.fillRect(x - dot / 2, y - dot / 2, dot, dot);
     }
   });
   ink.globalAlpha = 1;
@@ -92,7 +94,8 @@ let middles = {};
 function drawNames(place) {
   if (LEVELS[level] > 40 || $("map-colour").value !== "group") return;
   const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
-  middles[level] ??= range(LEVELS[level]).map((k) => membersOf(k)).map((m) => [median(m.map((i) => A.x[i])), median(m.map((i) => A.y[i]))]);
+  const middle = (members) => [A.x, A.y].map((axis) => median(members.map((i) => axis[i])));
+  middles[level] ??= range(LEVELS[level]).map((k) => middle(membersOf(k)));
   ink.font = "600 13px system-ui, sans-serif";
   ink.textAlign = "center";
   ink.lineWidth = 4;

@@ -80,7 +80,8 @@ function setLevel(at) {
   $("static-groups").hidden = at !== "cluster";
   $("level-groups").replaceChildren(...(at === "cluster" ? [] : range(LEVELS[at]).map((k) => {
     const members = membersOf(k);
-    return el("section", { class: "card cluster" }, el("h3", {}, nameOf(k)), el("p", { class: "muted" }, plural(members.length, "image")),
+    const size = el("p", { class: "muted" }, plural(members.length, "image"));
+    return el("section", { class: "card cluster" }, el("h3", {}, nameOf(k)), size,
       grid(members.slice(0, 24), nameOf(k)), showAll(members.slice(24), nameOf(k)));
   })));
   fillGroupMenus();
@@ -102,7 +103,9 @@ function fillGroupMenus() {
 function showAll(images, label) {
   if (images.length === 0) return "";
   const box = el("details", {}, el("summary", {}, `All others (${images.length.toLocaleString("en")})`));
-  box.addEventListener("toggle", () => { if (box.open && box.childElementCount === 1) box.append(grid(images, `All of ${label}`)); });
+  box.addEventListener("toggle", () => {
+    if (box.open && box.childElementCount === 1) box.append(grid(images, `All of ${label}`));
+  });
   return box;
 }
 
@@ -114,9 +117,13 @@ function groupTools(k) {
     if (text && text !== changes.names.get(k)) change({ kind: "name", cluster: k, name: text });
   };
   name.addEventListener("change", rename);
-  const other = clusterMenu(`Cluster to merge with cluster ${k}`, DATA.groups[k].next ?? (k ? 0 : Math.min(1, DATA.clusters - 1)));
+  const next = DATA.groups[k].next ?? (k ? 0 : Math.min(1, DATA.clusters - 1));
+  const other = clusterMenu(`Cluster to merge with cluster ${k}`, next);
   const parts = el("input", { type: "number", min: 2, max: 100, value: 2, "aria-label": `Number of parts of cluster ${k}` });
-  const merge = () => (+other.value === k ? say("Choose another cluster to merge with.") : change({ kind: "merge", clusters: [k, +other.value] }));
+  const merge = () => {
+    if (+other.value === k) say("Choose another cluster to merge with.");
+    else change({ kind: "merge", clusters: [k, +other.value] });
+  };
   return el("div", { class: "tools row" }, name,
     button("Name it", rename),
     el("span", { class: "row" }, button("Merge with", merge), other),
@@ -168,10 +175,12 @@ function pair() {
   const groups = [+$("pair-a").value, +$("pair-b").value];
   const column = (k, other) => {
     const members = membersOf(k);
-    const between = level === "cluster" ? members.filter((i) => DATA.top > 1 && A.candidates[i * DATA.top + 1] === other).sort(byMargin) : [];
+    const secondIsOther = (i) => level === "cluster" && DATA.top > 1 && A.candidates[i * DATA.top + 1] === other;
+    const between = members.filter(secondIsOther).sort(byMargin);
     return el("div", {}, el("h3", {}, nameOf(k)), el("p", { class: "muted" }, plural(members.length, "image")),
       grid(members.slice(0, 24), `Typical of ${nameOf(k)}`),
-      el("h4", {}, `Nearest ${nameOf(other)} (${between.length})`), grid(between.slice(0, 24), `Of ${nameOf(k)}, nearest ${nameOf(other)}`));
+      el("h4", {}, `Nearest ${nameOf(other)} (${between.length})`),
+      grid(between.slice(0, 24), `Of ${nameOf(k)}, nearest ${nameOf(other)}`));
   };
   $("pair-columns").replaceChildren(column(groups[0], groups[1]), column(groups[1], groups[0]));
 }
@@ -232,7 +241,12 @@ function start() {
   buildMap();
   enhanceThumbnails();
   for (const k of range(DATA.clusters)) enhanceGroup(k);
-  for (const link of document.querySelectorAll("a[data-look]")) link.onclick = (event) => { event.preventDefault(); lookAt(link.dataset.look); };
+  for (const link of document.querySelectorAll("a[data-look]")) {
+    link.onclick = (event) => {
+      event.preventDefault();
+      lookAt(link.dataset.look);
+    };
+  }
   $("panel").addEventListener("close", () => opener?.focus());
   document.addEventListener("keydown", (event) => {
     if (!(event.ctrlKey || event.metaKey) || event.key.toLowerCase() !== "z" || event.target.matches("input")) return;

@@ -202,7 +202,8 @@ function chances(image) {
     const weight = A.weights[image * DATA.top + j];
     const bar = el("span", { class: "meter", "aria-hidden": "true" }, el("i"));
     bar.firstChild.style.width = 100 * weight + "%";
-    list.append(el("li", {}, el("span", {}, nameOf(A.candidates[image * DATA.top + j], "cluster")), bar, el("span", {}, weight.toFixed(3))));
+    const name = nameOf(A.candidates[image * DATA.top + j], "cluster");
+    list.append(el("li", {}, el("span", {}, name), bar, el("span", {}, weight.toFixed(3))));
   }
   return list;
 }

@@ -179,7 +179,8 @@ function edits() {
     const image = PLACE_OF.get(index);
     return image === undefined || BY_INDEX.has(image) ? index : DATA.paths[image];
   };
-  const pairs = (kind) => [...changes.pairs].filter(([, k]) => k === kind).map(([key]) => key.split(",").map((i) => reference(+i)));
+  const named = (key) => key.split(",").map((index) => reference(+index));
+  const pairs = (kind) => [...changes.pairs].filter(([, k]) => k === kind).map(([key]) => named(key));
   const all = {
     names: Object.fromEntries(changes.given), merge: changes.merge, split: Object.fromEntries(changes.split),
     move: [...changes.moved].map(([index, cluster]) => [reference(index), cluster]),
