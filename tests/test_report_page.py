@@ -181,6 +181,19 @@ def test_thumbnails_beyond_the_budget_come_from_files_beside_the_page(opened, ru
         raise AssertionError("the thumbnail never came")
 
 
+def test_a_run_of_one_image_without_features_has_a_page_that_works(opened, tmp_path):
+    (tmp_path / "metrics.json").write_text('{"k": 1}')
+    (tmp_path / "assignments.csv").write_text("index,path,cluster,confidence,reliable\n0,photo 0.png,0,0.5,0\n")
+    page = opened(file=write_report(tmp_path, images=read_pixels))
+    assert page.locator("html").get_attribute("data-ready") == "yes"
+    pick(page, 0)
+    page.locator("#selection").get_by_role("button", name="Belong to no group").click()
+    page.locator("#cluster-0 img").first.click()
+    assert page.locator("#panel .chances li").count() == 1
+    page.keyboard.press("Escape")
+    assert edits(page)["outside"] == ["photo 0.png"]
+
+
 def test_search_and_filters_show_what_they_say(opened, run):
     _, labels, confidence, paths = run
     page = opened()
