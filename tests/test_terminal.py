@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+from contextlib import redirect_stderr
 
 import pytest
 import tqdm.auto
@@ -40,22 +41,14 @@ def on_a_terminal(program: str) -> str:
                 return printed.decode()
 
 
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Standard error as a file."""
-    file = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", file)
-    return file
-
-
 def test_a_terminal_gets_a_bar_that_is_redrawn():
     printed = on_a_terminal(COUNT)
     assert printed.count("\r") > 2
     assert "5/5" in printed
 
 
-def test_a_log_gets_lines_without_anything_that_redraws_or_colours(log):
-    with Bar("count") as bar:
+def test_a_log_gets_lines_without_anything_that_redraws_or_colours():
+    with redirect_stderr(io.StringIO()) as log, Bar("count") as bar:
         for done in range(1, 1001):
             bar.show(done, 1000)
     printed = log.getvalue()
@@ -64,9 +57,9 @@ def test_a_log_gets_lines_without_anything_that_redraws_or_colours(log):
     assert "count      : 100% 1000/1000" in printed
 
 
-def test_a_log_gets_a_line_every_so_often(log, monkeypatch):
+def test_a_log_gets_a_line_every_so_often(monkeypatch):
     monkeypatch.setattr(terminal, "LINE_S", 1e-9)
-    with Bar("count") as bar:
+    with redirect_stderr(io.StringIO()) as log, Bar("count") as bar:
         for done in range(1, 6):
             bar.show(done, 5, loss=1 / done)
     lines = log.getvalue().splitlines()
@@ -74,7 +67,7 @@ def test_a_log_gets_a_line_every_so_often(log, monkeypatch):
     assert "loss 0.2000" in lines[-1]
 
 
-def test_a_notebook_gets_its_own_bar(log, monkeypatch):
+def test_a_notebook_gets_its_own_bar(monkeypatch):
     class Widget(tqdm.auto.tqdm):
         shown: list[int] = []
 
@@ -83,14 +76,14 @@ def test_a_notebook_gets_its_own_bar(log, monkeypatch):
             return super().update(n)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Widget)
-    with Bar("count") as bar:
+    with redirect_stderr(io.StringIO()), Bar("count") as bar:
         bar.show(2, 4)
         bar.show(4, 4)
     assert Widget.shown == [2, 2]
 
 
-def test_a_stage_that_goes_on_starts_where_it_stopped(log):
-    with Bar("count") as bar:
+def test_a_stage_that_goes_on_starts_where_it_stopped():
+    with redirect_stderr(io.StringIO()), Bar("count") as bar:
         bar.show(50, 100, loss=1.0)
         assert (bar.tqdm.initial, bar.tqdm.n) == (50, 50)
         bar.show(60, 200, loss=1.0)
@@ -98,8 +91,8 @@ def test_a_stage_that_goes_on_starts_where_it_stopped(log):
 
 
 @pytest.mark.parametrize("done", [1, 3])
-def test_filling_shows_the_end(log, done):
-    with Bar("count") as bar:
+def test_filling_shows_the_end(done):
+    with redirect_stderr(io.StringIO()) as log, Bar("count") as bar:
         bar.show(done, 3)
         bar.fill()
     assert "3/3" in log.getvalue()

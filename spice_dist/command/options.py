@@ -116,17 +116,13 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
 
 def number_of_clusters(text: str) -> int:
     """Parse K; "auto" is AUTO."""
-    from spice_dist.task import AUTO
-
     if text == "auto":
+        from spice_dist.task import AUTO
+
         return AUTO
-    try:
-        number = int(text)
-    except ValueError:
-        number = AUTO
-    if number == AUTO:
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"it is {text}; give auto, or a whole number of at least 2")
-    return number
+    return int(text)
 
 
 def number_of_workers(text: str) -> int | tuple[int, int]:
