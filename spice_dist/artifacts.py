@@ -212,6 +212,26 @@ def edits_file(run: Path) -> Path:
     return run / "edits.json"
 
 
+def corrected_posterior_file(run: Path) -> Path:
+    """The probabilities (M, K) of the groups of each clustered image after corrections."""
+    return run / "corrections/posterior.npy"
+
+
+def fixed_groups_file(run: Path) -> Path:
+    """The group (M,) of each clustered image that the user fixed, UNRELIABLE for all others."""
+    return run / "corrections/fixed.npy"
+
+
+def pairs_file(run: Path) -> Path:
+    """Two images and whether they are of one group (1) or of two (0), (P, 3)."""
+    return run / "corrections/pairs.npy"
+
+
+def corrections_summary_file(run: Path) -> Path:
+    """What changed, and which group holds the images outside of all."""
+    return run / "corrections/summary.json"
+
+
 def duplicates_file(run: Path) -> Path:
     return run / "duplicates.csv"
 

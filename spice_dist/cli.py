@@ -7,6 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 from spice_dist.command import (
+    apply,
     completion,
     doctor,
     evaluate,
@@ -21,7 +22,7 @@ from spice_dist.command import (
 )
 
 OK, MISTAKE, REQUEUE, INTERRUPTED, CLOSED = 0, 1, 75, 130, 141
-COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, export, evaluate, completion)
+COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, apply, export, evaluate, completion)
 
 
 FIRST_STEPS = """spice-dist clusters images without labels.

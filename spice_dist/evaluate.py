@@ -47,7 +47,14 @@ def evaluate(
         seconds: the time of each stage.
         until: the last stage that is done; None: all stages of these settings.
     """
-    clustering = result_of(config)(run, device, progress, until)
+    return conclude(result_of(config)(run, device, progress, until), config, run, device, seconds, progress)
+
+
+def conclude(
+    clustering: Clustering, config: Config, run: Path, device: torch.device, seconds: dict[str, float],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Do as `evaluate` with this clustering."""
     task, manifest = clustering.task, artifacts.manifest(run)
     save_model(clustering.net, task, artifacts.model(run))
     labels, confidence, baselines = _labels_and_baselines(clustering, run, device, manifest, progress)

@@ -118,6 +118,8 @@ def _opened(
     sizes, threads = plan(config, launch)
     if artifacts.sweep_file(folder).exists():
         raise UserError(f"{folder} holds a sweep; give another --out")
+    if artifacts.corrections_summary_file(folder).exists():
+        raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
     with owned(folder), StopSignal() as stop:
         run = OpenRun(config, source, stage_settings(config, source), folder, device, sizes, threads, launch, stop)
         forget_other_clusters(folder, run.settings)

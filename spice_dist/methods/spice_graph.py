@@ -272,12 +272,18 @@ def head_of(
     task: Task, config: SpiceGraphConfig, features: Float[Tensor, "N D"], labels: Int[np.ndarray, " N"]
 ) -> ClusterHeads:
     """Train a linear head on these clusters."""
+    return head_for(task, config, features, np.eye(task.clusters, dtype=np.float32)[labels])
+
+
+def head_for(
+    task: Task, config: SpiceGraphConfig, features: Float[Tensor, "N D"], targets: Float[np.ndarray, "N K"]
+) -> ClusterHeads:
+    """Train a linear head on these probabilities, float32."""
     torch.manual_seed(task.seed)
     head = ClusterHeads(1, features.shape[1], task.clusters, layers=1).to(features.device)
     optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    targets = np.eye(task.clusters, dtype=np.float32)[labels][None]
     for step in range(config.rounds + 1):
-        m_step(task, config, head, optimizer, features, targets, step)
+        m_step(task, config, head, optimizer, features, targets[None], step)
     return head
 
 

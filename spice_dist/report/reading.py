@@ -142,6 +142,8 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
     """Return the rows of the score table, weakest method first; `eval` of metrics.json is of the last stage."""
     final = read_scores(metrics.get("eval"))
     baselines = mapping(metrics.get("baselines"))
+    if metrics.get("result") == "corrected":
+        return {"Before the corrections": read_scores(baselines.get("before")), "Corrected": final}
     rows = {
         "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
         "Features + k-means": read_scores(baselines.get("kmeans_features")),

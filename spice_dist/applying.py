@@ -1,0 +1,318 @@
+"""Apply corrections to a finished run: a new run folder with corrected groups and a model that has learned them.
+
+Images, features and neighbours are hard links to those of the run where the file system has them, else copies. The new
+folder appears whole or not at all. Corrections on a corrected run keep what was fixed before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from spice_dist import artifacts, evaluate, graph
+from spice_dist.assignments import read_assignments
+from spice_dist.catalog import USING_LABELS
+from spice_dist.config import Config, read_config
+from spice_dist.data.files import Progress, csv_cell, publish, publish_json
+from spice_dist.data.manifest import read_paths
+from spice_dist.distributed.worker import LocalWorker
+from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
+from spice_dist.errors import UserError
+from spice_dist.methods import corrected_result, spice_graph
+from spice_dist.methods.corrections import FLOOR, Corrections, Learned, joined, learn
+from spice_dist.pseudo_labels import UNRELIABLE
+from spice_dist.report import write_report
+from spice_dist.report.reading import Run, load, mapping, number
+from spice_dist.stages import stages_of
+from spice_dist.terminal import Bar, StopSignal
+
+KEPT = ("data", "features", "graph", "suggest")  # folders that corrections change nothing in
+OUTSIDE = "outside"  # name of the group of images that belong to none
+MOST_LINES = 30  # of groups that are listed
+
+
+@dataclass(frozen=True)
+class Base:
+    """The run that is corrected, and what was fixed in it by earlier corrections."""
+
+    run: Run
+    config: Config
+    clustered: int
+    outside: int | None  # the group of images that belong to none
+    fixed: dict[int, int]  # image -> group
+    same: list[Pair]
+    different: list[Pair]
+
+    @property
+    def labels(self) -> Int[np.ndarray, " M"]:
+        return self.run.labels[: self.clustered]
+
+
+def apply(run: Path, edits: Path, out: Path | None, command: list[str], force: bool = False) -> str:
+    """Write the folder of the corrected run; return what changed, in lines.
+
+    Args:
+        out: its folder; None: that of the run with `-edited` appended. The same call again changes nothing.
+        force: also corrections that were made on another assignments.csv.
+
+    Raises:
+        UserError: the run, the corrections or the folder cannot be used; the message says why.
+    """
+    run = run.resolve()
+    out = (out or run.with_name(f"{run.name}-edited")).resolve()
+    base = read_base(run)
+    assignments = artifacts.assignments_file(run)
+    known = Known(
+        artifacts.names(run), np.bincount(base.run.labels, minlength=base.run.num_clusters).tolist(),
+        read_paths(artifacts.data(run)), fingerprint(assignments), base.clustered, base.outside,
+    )  # fmt: skip
+    corrections = read_edits(edits, known, force)
+    applied = {"run": known.fingerprint, "edits": hashlib.sha256(edits.read_bytes()).hexdigest()}
+    if not _is_there(out, applied):
+        with StopSignal() as stop, Bar("apply", stop) as bar:
+            _write(base, corrections, edits, out, applied, command, bar.show)
+    if not artifacts.report_file(out).exists():
+        write_report(out)
+    return _described(out)
+
+
+def read_base(run: Path) -> Base:
+    """Read a finished run; UserError if it is none, or its method has no features."""
+    loaded = load(run)
+    config = read_config(artifacts.config_file(run))
+    if config.method in USING_LABELS:
+        raise UserError(f"{run} is a run of {config.method}, which has no features to learn corrections on")
+    if loaded.features is None:
+        raise UserError(f"{run} has lost its features; run the same fit command again")
+    clustered = artifacts.manifest(run).clustered
+    if not artifacts.corrected_posterior_file(run).exists():
+        return Base(loaded, config, clustered, None, {}, [], [])
+    fixed, pairs = np.load(artifacts.fixed_groups_file(run)), np.load(artifacts.pairs_file(run))
+    groups = {image: int(fixed[image]) for image in np.flatnonzero(fixed != UNRELIABLE).tolist()}
+    same, different = ([(one, other) for one, other, kind in pairs.tolist() if kind == wanted] for wanted in (1, 0))
+    outside = json.loads(artifacts.corrections_summary_file(run).read_text())["outside"]
+    return Base(loaded, config, clustered, outside, groups, same, different)
+
+
+def _is_there(out: Path, applied: dict[str, str]) -> bool:
+    """Tell whether the folder holds the result of these corrections already; UserError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    config = artifacts.config_file(out)
+    try:
+        found = json.loads(config.read_bytes()).get("applied") if out.is_dir() and config.exists() else None
+    except (ValueError, AttributeError):
+        found = None
+    if found != applied:
+        raise UserError(f"{out} holds something else; give another --out")
+    return True
+
+
+def _write(
+    base: Base, edits: Edits, file: Path, out: Path, applied: dict[str, str], command: list[str], progress: Progress
+) -> None:
+    """Fill a folder beside `out`, and give it that name at the end."""
+    started = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}-", dir=out.parent) as temporary:
+            folder = Path(temporary) / "run"
+            folder.mkdir()
+            for name in (*KEPT, *([] if base.config.pretext == "none" else [base.config.pretext])):
+                link_tree(base.run.folder / name, folder / name)
+            if not artifacts.neighbors_file(folder).exists():
+                spice_graph.find_neighbors(base.config, base.config.graph, LocalWorker(folder, "graph", device))
+            _learn(base, edits, folder, device, started, progress)
+            shutil.copyfile(file, artifacts.edits_file(folder))
+            about = {"command": command, "applied": applied, "config": asdict(_config_of(base.config, folder))}
+            publish_json(artifacts.config_file(folder), {**base.run.config, **about})
+            folder.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; give another --out") from error
+
+
+def _config_of(config: Config, folder: Path) -> Config:
+    return replace(config, clusters=artifacts.metrics(folder)["k"])
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Give every file of a folder, if there is one, a second name below `target`: hard links, or copies elsewhere."""
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(old, new)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+
+
+def _learn(base: Base, edits: Edits, folder: Path, device: torch.device, started: float, progress: Progress) -> None:
+    """Write everything in the folder that depends on the groups, but for the report."""
+    neighbors, groups = artifacts.neighbors(folder), base.run.num_clusters - (base.outside is not None)
+    probs = posterior(base, neighbors)[:, :groups] + FLOOR
+    probs /= probs.sum(1, keepdims=True)
+    labels = np.where(base.labels < groups, base.labels, probs.argmax(1))
+    corrections = _corrections(base, edits, groups)
+    reference = artifacts.features(folder, base.clustered)
+    try:
+        learned = learn(reference, probs, labels, neighbors, corrections, base.config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    config = replace(base.config, clusters=learned.probs.shape[1])
+    if config.clusters - bool(corrections.outside.any()) < 2:
+        raise UserError("one group would be left after these corrections; leave at least two")
+    agreement = number(mapping(base.run.metrics.get("select")).get("agreement"))
+    result, learned = corrected_result.result(
+        config, _settings(config), folder, device, corrections, learned, agreement, base.run.labels, progress
+    )
+    evaluate.conclude(result, config, folder, device, {"apply": time.monotonic() - started}, progress)
+    _write_corrections(folder, base, edits, corrections, learned)
+
+
+def _settings(config: Config) -> corrected_result.Settings:
+    stages = {stage.name for stage in stages_of(config)}
+    reliable = config.reliable if "reliable" in stages else None
+    tune = config.spice_tune if "spice_tune" in stages else None
+    return corrected_result.Settings(config.spice_graph, reliable, tune)
+
+
+def posterior(base: Base, neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray, "M K"]:
+    """Return the probabilities of the run's groups.
+
+    Where stage 2 on the graph left none of the result, an image's group has its confidence, half at least, and the
+    groups of its neighbours the rest.
+    """
+    folder = base.run.folder
+    if artifacts.corrected_posterior_file(folder).exists():
+        return np.load(artifacts.corrected_posterior_file(folder)).astype(np.float64)
+    if base.run.metrics.get("result") == "spice_graph":
+        return artifacts.posterior(folder).astype(np.float64)
+    one_hot = np.eye(base.run.num_clusters)[base.labels]
+    confidence = np.maximum(base.run.confidence[: base.clustered, None], 0.5)
+    return confidence * one_hot + (1 - confidence) * graph.neighbor_mean(one_hot, neighbors)
+
+
+def _corrections(base: Base, edits: Edits, groups: int) -> Corrections:
+    """Join the corrections with those that the run was made with; a new one replaces an old one of the same images."""
+    fixed = {image: group for image, group in base.fixed.items() if group != base.outside} | edits.move
+    outside = (base.fixed.keys() - fixed.keys() - edits.move.keys()) | set(edits.outside)
+    fixed = {image: group for image, group in fixed.items() if image not in outside}
+    same = [*_unless_in(edits.different, base.same), *edits.same]
+    different = [*_unless_in(edits.same, base.different), *edits.different]
+    if why := contradiction(edits.roots, fixed, sorted(outside), same, different):
+        raise UserError(f"together with the corrections that {base.run.folder} was made with: {why[1]}")
+    of_images = np.full(base.clustered, UNRELIABLE)
+    of_images[list(fixed)] = list(fixed.values())
+    pairs = [np.array(chosen, np.int64).reshape(-1, 2) for chosen in (same, different)]
+    sets = joined(pairs[0], base.clustered)
+    is_outside = np.isin(sets, sets[sorted(outside)])
+    return Corrections(np.array(edits.roots[:groups]), edits.split, of_images, is_outside, pairs[0], pairs[1])
+
+
+def _unless_in(others: Sequence[Pair], pairs: Sequence[Pair]) -> list[Pair]:
+    replaced = {frozenset(pair) for pair in others}
+    return [pair for pair in pairs if frozenset(pair) not in replaced]
+
+
+def _write_corrections(folder: Path, base: Base, edits: Edits, corrections: Corrections, learned: Learned) -> None:
+    """Write names, what later corrections keep, and the summary."""
+    old, last = artifacts.names(base.run.folder), learned.probs.shape[1] - 1
+    sizes = np.bincount(base.labels, minlength=base.run.num_clusters).tolist()
+    names = new_names({**old, **edits.names}, edits.names, learned.groups, sizes)
+    has_outside = bool(corrections.outside.any())
+    groups = [*learned.groups, *([[last] * has_outside] if base.outside is not None else [])]
+    if has_outside:
+        names[last] = edits.names.get(base.outside, old.get(base.outside, OUTSIDE))
+    publish_json(artifacts.names_file(folder), {str(group): name for group, name in sorted(unique(names).items())})
+
+    kinds = [(corrections.same, 1), (corrections.different, 0)]
+    pairs = np.concatenate([np.column_stack([pairs, np.full(len(pairs), kind)]) for pairs, kind in kinds])
+    arrays = {
+        artifacts.corrected_posterior_file(folder): learned.probs.astype(np.float32),
+        artifacts.fixed_groups_file(folder): learned.fixed,
+        artifacts.pairs_file(folder): pairs,
+    }
+    artifacts.pairs_file(folder).parent.mkdir()
+    for path, values in arrays.items():
+        with publish(path) as file:
+            np.save(file, values)
+    publish_json(
+        artifacts.corrections_summary_file(folder),
+        {
+            "outside": last if has_outside else None,
+            "groups_before": base.run.num_clusters,
+            "from": [[old for old, new in enumerate(groups) if group in new] for group in range(last + 1)],
+            "emptied": [old for old, new in enumerate(groups) if not new],
+            "fixed": int((learned.fixed != UNRELIABLE).sum()),
+            **_moves(base, edits, learned, groups),
+        },
+    )
+
+
+def _moves(base: Base, edits: Edits, learned: Learned, groups: Sequence[list[int]]) -> dict[str, int]:
+    """Count the images whose group changed by more than merging and dividing: those in corrections, and others."""
+    stays = np.zeros((base.run.num_clusters, learned.probs.shape[1]), bool)
+    for old, new in enumerate(groups):
+        stays[old, new] = True
+    moved = ~stays[base.labels, learned.labels]
+    direct = np.zeros(len(moved), bool)
+    direct[[*edits.move, *edits.outside, *sum([*edits.same, *edits.different], ())]] = True
+    return {"by_correction": int((moved & direct).sum()), "by_learning": int((moved & ~direct).sum())}
+
+
+def new_names(
+    names: Mapping[int, str], given: Mapping[int, str], groups: Sequence[Sequence[int]], sizes: Sequence[int]
+) -> dict[int, str]:
+    """Name each new group after the groups that it is from: one whose name was given, else the largest with a name."""
+    result: dict[int, str] = {}
+    for group in sorted(names.keys() & set(range(len(groups))), key=lambda group: (group in given, sizes[group])):
+        parts = groups[group]
+        result |= {new: names[group] + f" {part}" * (len(parts) > 1) for part, new in enumerate(parts, 1)}
+    return result
+
+
+def unique(names: Mapping[int, str]) -> dict[int, str]:
+    """Number names that stand twice, as parts of a divided group can have the name of another."""
+    result: dict[int, str] = {}
+    for group, name in names.items():
+        number, free = 2, name
+        while free in result.values():
+            number, free = number + 1, f"{name} ({number})"
+        result[group] = free
+    return result
+
+
+def _described(out: Path) -> str:
+    """Say in lines what changed, from the files of the corrected run."""
+    summary, metrics = json.loads(artifacts.corrections_summary_file(out).read_text()), artifacts.metrics(out)
+    labels, names = read_assignments(artifacts.assignments_file(out))[0], artifacts.names(out)
+    lines = [f"{summary['groups_before']} groups before, {metrics['k']} after"]
+    for group, (size, sources) in enumerate(zip(np.bincount(labels).tolist(), summary["from"], strict=True)):
+        if group < MOST_LINES:
+            before = " + ".join(map(str, sources)) or "none"
+            lines.append(f"{group:>5}  {size:>8,} images, from {before:<12} {csv_cell(names.get(group, ''))}".rstrip())
+    if metrics["k"] > MOST_LINES:
+        lines.append(f"and {metrics['k'] - MOST_LINES} more, see {artifacts.corrections_summary_file(out)}")
+    if summary["emptied"]:
+        lines.append(f"left without images: {', '.join(map(str, summary['emptied']))}")
+    lines.append(
+        f"{summary['by_correction']:,} images moved by correction, {summary['by_learning']:,} by learning; "
+        f"{summary['fixed']:,} are fixed"
+    )
+    before, after = metrics["baselines"]["before"], metrics["eval"]
+    if before and after:
+        shown = (f"{name.upper()} {100 * before[name]:.1f} -> {100 * after[name]:.1f}" for name in ("acc", "nmi"))
+        lines.append("against true labels: " + ", ".join(shown))
+    return "\n".join([*lines, f"assignments  {artifacts.assignments_file(out)}", f"report       {out / 'report.html'}"])
