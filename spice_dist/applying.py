@@ -28,7 +28,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
 from spice_dist.errors import UserError
 from spice_dist.methods import corrected_result, spice_graph
-from spice_dist.methods.corrections import FLOOR, Corrections, Learned, joined, learn
+from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report import write_report
 from spice_dist.report.reading import Run, load, mapping, number
@@ -191,17 +191,15 @@ def _settings(config: Config) -> corrected_result.Settings:
 def posterior(base: Base, neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray, "M K"]:
     """Return the probabilities of the run's groups.
 
-    Where stage 2 on the graph left none of the result, an image's group has its confidence, half at least, and the
-    groups of its neighbours the rest.
+    Where stage 2 on the graph left none of the result, they are the groups spread over neighbours: the confidence of a
+    head can be 1 for all images, which no correction would move.
     """
     folder = base.run.folder
     if artifacts.corrected_posterior_file(folder).exists():
         return np.load(artifacts.corrected_posterior_file(folder)).astype(np.float64)
     if base.run.metrics.get("result") == "spice_graph":
         return artifacts.posterior(folder).astype(np.float64)
-    one_hot = np.eye(base.run.num_clusters)[base.labels]
-    confidence = np.maximum(base.run.confidence[: base.clustered, None], 0.5)
-    return confidence * one_hot + (1 - confidence) * graph.neighbor_mean(one_hot, neighbors)
+    return graph.spread(np.eye(base.run.num_clusters)[base.labels], neighbors[:, :NEIGHBORS])
 
 
 def _corrections(base: Base, edits: Edits, groups: int) -> Corrections:

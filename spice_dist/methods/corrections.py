@@ -27,6 +27,7 @@ from spice_dist.pseudo_labels import UNRELIABLE
 NEIGHBORS = 15  # of the graph over which corrections spread
 GROUNDING, SMOOTHNESS = 0.1, 2  # chosen over four data sets together, see bench_corrections
 STEPS = 8  # of the random walk by which a group is divided
+KEPT = 0.5  # share of a group's images that stay in it, but for those that are corrected
 FEW = 20  # images of a group up to which it is divided by k-means of the features
 FLOOR = 1e-6  # of a probability, so that no evidence is final
 
@@ -65,6 +66,8 @@ def learn(
         ValueError: more images are kept apart than there are groups, or a group has too few to be divided.
     """
     fixed, roots = corrections.fixed, corrections.roots
+    # more neighbours of few images would reach into other groups
+    neighbors = neighbors[:, : min(NEIGHBORS, max(2, len(labels) // (2 * probs.shape[1])))]
     before = roots[np.where(fixed != UNRELIABLE, fixed, labels)]
     parts = {root: np.full(len(labels), UNRELIABLE) for root in corrections.parts}
     for root, of_images in parts.items():
@@ -216,9 +219,21 @@ def spread_corrections(
     result[known] = corrected[known]
     residuals = np.where(known[:, None], corrected - probs, 0)
     if known.any() and not known.all():
+        changes = conditional_mean(residuals, known, neighbors)[~known]
         # residuals of rows sum to zero and remain so: only clipping changes sums
-        result[~known] = np.clip(probs[~known] + conditional_mean(residuals, known, neighbors)[~known], 0, None)
+        result[~known] = np.clip(probs[~known] + _moderate(probs[~known], changes), 0, None)
     return result / result.sum(1, keepdims=True)
+
+
+def _moderate(probs: Float[np.ndarray, "U K"], changes: Float[np.ndarray, "U K"]) -> Float[np.ndarray, "U K"]:
+    """Halve the changes in a group until half of its images stay, so that one image does not draw a whole group."""
+    labels = probs.argmax(1)
+    sizes = np.bincount(labels, minlength=probs.shape[1])
+    scale = np.ones(probs.shape[1])
+    for factor in (0.5, 0.25, 0.125, 0.0):
+        stays = (probs + scale[labels, None] * changes).argmax(1) == labels
+        scale[np.bincount(labels[stays], minlength=len(sizes)) < KEPT * sizes] = factor
+    return scale[labels, None] * changes
 
 
 def conditional_mean(

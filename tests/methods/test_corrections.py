@@ -105,6 +105,18 @@ def test_a_correction_moves_images_like_it_and_leaves_another_clump_exactly_as_i
     np.testing.assert_allclose(spread[of_image == 2], probs[of_image == 2], atol=1e-9)
 
 
+def test_one_image_does_not_draw_the_whole_group_with_it():
+    _, of_image, neighbors = clumps([30, 30])
+    probs = posterior(of_image, 2, 0.7)
+    known, target = np.arange(60) == 0, np.where((np.arange(60) == 0)[:, None], [0.0, 1.0], probs)
+    changes = corrections.conditional_mean(np.where(known[:, None], target - probs, 0), known, neighbors)
+    assert ((probs + changes)[:30].argmax(1) == 1).mean() > 0.5, "it would"
+    spread = spread_corrections(probs, target, known, neighbors)
+    assert spread[0].argmax() == 1
+    assert (spread[:30].argmax(1) == 0).mean() >= 0.5
+    assert (spread[1:30, 1] >= probs[1:30, 1]).all()
+
+
 def test_without_corrections_the_posterior_is_unchanged():
     _, of_image, neighbors = clumps([20, 20])
     probs = posterior(of_image, 2)
