@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +267,7 @@ def _moves(base: Base, edits: Edits, learned: Learned, groups: Sequence[list[int
         stays[old, new] = True
     moved = ~stays[base.labels, learned.labels]
     direct = np.zeros(len(moved), bool)
-    direct[[*edits.move, *edits.outside, *sum([*edits.same, *edits.different], ())]] = True
+    direct[[*edits.move, *edits.outside, *chain.from_iterable([*edits.same, *edits.different])]] = True
     return {"by_correction": int((moved & direct).sum()), "by_learning": int((moved & ~direct).sum())}
 
 
@@ -297,7 +298,8 @@ def _described(out: Path) -> str:
     summary, metrics = json.loads(artifacts.corrections_summary_file(out).read_text()), artifacts.metrics(out)
     labels, names = read_assignments(artifacts.assignments_file(out))[0], artifacts.names(out)
     lines = [f"{summary['groups_before']} groups before, {metrics['k']} after"]
-    for group, (size, sources) in enumerate(zip(np.bincount(labels).tolist(), summary["from"], strict=True)):
+    sizes = np.bincount(labels, minlength=metrics["k"]).tolist()
+    for group, (size, sources) in enumerate(zip(sizes, summary["from"], strict=True)):
         if group < MOST_LINES:
             before = " + ".join(map(str, sources)) or "none"
             lines.append(f"{group:>5}  {size:>8,} images, from {before:<12} {csv_cell(names.get(group, ''))}".rstrip())

@@ -150,6 +150,5 @@ def _tuned(
         objectives.generalization(reference, clusters, probs.shape[1], task.seed)
         for clusters in (learned.labels, labels)
     )
-    if after < before:
-        return net, probs
-    return tuned, found
+    emptied = len(np.unique(labels)) < len(np.unique(learned.labels))
+    return (net, probs) if emptied or after < before else (tuned, found)

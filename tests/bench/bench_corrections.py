@@ -174,7 +174,9 @@ def main() -> None:
     print(f"| mean of {len(rows)} | ACC | NMI |\n|---|---|---|")
     for name in ("before", "plain", "after"):
         cells = [np.array([row[f"{name} {score}"] for row in rows]) for score in ("acc", "nmi")]
-        print(f"| {name} | " + " | ".join(f"{cell.mean():.1f} ± {cell.std():.1f}" for cell in cells) + " |")
+        spread = [cell.std(ddof=1) if len(cell) > 1 else 0.0 for cell in cells]
+        shown = (f"{cell.mean():.1f} ± {error:.1f}" for cell, error in zip(cells, spread, strict=True))
+        print(f"| {name} | {' | '.join(shown)} |")
 
 
 if __name__ == "__main__":
