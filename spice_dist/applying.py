@@ -30,6 +30,7 @@ from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, rea
 from spice_dist.errors import UserError
 from spice_dist.methods import corrected_result, spice_graph
 from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn
+from spice_dist.model_card import write_card
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report import write_report
 from spice_dist.report.reading import Run, load, mapping, number
@@ -82,6 +83,7 @@ def apply(run: Path, edits: Path, out: Path | None, command: list[str], force: b
         with StopSignal() as stop, Bar("apply", stop) as bar:
             _write(base, corrections, edits, out, applied, command, bar.show)
     if not artifacts.report_file(out).exists():
+        write_card(out)
         write_report(out)
     return _described(out)
 
