@@ -198,7 +198,8 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     def _take_model(self, folder: Path) -> None:
         self._model = net, task = load_model(folder, _device())
-        self.n_clusters_, self._n_features_out = task.clusters, int(net.backbone.dim)
+        dim: Any = net.backbone.dim
+        self.n_clusters_, self._n_features_out = task.clusters, dim
 
     def _fitted(self) -> Any:
         """Return the network and its task; NotFittedError if there are none."""

@@ -314,7 +314,7 @@ def test_torchvision_decodes_the_pixels_of_pillow_bit_for_bit(subsampling: str, 
         PillowDecoder().decode(bytearray(file.getvalue()), pixels[0])
         TorchvisionDecoder().decode(bytearray(file.getvalue()), pixels[1])
         assert pixels[0].std() > 20
-        assert np.array_equal(*pixels)
+        assert np.array_equal(pixels[0], pixels[1])
 
 
 @pytest.mark.parametrize("decoder", [PillowDecoder, TorchvisionDecoder])
