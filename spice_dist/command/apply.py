@@ -5,6 +5,11 @@ from pathlib import Path
 
 from spice_dist.command.options import Commands
 
+EXAMPLES = """examples:
+  spice-dist apply runs/photos edits.json                      writes the run folder runs/photos-edited
+  spice-dist apply runs/photos edits.json --out runs/photos2
+"""
+
 
 def add(commands: Commands) -> None:
     command = commands.add_parser(
@@ -12,7 +17,7 @@ def add(commands: Commands) -> None:
         help="apply corrections of the groups of a finished run, and learn from them",
         description="Name, merge and split groups and fix images as edits.json says, spread that to similar images, "
         "and train the model again. The result is another run folder.",
-        epilog="example: spice-dist apply runs/photos edits.json --out runs/photos2",
+        epilog=EXAMPLES,
     )
     command.set_defaults(call=apply)
     command.add_argument("run", type=Path)
