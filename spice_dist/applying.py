@@ -235,7 +235,8 @@ def _write_corrections(folder: Path, base: Base, edits: Edits, corrections: Corr
     has_outside = bool(corrections.outside.any())
     groups = [*learned.groups, *([[last] * has_outside] if base.outside is not None else [])]
     if has_outside:
-        names[last] = edits.names.get(base.outside, old.get(base.outside, OUTSIDE))
+        was = -1 if base.outside is None else base.outside
+        names[last] = edits.names.get(was, old.get(was, OUTSIDE))
     publish_json(artifacts.names_file(folder), {str(group): name for group, name in sorted(unique(names).items())})
 
     kinds = [(corrections.same, 1), (corrections.different, 0)]

@@ -131,7 +131,7 @@ def test_what_is_fixed_stays_fixed_in_later_corrections(run, tmp_path):
     assert apply(one, again, two) == 0
     after, sources = labels_of(two), json.loads(artifacts.corrections_summary_file(two).read_text())["from"]
     assert after[first[1]] == after[first[3]] == after[outside]
-    assert artifacts.names(two)[after[outside]] == "new"
+    assert artifacts.names(two)[int(after[outside])] == "new"
     assert labels[moved] in sources[after[moved]]
     assert artifacts.metrics(two)["baselines"]["before"] == artifacts.metrics(one)["eval"]
 
@@ -202,7 +202,8 @@ def test_a_run_without_a_neighbour_graph_is_corrected_too(tmp_path):
     from sklearn.datasets import load_digits
 
     images, run, out = tmp_path / "digits.npy", tmp_path / "run", tmp_path / "out"
-    np.save(images, (load_digits(n_class=4).images[:400] * 15).astype(np.uint8))
+    pixels = load_digits(n_class=4).images  # pyright: ignore[reportAttributeAccessIssue]
+    np.save(images, (pixels[:400] * 15).astype(np.uint8))
     longer = ("--set", "moco.epochs=3", "--set", "spice_self.epochs=10")
     given = ["fit", str(images), "--recipe", "digits", "--clusters", "4", "--out", str(run), *TINY, *longer]
     assert main(given) == 0

@@ -185,7 +185,7 @@ def test_every_pair_is_kept_or_the_impossible_is_said():
     assert sum(outcomes) > 20
     four_apart = np.array(list(itertools.combinations(range(4), 2)))
     with pytest.raises(ValueError, match="more images are kept apart than there are groups"):
-        resolved(probs, np.full(8, UNRELIABLE), NONE, four_apart)
+        resolved(rng.dirichlet(np.ones(3), 8), np.full(8, UNRELIABLE), NONE, four_apart)
 
 
 def test_all_corrections_together_keep_what_is_fixed_and_number_groups_without_holes():
@@ -219,7 +219,8 @@ def test_a_group_that_loses_its_last_image_is_left_out():
 
 def test_too_few_images_to_divide_are_refused():
     features, of_image, neighbors = clumps([20, 20, 2])
-    given = no_corrections(42, 3) | {"parts": {2: 2}}
+    given = no_corrections(42, 3)
+    given["parts"] = {2: 2}
     given["fixed"][41] = 0
     with pytest.raises(ValueError, match="group 2 has 1 images left, too few for 2 groups"):
         learn(features, posterior(of_image, 3), of_image, neighbors, Corrections(**given), seed=0)
