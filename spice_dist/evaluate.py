@@ -24,6 +24,7 @@ from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import Source
 from spice_dist.inference import probabilities
+from spice_dist.inspection import inspect
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
@@ -39,7 +40,7 @@ def evaluate(
     config: Config, run: Path, device: torch.device, seconds: dict[str, float],
     progress: Progress = lambda done, total: None, until: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `model/`, `assignments.csv`, `metrics.json` and the scores of each stage; return the metrics.
+    """Write `model/`, the scores of each stage and the tables of the run; return the content of `metrics.json`.
 
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
 
@@ -87,6 +88,7 @@ def conclude(
         "seconds": seconds,
         **{name: value for name, value in evaluation_settings(config).items() if value is not None},
         "reliable": _reliable(clustering, manifest, y_true),
+        "duplicates": inspect(task, run, device),
     }
     for stage, labels_of in clustering.stages.items():
         publish_json(

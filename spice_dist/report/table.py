@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from spice_dist import artifacts
 from spice_dist.errors import UserError
 from spice_dist.report.reading import SCORES, load, mapping, number
 
@@ -33,6 +34,10 @@ def format_scores(run: Path) -> str:
         lines.append(f"{reliable['count']} reliable labels ({reliable['fraction']:.0%} of the images)")
     if reliable.get("advice"):
         lines.append(reliable["advice"])
+    copies = metrics.get("duplicates") or {}  # runs of earlier versions have none
+    if copies.get("copies"):
+        where = artifacts.duplicates_file(run)
+        lines.append(f"{copies['copies']} images in {copies['groups']} groups of copies: {where}")
     lines.append(
         "without labels: "
         + ", ".join(f"{name} {value:.3f}" for name, value in metrics["select"].items() if value is not None)
