@@ -93,7 +93,7 @@ def find_copies(
     Args:
         content: equal where the stored bytes are.
         small: of `pictures`.
-        neighbors: of the first M images the nearest others by cosine of `features`, nearest first; both or none.
+        neighbors: of the first M images the nearest others by cosine of `features`, nearest first.
     """
     _, chosen, index = np.unique(content, return_index=True, return_inverse=True)
     if neighbors is not None and features is not None:

@@ -38,18 +38,17 @@ def inspect(task: Task, run: Path, device: torch.device) -> dict[str, int]:
     """Write duplicates.csv and outliers.csv; return the numbers of images and groups of copies, and of series."""
     names = read_paths(artifacts.data(run))
     features = artifacts.stored_features(run) if artifacts.features_file(run).exists() else None
-    small, info = _pictures(task, run, device), beton.verify(artifacts.data(run) / "dataset.beton")
     has_graph = features is not None and artifacts.neighbors_file(run).exists()
-    copies = duplicates.find_copies(
-        same_content(info), small, artifacts.neighbors(run) if has_graph else None, features if has_graph else None
-    )
+    neighbors = artifacts.neighbors(run) if has_graph else None
+    small, info = _pictures(task, run, device), beton.verify(artifacts.data(run) / "dataset.beton")
+    copies = duplicates.find_copies(same_content(info), small, neighbors, features)
     rows = members(copies, small, best_first(artifacts.manifest(run).source, names, info, copies.scene))
     cells = ([m.group, m.index, csv_cell(names[m.index]), m.kind, f"{m.similarity:.4f}", int(m.best)] for m in rows)
     _write(artifacts.duplicates_file(run), ["group", "index", "path", "kind", "similarity", "best"], cells)
     if features is None:
         artifacts.outliers_file(run).unlink(missing_ok=True)
     else:
-        _write_outliers(run, names, features)
+        _write_outliers(run, names, features, neighbors)
     copied, series = ([m for m in rows if (m.kind == "series") == is_series] for is_series in (False, True))
     return {
         "copies": len(copied),
@@ -142,8 +141,14 @@ def _group(
     return [Member(number, i, of, value, place == 0) for place, (i, of, value) in enumerate(rows)]
 
 
-def _write_outliers(run: Path, names: Sequence[str], features: Float16[np.ndarray, "N D"]) -> None:
-    distance = outliers.kth_distances(features)
+def _write_outliers(
+    run: Path, names: Sequence[str], features: Float16[np.ndarray, "N D"], neighbors: Int[np.ndarray, "M S"] | None
+) -> None:
+    if neighbors is not None and len(neighbors) == len(features):
+        far = neighbors[:, min(outliers.K, neighbors.shape[1]) - 1]
+        distance = np.maximum(duplicates.cosine_distances(features, np.arange(len(far)), far), 0)
+    else:
+        distance = outliers.kth_distances(features)
     score = outliers.scores(distance)
     listed = outliers.most_unusual(distance) if len(names) > 1 else []
     cells = ([i, csv_cell(names[i]), f"{distance[i]:.4f}", f"{score[i]:.3f}"] for i in listed)

@@ -212,6 +212,19 @@ def test_runs_of_one_image_or_of_equal_ones_are_inspected(tmp_path, count):
     assert sum(row["best"] == "1" for row in rows) == (count > 1)
 
 
+def test_the_neighbour_graph_gives_the_outliers_that_a_search_finds(tmp_path):
+    run = run_of(tmp_path, {f"{i:02d}.png": png(image) for i, image in enumerate(scenes(120))})
+    inspected(run)
+    searched = artifacts.outliers_file(run).read_bytes()
+    products = (rows := artifacts.features(run)) @ rows.T
+    np.fill_diagonal(products, -np.inf)
+    artifacts.neighbors_file(run).parent.mkdir()
+    np.save(artifacts.neighbors_file(run), np.argsort(-products, axis=1)[:, :30].astype(np.int32))
+    inspected(run)
+    assert artifacts.outliers_file(run).read_bytes() == searched
+    assert len(searched.splitlines()) == 3
+
+
 def test_equal_checksums_of_other_bytes_are_no_equal_content(tmp_path):
     run = run_of(tmp_path, {f"{i}.png": png(image) for i, image in enumerate([*scenes(3), scenes(1)[0]])})
     info = beton.verify(artifacts.data(run) / "dataset.beton")
