@@ -106,7 +106,8 @@ def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     indices = np.arange(len(features))
     if len(indices) > MAP_IMAGES:
         indices = np.sort(np.random.default_rng(0).choice(len(indices), MAP_IMAGES, replace=False))
-    pca = PCA(min(2, features.shape[1]), svd_solver="full")
+    many = len(indices) > features.shape[1]  # then the covariance is smaller: half the time
+    pca = PCA(min(2, features.shape[1]), svd_solver="covariance_eigh" if many else "full")
     # where all features are equal, shares are 0 / 0
     with np.errstate(invalid="ignore"):
         points = pca.fit_transform(np.asarray(features[indices], dtype=np.float32))

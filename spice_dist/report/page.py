@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from spice_dist import artifacts
 from spice_dist.errors import UserError
-from spice_dist.report import charts, confusion, payload, sections, sprites, words
+from spice_dist.report import attention, charts, confusion, payload, sections, sprites, words
 from spice_dist.report.evidence import Evidence, gather
 from spice_dist.report.gallery import (
     Gallery,
@@ -106,6 +106,7 @@ def render(
     page = template("template.html").render(
         **_context(run, evidence, shown, notes),
         by_center=similarity is not None,
+        spotlights=attention.spotlights(run.folder, shown),
         confusion=None if truth is None else confusion.table(run.labels, truth, run.num_clusters, data["classes"]),
         map_method=method,
         data=payload.embed(data),
