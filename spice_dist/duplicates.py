@@ -143,7 +143,7 @@ def low_frequencies(small: Float16[np.ndarray, "N SIDE SIDE"]) -> Float[np.ndarr
 
     rows = np.zeros((len(small), FREQUENCIES**2 - 1), np.float32)
     for start in range(0, len(small), CHUNK):
-        waves = dctn(small[start : start + CHUNK].astype(np.float32), axes=(1, 2), norm="ortho")
+        waves: np.ndarray = dctn(small[start : start + CHUNK].astype(np.float32), axes=(1, 2), norm="ortho")
         block = waves[:, :FREQUENCIES, :FREQUENCIES].reshape(len(waves), -1)[:, 1:]
         length = np.linalg.norm(block, axis=1, keepdims=True)
         rows[start : start + CHUNK] = np.where(length > FLAT * SIDE, block / np.maximum(length, 1e-9), 0)

@@ -88,7 +88,7 @@ def best_first(
     decides, which is of one size for raw squares.
     """
     folder, grouped = Path(source), np.concatenate([*duplicates.groups(labels), np.zeros(0, np.int64)])
-    known = {int(i): _original(folder / names[i]) for i in grouped} if folder.is_dir() else {}
+    known = {i: _original(folder / names[i]) for i in grouped.tolist()} if folder.is_dir() else {}
     stored = zip(info.heights.tolist(), info.widths.tolist(), info.sizes.tolist(), strict=True)
     keys = [(*known.get(i, (0, 0)), height * width, size) for i, (height, width, size) in enumerate(stored)]
     order = sorted(range(len(names)), key=lambda i: (*(-value for value in keys[i]), names[i]))
@@ -151,7 +151,7 @@ def _write_outliers(
         distance = outliers.kth_distances(features)
     score = outliers.scores(distance)
     listed = outliers.most_unusual(distance) if len(names) > 1 else []
-    cells = ([i, csv_cell(names[i]), f"{distance[i]:.4f}", f"{score[i]:.3f}"] for i in listed)
+    cells = ([i, csv_cell(names[i]), f"{distance[i]:.4f}", f"{score[i]:.3f}"] for i in map(int, listed))
     _write(artifacts.outliers_file(run), ["index", "path", "distance", "score"], cells)
 
 

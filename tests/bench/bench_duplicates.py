@@ -60,7 +60,8 @@ def watermarked(image: Image.Image) -> Image.Image:
 
 def next_shot(image: Image.Image, degrees: float, zoom: float, light: float) -> Image.Image:
     width, height = image.size
-    box = tuple(side * share for share in (0.5 - 0.48 / zoom, 0.5 + 0.48 / zoom) for side in (width, height))
+    near, far = 0.5 - 0.48 / zoom, 0.5 + 0.48 / zoom
+    box = (width * near, height * near, width * far, height * far)
     turned = image.rotate(degrees, BICUBIC).resize(image.size, BICUBIC, box=box)
     return ImageEnhance.Brightness(turned).enhance(light)
 

@@ -40,7 +40,7 @@ from spice_dist.data.views import IMAGENET_MEAN, IMAGENET_STD
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import autocast, place
-from spice_dist.models.heads import ClusterNet
+from spice_dist.models.heads import ClusterNet, LinearNet
 from spice_dist.models.momentum import slow_copy
 from spice_dist.models.split_batch_norm import forget_statistics
 from tests.bench.bench_pretrain import CPU, Stopwatch
@@ -99,7 +99,7 @@ def config(options: argparse.Namespace) -> Config:
     )
 
 
-def network(settings: Config) -> ClusterNet:
+def network(settings: Config) -> ClusterNet | LinearNet:
     task = spice_semi.network_task(settings, settings.spice_semi)
     return spice_semi.new_network(task, settings.spice_semi, Path())
 

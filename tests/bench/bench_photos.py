@@ -425,9 +425,9 @@ def by_umap(features: np.ndarray, clusters: int, seed: int) -> Clustered:
     """k-means and HDBSCAN of the same coordinates, whose seconds count for both."""
 
     def coordinates() -> np.ndarray:
-        import umap  # pyright: ignore[reportMissingImports]
+        import umap
 
-        return umap.UMAP(**UMAP, random_state=seed).fit_transform(features)
+        return umap.UMAP(**UMAP, random_state=seed).fit_transform(features)  # pyright: ignore
 
     points, mapping = timed(coordinates)
     (labels, seconds) = by_kmeans(points, clusters, seed)["k-means"]
