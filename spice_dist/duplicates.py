@@ -13,6 +13,7 @@ products, and a tenth of a millisecond for each pair that is worth a closer look
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def low_frequencies(small: Float16[np.ndarray, "N SIDE SIDE"]) -> Float[np.ndarr
 
     rows = np.zeros((len(small), FREQUENCIES**2 - 1), np.float32)
     for start in range(0, len(small), CHUNK):
-        waves: np.ndarray = dctn(small[start : start + CHUNK].astype(np.float32), axes=(1, 2), norm="ortho")
+        waves: Any = dctn(small[start : start + CHUNK].astype(np.float32), axes=(1, 2), norm="ortho")
         block = waves[:, :FREQUENCIES, :FREQUENCIES].reshape(len(waves), -1)[:, 1:]
         length = np.linalg.norm(block, axis=1, keepdims=True)
         rows[start : start + CHUNK] = np.where(length > FLAT * SIDE, block / np.maximum(length, 1e-9), 0)

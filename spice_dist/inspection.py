@@ -88,7 +88,7 @@ def best_first(
     decides, which is of one size for raw squares.
     """
     folder, grouped = Path(source), np.concatenate([*duplicates.groups(labels), np.zeros(0, np.int64)])
-    known = {i: _original(folder / names[i]) for i in grouped.tolist()} if folder.is_dir() else {}
+    known = {int(i): _original(folder / names[int(i)]) for i in grouped} if folder.is_dir() else {}
     stored = zip(info.heights.tolist(), info.widths.tolist(), info.sizes.tolist(), strict=True)
     keys = [(*known.get(i, (0, 0)), height * width, size) for i, (height, width, size) in enumerate(stored)]
     order = sorted(range(len(names)), key=lambda i: (*(-value for value in keys[i]), names[i]))
