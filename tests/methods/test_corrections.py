@@ -188,6 +188,16 @@ def test_every_pair_is_kept_or_the_impossible_is_said():
         resolved(rng.dirichlet(np.ones(3), 8), np.full(8, UNRELIABLE), NONE, four_apart)
 
 
+def test_what_has_the_fewest_groups_left_is_placed_first():
+    """Of three groups one way alone keeps all pairs; to place the surest image first would end without a group."""
+    fixed = np.full(12, UNRELIABLE)
+    fixed[[0, 5]] = 2, 1
+    same, different = np.array([[0, 1], [2, 3]]), np.array([[1, 2], [3, 4], [2, 5], [6, 7]])
+    labels = resolved(np.random.default_rng(0).dirichlet(np.ones(3), 12), fixed, same, different)
+    assert (labels[same[:, 0]] == labels[same[:, 1]]).all()
+    assert (labels[different[:, 0]] != labels[different[:, 1]]).all()
+
+
 def test_all_corrections_together_keep_what_is_fixed_and_number_groups_without_holes():
     features, of_image, neighbors = clumps([20, 20, 20, 20, 20])
     probs = posterior(np.array([0, 0, 1, 2, 3])[of_image], 4)
