@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from unicodedata import category
 
 from spice_dist.data.files import csv_cell
 from spice_dist.errors import UserError
@@ -18,6 +19,7 @@ VERSION = 1
 KEYS = ("version", "run", "names", "merge", "split", "move", "outside", "same", "different")
 LARGEST = 100_000_000  # bytes of the file
 LONGEST = 200  # characters of a name
+JOINER = "\u200d"  # of emoji
 MOST_PARTS = 100  # that a group is divided into
 SHOWN = 60  # characters of a value in a message
 
@@ -199,10 +201,10 @@ class _Reader:
         for place, group, name in self._entries("names", value):
             if not isinstance(name, str) or not name.strip():
                 self._fail(place, f"{_shown(name)} is no name; give text")
-            name = name.strip()
+            name = "".join(" " if category(c) == "Zs" else c for c in name).strip()
             if len(name) > LONGEST:
                 self._fail(place, f"the name has {len(name):,} characters; give at most {LONGEST}")
-            if not name.isprintable():
+            if not name.replace(JOINER, "").isprintable():
                 self._fail(place, f"the name {_shown(name)} has control characters; leave them out")
             if name.isdecimal():
                 self._fail(place, f"the name {_shown(name)} would be taken for a number; add a letter")

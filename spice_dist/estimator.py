@@ -17,7 +17,7 @@ from spice_dist import artifacts, metrics, predicting
 from spice_dist.assignments import read_assignments
 from spice_dist.data.dataset import open_data
 from spice_dist.data.manifest import read_paths
-from spice_dist.data.sources import Source, from_array, from_arrays, from_files
+from spice_dist.data.sources import Source, from_array, from_arrays, from_files, is_image_name
 from spice_dist.errors import UserError
 from spice_dist.launching import Launch
 from spice_dist.model_folder import load_model, save_model
@@ -241,7 +241,8 @@ def _places(stored: list[str], given: list[str]) -> list[int]:
 
 def _source(X: Data) -> Source:
     if isinstance(X, str | Path):
-        return open_data(str(X))
+        one_image = is_image_name(Path(X).name) and Path(X).is_file()
+        return from_files([X]) if one_image else open_data(str(X))
     X = np.asarray(X) if hasattr(X, "__array__") else X  # a tensor, a column of a table
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OU":
         return from_array(X)

@@ -114,6 +114,10 @@ def _opened(
     if config.spice_semi.network:
         new_backbone(spice_semi.network_task(config, config.spice_semi))
     folder = out.resolve()
+    images = Path(source.name).resolve()
+    inside = folder == images or images in folder.parents
+    if inside and (images / source.paths[0]).is_file():  # not a data set of that name
+        raise UserError(f"--out {out} is inside the folder of the images; give a folder elsewhere")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, threads = plan(config, launch)
     if artifacts.sweep_file(folder).exists():
@@ -193,7 +197,7 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
 def _evaluated_otherwise(run: OpenRun) -> bool:
     """Tell whether scores are missing, or are of other stages, another method or other settings of evaluation."""
     path = artifacts.metrics_file(run.folder)
-    if not path.exists():
+    if not (path.exists() and artifacts.assignments_file(run.folder).exists()):
         return True
     metrics = json.loads(path.read_text())
     now = {"method": run.config.method} | evaluation_settings(run.config)

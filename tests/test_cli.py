@@ -103,6 +103,15 @@ def test_several_runs_are_one_table_of_means_and_deviations(digits_run, tmp_path
     assert run("evaluate", digits_run, other, "--probe", "knn") == 1
 
 
+def test_a_run_among_its_own_images_is_refused(tmp_path, capsys):
+    folder = photos(tmp_path / "photos")
+    before = sorted(folder.rglob("*"))
+    for out in (folder, folder / "run"):
+        assert run("fit", folder, "--out", out, "--backbone", "scratch", "--clusters", "2", *PHOTO) == 1
+        assert "is inside the folder of the images; give a folder elsewhere" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_kmeans_on_pixels_scores_what_is_known_of_it(digits_run):
     metrics = json.loads((digits_run / "metrics.json").read_text())
     assert metrics["baselines"]["kmeans_pixels"]["acc"] == pytest.approx(0.792, abs=0.02)

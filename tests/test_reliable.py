@@ -292,6 +292,10 @@ def test_a_run_without_reliable_labels_ends_with_the_result_of_stage_2(tmp_path,
     assert metrics["eval"]["acc"] == chosen["acc"]
     assert load(out).scores["SPICE"] is None
     assert run("predict", out, "digits", "--out", tmp_path / "new.csv") == 0
+    assignments = (out / "assignments.csv").read_bytes()
+    (out / "assignments.csv").unlink()
+    assert run("fit", "digits", "--out", out, *TINY, "--set", "reliable.rule=official") == 0
+    assert (out / "assignments.csv").read_bytes() == assignments
 
 
 def test_all_labels_equal(selected):

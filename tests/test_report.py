@@ -399,8 +399,16 @@ def test_a_page_that_cannot_be_placed_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         write_report(tmp_path / "nowhere", images=read_pixels)
     write_run(tmp_path / "run")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is no folder"):
         write_report(tmp_path / "run", tmp_path / "missing" / "page.html", images=read_pixels)
+    table = tmp_path / "run/assignments.csv"
+    before = table.read_bytes()
+    with pytest.raises(UserError, match="is no page; give another --out"):
+        write_report(tmp_path / "run", table, images=read_pixels)
+    assert table.read_bytes() == before
+    for megabytes in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(UserError, match="must be from 0 to a million"):
+            write_report(tmp_path / "run", images=read_pixels, page_mb=megabytes)
     with pytest.raises(UserError, match="is a folder"):
         write_report(tmp_path / "run", tmp_path, images=read_pixels)
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from spice_dist import artifacts
+from spice_dist.edits import Known, fingerprint, read_edits
 from spice_dist.report import write_comparison, write_report
 from spice_dist.report.text import printable
 from tests.test_report import SIZE, K, N, pixels, read_pixels, write_run
@@ -261,6 +262,39 @@ def test_the_map_zooms_and_its_lasso_selects_what_it_encloses(opened, run):
 
 def pick(page, index):
     image_of(page, f"photo {index}.png").click(modifiers=["Control"])
+
+
+def test_names_that_apply_would_refuse_are_refused_on_the_page(opened, run):
+    folder, labels, *_ = run
+    page = opened()
+
+    def give(cluster, name):
+        page.locator(f"#cluster-{cluster}").get_by_label(f"Name of cluster {cluster}").fill(name)
+        page.locator(f"#cluster-{cluster}").get_by_role("button", name="Name it").click()
+
+    give(0, "robe\u00a0d'été \u670d\u3000\u9774 \U0001f469\u200d\U0001f680")
+    give(1, "1990")
+    toast = page.locator("#live")
+    assert "would be taken for a number" in toast.inner_text()
+    assert toast.is_visible()
+    give(1, "robe d'été \u670d \u9774 \U0001f469\u200d\U0001f680")
+    assert "is the name of cluster 0" in toast.inner_text()
+    give(1, "b")
+    choose(page.locator("#cluster-0"), "Cluster to merge with cluster 0", 1)
+    page.locator("#cluster-0").get_by_role("button", name="Merge with").click()
+    parts = page.locator("#cluster-3").get_by_label("Number of parts of cluster 3")
+    for number, words in (("1", "from 2 to 100"), ("100", "give fewer parts")):
+        parts.fill(number)
+        page.locator("#cluster-3").get_by_role("button", name="Split into").click()
+        assert words in toast.inner_text()
+    made = folder / "made.json"
+    made.write_text(json.dumps(page.evaluate("edits()")))
+    of_run = fingerprint(artifacts.assignments_file(folder))
+    known = Known({}, np.bincount(labels).tolist(), [str(i) for i in range(len(labels))], of_run, len(labels))
+    edits = read_edits(made, known, force=False)
+    made.unlink()
+    assert edits.names == {1: "b"}
+    assert edits.roots[:2] == [0, 0]
 
 
 def test_corrections_are_downloaded_as_edits_undone_and_kept(opened, run):

@@ -379,5 +379,5 @@ def test_the_command_takes_one_run_or_two(tmp_path, capsys):
     assert cli.main(["report", *["x"] * 3]) == 1
     assert "one run, or two" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "a"), "--page-mb", "-1"]) == 1
-    assert "must be 0 or more" in capsys.readouterr().err
+    assert "must be from 0 to a million" in capsys.readouterr().err
     assert not (tmp_path / "a/report.html").exists()

@@ -11,7 +11,7 @@ from spice_dist.assignments import read_names
 from spice_dist.errors import UserError
 from spice_dist.report.confusion import ordered
 from spice_dist.report.gallery import ReadImages, Thumbnail, encode, read_images
-from spice_dist.report.page import check_out, template, write_page
+from spice_dist.report.page import check_out, check_replaced, template, write_page
 from spice_dist.report.payload import cluster_names
 from spice_dist.report.reading import Run, load
 from spice_dist.report.words import group_name
@@ -42,6 +42,7 @@ def write_comparison(first: Path, second: Path, out: Path, images: ReadImages = 
     check_same_images(*runs)
     out = Path(out)
     check_out(out)
+    check_replaced(out)
     names = tuple([group_name(k, cluster_names(run)) for k in range(run.num_clusters)] for run in runs)
     counts = overlap(*runs)
     rows, columns = ordered(counts)

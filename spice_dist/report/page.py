@@ -48,9 +48,12 @@ def write_report(
         DamagedFile: a file that the page needs is wrong.
     """
     run = Path(run)
-    out = artifacts.report_file(run) if out is None else Path(out)
-    if page_mb < 0:
-        raise UserError(f"the megabytes of a page must be 0 or more, not {page_mb:g}")
+    if out is None:
+        out = artifacts.report_file(run)
+    else:
+        check_replaced(out := Path(out))
+    if not 0 <= page_mb < 1e6:
+        raise UserError(f"the megabytes of a page must be from 0 to a million, not {page_mb:g}")
     loaded = load(run)
     check_out(out)
     folder = (
@@ -65,11 +68,18 @@ def write_report(
     return out
 
 
+def check_replaced(out: Path) -> None:
+    """Raise a UserError if another file than a page would be lost."""
+    if out.is_file() and out.stat().st_size and not out.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise UserError(f"{out} is no page; give another --out")
+
+
 def check_out(out: Path) -> None:
+    """Raise a UserError if no page can be written there."""
     if out.is_dir():
         raise UserError(f"{out} is a folder; name the file to write")
     if not out.parent.is_dir():
-        raise UserError(f"{out.parent} does not exist")
+        raise UserError(f"{out.parent} is no folder; make it, or give another --out")
 
 
 def write_page(out: Path, page: str) -> None:

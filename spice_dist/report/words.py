@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spice_dist import artifacts
 from spice_dist.report.evidence import Evidence
-from spice_dist.report.reading import Run
+from spice_dist.report.reading import Run, mapping, read_json
 from spice_dist.report.text import percent
 
 UNSTABLE = 0.6  # mean Jaccard index below which a group counts as not found again
@@ -29,12 +30,20 @@ def group_name(cluster: int, names: dict[int, str]) -> str:
     return f"{cluster} · {names[cluster]}" if cluster in names else f"Cluster {cluster}"
 
 
+def outside_group(run: Run) -> int | None:
+    """Return the group of a corrected run whose images belong to none; it can be neither merged nor divided."""
+    path = artifacts.corrections_summary_file(run.folder)
+    group = mapping(read_json(path)).get("outside") if path.exists() else None
+    return group if isinstance(group, int) else None
+
+
 def findings(run: Run, evidence: Evidence, names: dict[int, str]) -> list[Finding]:
     """Return what to look at, the most important first; one sentence says so where nothing stands out."""
     sizes = np.bincount(run.labels, minlength=run.num_clusters)
     weak = _weak(run, evidence, sizes)
+    outside = outside_group(run)
     result = [Finding(text, _links(clusters, names), rest) for text, clusters, rest in weak if clusters]
-    result += _pairs(evidence, sizes, names)
+    result += _pairs(evidence, sizes, names, outside)
     if evidence.outliers:
         count = len(evidence.outliers)
         text = f"{count} image{'s fit' if count != 1 else ' fits'} nowhere well"
@@ -48,7 +57,7 @@ def findings(run: Run, evidence: Evidence, names: dict[int, str]) -> list[Findin
 
 def _weak(run: Run, evidence: Evidence, sizes: np.ndarray) -> list[tuple[str, list[int], str]]:
     sure = np.bincount(run.labels, run.confidence, run.num_clusters) / np.maximum(sizes, 1)
-    filled = sizes > 0
+    filled = (sizes > 0) & (np.arange(run.num_clusters) != outside_group(run))
     unstable = np.zeros(run.num_clusters, bool) if evidence.stability is None else evidence.stability < UNSTABLE
     mixed = sure < UNSURE if evidence.cohesion is None else (evidence.cohesion < MIXED) | (sure < UNSURE)
     by_need = np.argsort(sure, kind="stable")
@@ -72,11 +81,13 @@ def _links(clusters: list[int], names: dict[int, str]) -> list[tuple[str, str]]:
     return links + [("clusters", f"and {len(clusters) - MOST} more")] * (len(clusters) > MOST)
 
 
-def _pairs(evidence: Evidence, sizes: np.ndarray, names: dict[int, str]) -> list[Finding]:
+def _pairs(evidence: Evidence, sizes: np.ndarray, names: dict[int, str], outside: int | None) -> list[Finding]:
     """Return the pairs of groups that touch most."""
     if evidence.crossing is None:
         return []
     others = evidence.crossing * ~np.eye(len(sizes), dtype=bool)
+    if outside is not None:
+        others[outside], others[:, outside] = 0, 0
     both = np.maximum(others, others.T)
     pairs = sorted(((both[a, b], a, b) for a, b in np.argwhere(np.triu(both) >= TOUCHING).tolist()), reverse=True)
     result = []

@@ -1,4 +1,4 @@
-// What the page knows and what the user has changed. The three files of this folder are joined into one script.
+// What the page knows and what the user has changed. The four files of this folder are joined into one script.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -36,8 +36,13 @@ const percent = (value) => (100 * value).toFixed(1) + " %";
 const plural = (count, word) => count.toLocaleString("en") + " " + word + (count === 1 ? "" : "s");
 const range = (count) => Array.from({ length: count }, (_, i) => i);
 
+let silence;
+
+/** Show a message for some seconds; a screen reader reads it. */
 function say(text) {
   $("live").textContent = text;
+  clearTimeout(silence);
+  silence = setTimeout(() => ($("live").textContent = ""), 8000);
 }
 
 // ---------------------------------------------------------------- groups, at three levels
@@ -70,7 +75,8 @@ const isCluster = (value) => whole(value, DATA.clusters);
 const isIndex = (value) => whole(value, DATA.total);
 const isList = (value, of, least = 1) => Array.isArray(value) && value.length >= least && value.every(of);
 const isPair = (value) => isList(value, isIndex, 2) && value.length === 2 && value[0] !== value[1];
-const cleanName = (text) => text.replace(/[\p{C}\u2028\u2029]/gu, " ").trim().slice(0, 80);
+// the joiner of emoji stays; wide and unbroken spaces are spaces
+const cleanName = (text) => text.replace(/[\p{C}\p{Z}]/gu, (c) => (c === "\u200d" ? c : " ")).trim().slice(0, 80);
 
 // every kind of operation: what a stored one must be like, and how it is told
 const KINDS = {
@@ -140,6 +146,17 @@ function refusal(o) {
   if (o.kind === "split" && merged(o.cluster)) return `Cluster ${o.cluster} is being merged: undo that first.`;
   const split = o.kind === "merge" ? o.clusters.find((k) => changes.split.has(k)) : undefined;
   if (split !== undefined) return `Cluster ${split} is being split: undo that first.`;
+  if (o.kind === "split") {
+    const size = membersOf(o.cluster, A.cluster).length;
+    if (N === DATA.total && o.parts > size) return `Cluster ${o.cluster} has ${plural(size, "image")}: give fewer parts.`;
+    if (!valid(o)) return "Give a number of parts from 2 to 100.";
+  }
+  if (o.kind === "name") {
+    if (/^\p{Nd}+$/u.test(o.name)) return `“${o.name}” would be taken for a number: add a letter.`;
+    const together = changes.merge.find((group) => group.includes(o.cluster)) ?? [o.cluster];
+    const owner = [...changes.names].find(([k, name]) => name === o.name && !together.includes(k));
+    if (owner) return `“${o.name}” is the name of cluster ${owner[0]}: merge the two, or give another name.`;
+  }
   return valid(o) ? "" : "This is no correction that can be made here.";
 }
 
@@ -173,6 +190,16 @@ function changed(text) {
   say(text);
 }
 
+/** The new names; of clusters that are merged the last one. */
+function namesGiven() {
+  const names = new Map(changes.given);
+  for (const group of changes.merge) {
+    const last = done.findLast((o) => o.kind === "name" && group.includes(o.cluster));
+    for (const k of group) if (last && k !== last.cluster) names.delete(k);
+  }
+  return names;
+}
+
 /** The content of edits.json; an image is named by its path where that is surely the one of assignments.csv. */
 function edits() {
   const reference = (index) => {
@@ -182,7 +209,7 @@ function edits() {
   const named = (key) => key.split(",").map((index) => reference(+index));
   const pairs = (kind) => [...changes.pairs].filter(([, k]) => k === kind).map(([key]) => named(key));
   const all = {
-    names: Object.fromEntries(changes.given), merge: changes.merge, split: Object.fromEntries(changes.split),
+    names: Object.fromEntries(namesGiven()), merge: changes.merge, split: Object.fromEntries(changes.split),
     move: [...changes.moved].map(([index, cluster]) => [reference(index), cluster]),
     outside: [...changes.outside].map(reference), same: pairs("same"), different: pairs("different"),
   };
