@@ -523,12 +523,12 @@ WORK = {
 }
 
 
+@pytest.mark.slow  # milliseconds of a machine without other work
 def test_ten_thousand_images_stay_smooth(opened, many):
     page = opened(file=many)
     until(page, "document.documentElement.dataset.ready === 'yes'")
     painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     assert painted < 2000, f"first paint after {painted} ms"
-    assert page.evaluate("document.querySelectorAll('*').length") < 15_000
     measure = (
         "(work) => { const t = performance.now(); work(); document.body.offsetHeight; return performance.now() - t }"
     )
@@ -542,7 +542,12 @@ def test_ten_thousand_images_stay_smooth(opened, many):
         slow[name] = round(min(spent), 1)
     print(f"first paint {painted:.0f} ms, milliseconds of {slow}")
     assert max(slow.values()) < 100, slow
-    # what is far from the screen is built when it comes near
+
+
+def test_of_ten_thousand_images_what_is_far_from_the_screen_is_built_when_it_comes_near(opened, many):
+    page = opened(file=many)
+    until(page, "document.documentElement.dataset.ready === 'yes'")
+    assert page.evaluate("document.querySelectorAll('*').length") < 15_000
     page.evaluate("() => { $('panel').close(); clearFind(); $('find-kind').value = 'doubtful'; find() }")
     page.wait_for_timeout(300)
     assert page.locator("#results h2").inner_text().startswith("10,000 images")
