@@ -130,7 +130,7 @@ def test_assignments_have_one_row_per_image_in_image_order(digits_run):
 
 def test_nothing_in_the_run_folder_is_a_pickle(digits_run):
     suffixes = {path.suffix for path in digits_run.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    assert suffixes <= {".json", ".jsonl", ".csv", ".npy", ".safetensors", ".html", ".beton"}
+    assert suffixes <= {".json", ".jsonl", ".csv", ".npy", ".safetensors", ".html", ".beton", ".md"}
 
 
 def test_the_model_folder_alone_predicts_what_the_run_assigned(digits_run, tmp_path):
