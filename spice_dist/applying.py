@@ -29,7 +29,7 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
 from spice_dist.errors import UserError
 from spice_dist.methods import corrected_result, spice_graph
-from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn
+from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn, unchanged
 from spice_dist.model_card import write_card
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report import write_report
@@ -170,7 +170,10 @@ def _learn(base: Base, edits: Edits, folder: Path, device: torch.device, started
     corrections = _corrections(base, edits, groups)
     reference = artifacts.features(folder, base.clustered)
     try:
-        learned = learn(reference, probs, labels, neighbors, corrections, base.config.seed)
+        if edits.regroup:
+            learned = learn(reference, probs, labels, neighbors, corrections, base.config.seed)
+        else:
+            learned = unchanged(probs, labels, corrections)
     except ValueError as error:
         raise UserError(str(error)) from None
     config = replace(base.config, clusters=learned.probs.shape[1])

@@ -50,6 +50,12 @@ class Edits:
     same: list[Pair]
     different: list[Pair]
 
+    @property
+    def regroup(self) -> bool:
+        """Whether more than names is corrected."""
+        merged = self.roots != list(range(len(self.roots)))
+        return merged or any((self.split, self.move, self.outside, self.same, self.different))
+
 
 def fingerprint(assignments: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of an assignments.csv, by which edits name their run."""

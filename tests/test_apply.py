@@ -135,6 +135,15 @@ def test_what_is_fixed_stays_fixed_in_later_corrections(run, tmp_path):
     assert labels[moved] in sources[after[moved]]
     assert artifacts.metrics(two)["baselines"]["before"] == artifacts.metrics(one)["eval"]
 
+    # names alone move no image, though the pairs and fixed images of before are corrections still
+    assert apply(one, {"names": {"0": "other"}}, tmp_path / "three") == 0
+    (_, sure, _), (kept, still, _) = (
+        read_assignments(artifacts.assignments_file(where)) for where in (one, tmp_path / "three")
+    )
+    np.testing.assert_array_equal(kept, labels)
+    np.testing.assert_allclose(still, sure, atol=2e-4)
+    np.testing.assert_array_equal(np.load(artifacts.fixed_groups_file(tmp_path / "three")), fixed)
+
 
 def test_contradictions_with_earlier_corrections_are_one_line(run, tmp_path, capsys):
     a, b = (int(np.flatnonzero(labels_of(run) == group)[0]) for group in (0, 1))

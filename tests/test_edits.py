@@ -19,6 +19,16 @@ def read(tmp_path: Path, content: object, known: Known = KNOWN, force: bool = Fa
     return read_edits(file, known, force)
 
 
+@pytest.mark.parametrize(
+    "edits",
+    [{"merge": [[0, 3]]}, {"split": {"0": 2}}, {"move": [[0, 1]]}, {"outside": [0]}, {"same": [[0, 1]]}],
+    ids=str,
+)
+def test_more_than_names_regroups(tmp_path, edits):
+    assert not read(tmp_path, {"version": 1, "names": {"0": "shoes"}}).regroup
+    assert read(tmp_path, {"version": 1, **edits}).regroup
+
+
 def test_groups_and_images_are_given_by_name_or_number(tmp_path):
     edits = read(
         tmp_path,

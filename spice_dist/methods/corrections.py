@@ -97,6 +97,15 @@ def learn(
     return _without_empty(spread, found, fixed, groups, corrections.outside)
 
 
+def unchanged(probs: Float[np.ndarray, "M K"], labels: Int[np.ndarray, " M"], corrections: Corrections) -> Learned:
+    """Return the clustering as it is, for corrections that are all learned already or name groups alone."""
+    probs = probs.copy()
+    differs = probs.argmax(1) != labels
+    probs[differs] = np.eye(probs.shape[1])[labels[differs]]
+    groups = [[group] for group in range(probs.shape[1])]
+    return _without_empty(probs, labels, corrections.fixed, groups, corrections.outside)
+
+
 def _inside(pairs: Pairs, outside: Bool[np.ndarray, " M"]) -> Pairs:
     return pairs[~outside[pairs].any(1)]
 

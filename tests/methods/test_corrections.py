@@ -15,6 +15,7 @@ from spice_dist.methods.corrections import (
     regrouped,
     resolved,
     spread_corrections,
+    unchanged,
 )
 from spice_dist.neighbors import without_itself
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -186,6 +187,19 @@ def test_every_pair_is_kept_or_the_impossible_is_said():
     four_apart = np.array(list(itertools.combinations(range(4), 2)))
     with pytest.raises(ValueError, match="more images are kept apart than there are groups"):
         resolved(rng.dirichlet(np.ones(3), 8), np.full(8, UNRELIABLE), NONE, four_apart)
+
+
+def test_what_has_been_learned_is_not_learned_again():
+    """A pair conditions the posterior each time that it is learned; without new corrections the clustering stays."""
+    features, of_image, neighbors = clumps([20, 20, 20])
+    probs = 0.4 * np.eye(3)[of_image] + 0.2
+    corrections = Corrections(**(no_corrections(60, 3) | {"same": np.array([[0, 20]])}))
+    once = learn(features, probs, of_image, neighbors, corrections, seed=0)
+    again = unchanged(once.probs, once.labels, corrections)
+    np.testing.assert_array_equal(again.labels, once.labels)
+    np.testing.assert_allclose(again.probs, once.probs, atol=1e-5)
+    twice = learn(features, once.probs, once.labels, neighbors, corrections, 0)
+    assert not np.allclose(twice.probs, once.probs, atol=1e-2)
 
 
 def test_what_has_the_fewest_groups_left_is_placed_first():
