@@ -193,7 +193,9 @@ def test_what_has_been_learned_is_not_learned_again():
     """A pair conditions the posterior each time that it is learned; without new corrections the clustering stays."""
     features, of_image, neighbors = clumps([20, 20, 20])
     probs = 0.4 * np.eye(3)[of_image] + 0.2
-    corrections = Corrections(**(no_corrections(60, 3) | {"same": np.array([[0, 20]])}))
+    given = no_corrections(60, 3)
+    given["same"] = np.array([[0, 20]])
+    corrections = Corrections(**given)
     once = learn(features, probs, of_image, neighbors, corrections, seed=0)
     again = unchanged(once.probs, once.labels, corrections)
     np.testing.assert_array_equal(again.labels, once.labels)
