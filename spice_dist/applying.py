@@ -23,7 +23,7 @@ from spice_dist import artifacts, evaluate, graph
 from spice_dist.assignments import read_assignments
 from spice_dist.catalog import USING_LABELS
 from spice_dist.config import Config, read_config
-from spice_dist.data.files import Progress, csv_cell, publish, publish_json
+from spice_dist.data.files import Progress, printable, publish, publish_json
 from spice_dist.data.manifest import read_paths
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
@@ -308,7 +308,7 @@ def _described(out: Path) -> str:
     for group, (size, sources) in enumerate(zip(sizes, summary["from"], strict=True)):
         if group < MOST_LINES:
             before = " + ".join(map(str, sources)) or "none"
-            lines.append(f"{group:>5}  {size:>8,} images, from {before:<12} {csv_cell(names.get(group, ''))}".rstrip())
+            lines.append(f"{group:>5}  {size:>8,} images, from {before:<12} {printable(names.get(group, ''))}".rstrip())
     if metrics["k"] > MOST_LINES:
         lines.append(f"and {metrics['k'] - MOST_LINES} more, see {artifacts.corrections_summary_file(out)}")
     if summary["emptied"]:

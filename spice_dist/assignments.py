@@ -1,14 +1,13 @@
 """`assignments.csv`: the cluster of every image, one row each, in image order."""
 
 import csv
-import io
 import math
 from array import array
 from pathlib import Path
 
 import numpy as np
 
-from spice_dist.data.files import csv_cell, publish, unguard
+from spice_dist.data.files import csv_line, path_cell, path_of_cell, publish
 from spice_dist.errors import DamagedFile, UserError
 
 
@@ -16,14 +15,12 @@ def write_assignments(
     path: Path, names: list[str], cluster: np.ndarray, confidence: np.ndarray, reliable: np.ndarray | None
 ) -> None:
     """Writes index,path,cluster,confidence and, unless it is None, reliable: one row per image, in image order."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "path", "cluster", "confidence"] + ["reliable"] * (reliable is not None))
-    for index, name in enumerate(names):
-        row = [index, csv_cell(name), int(cluster[index]), f"{confidence[index]:.4f}"]
-        writer.writerow(row + ([int(reliable[index])] if reliable is not None else []))
     with publish(path) as file:
-        file.write(table.getvalue().encode())
+        header = ["index", "path", "cluster", "confidence"] + ["reliable"] * (reliable is not None)
+        file.write(csv_line(header).encode())
+        for index, name in enumerate(names):
+            row = [index, path_cell(name), int(cluster[index]), f"{confidence[index]:.4f}"]
+            file.write(csv_line(row + ([int(reliable[index])] if reliable is not None else [])).encode())
 
 
 def read_assignments(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,5 +53,5 @@ def read_names(path: Path, wanted: np.ndarray) -> dict[int, str]:
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         for index, row in enumerate(csv.DictReader(file)):
             if index in indices:
-                names[index] = unguard(row["path"])
+                names[index] = path_of_cell(row["path"])
     return names

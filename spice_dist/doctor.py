@@ -27,6 +27,7 @@ from spice_dist.data.beton import check_pixels, verify
 from spice_dist.data.decode import Packing
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import publish_json
+from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.data.manifest import manifest_path
 from spice_dist.data.sources import Source, is_beton
 from spice_dist.distributed.worker import usable_cores
@@ -270,7 +271,7 @@ def images(run: IntendedRun) -> Iterator[Finding]:
         return
     source, config = run.prepare()
     packed_here = is_beton(source.name) and manifest_path(Path(source.name)).exists()
-    yield _of_beton(Path(source.name)) if packed_here else _of_source(source)
+    yield _of_beton(Path(source.name)) if packed_here else _of_source(source, config)
     yield _of_cost(source, config, run.launch)
 
 
@@ -281,7 +282,7 @@ def _of_beton(path: Path) -> Finding:
     return Finding("data", OK, f"{info.n:,} images, {info.file_size / 1e9:.2f} GB, structure and checksums as written")
 
 
-def _of_source(source: Source) -> Finding:
+def _of_source(source: Source, config: Config) -> Finding:
     """Decode some of the images, at even distances, as a run would."""
     subset = list(range(0, len(source.paths), max(1, len(source.paths) // LOOK_AT)))
     file = source.file
@@ -291,9 +292,12 @@ def _of_source(source: Source) -> Finding:
         read=lambda i: source.read(subset[i]),
         file=None if file is None else lambda i: file(subset[i]),
     )
-    packed = packed_in_order(tried, Packing("raw", 32), workers=1)
+    packing = Packing("raw", 32, max_megapixels=config.data.max_megapixels)
+    packed = packed_in_order(tried, packing, workers=1)
     bad = [name for name, result in zip(tried.paths, packed, strict=True) if isinstance(result, str)]
     text = f"{len(source.paths):,} images; of {len(subset)} tried {len(bad)} cannot be used"
+    if line := left_out_line(left_out(source.ignored, len(source.refused), 0), len(source.paths)):
+        text += f"; {line}"
     if bad:
         return Finding("data", NOTE, f"{text}, such as {bad[0]!r}", "look at it; more than data.max_bad stop a run")
     return Finding("data", OK, text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unicodedata import category
 
-from spice_dist.data.files import csv_cell
+from spice_dist.data.files import path_cell, printable
 from spice_dist.errors import UserError
 
 VERSION = 1
@@ -85,7 +85,7 @@ def _content(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{path} is not JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {csv_cell(str(error)[:SHOWN])}") from None
+        raise UserError(f"{path} is not JSON: {printable(str(error)[:SHOWN])}") from None
     if not isinstance(content, dict):
         raise UserError(f'{path} must hold an object, such as {{"version": 1, "merge": [[1, 4]]}}')
     return content
@@ -110,7 +110,7 @@ class _Reader:
     """Reads one file; `_fail` raises a UserError that names the place."""
 
     def __init__(self, file: str, known: Known):
-        self.file, self.known = csv_cell(file), known
+        self.file, self.known = printable(file), known
         self.new_names: dict[int, str] = {}
         self.images: dict[str, list[int]] = {}
 
@@ -128,7 +128,7 @@ class _Reader:
         self._check_run(content.get("run"), force)
         self.new_names = self._read_names(content.get("names", {}))
         for index, path in enumerate(self.known.paths[: self.known.clustered]):
-            for text in {path, csv_cell(path)}:  # a name as it is, or as a table shows it
+            for text in {path, path_cell(path)}:  # a name as it is, or as a table holds it
                 self.images.setdefault(text, []).append(index)
         roots = self._read_merge(content.get("merge", []))
         edits = Edits(

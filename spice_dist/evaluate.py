@@ -6,7 +6,7 @@ some.
 
 import json
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def conclude(
 ) -> dict[str, Any]:  # fmt: skip
     """Do as `evaluate` with this clustering."""
     task, manifest = clustering.task, artifacts.manifest(run)
-    save_model(clustering.net, task, artifacts.model(run))
+    # other images must be scaled as these were
+    bits = manifest.grey_bits or task.data.grey_bits
+    save_model(clustering.net, replace(task, data=replace(task.data, grey_bits=bits)), artifacts.model(run))
     labels, confidence, baselines = _labels_and_baselines(clustering, run, device, manifest, progress)
     reliable = clustering.reliable
     has_reliable = np.zeros(manifest.n, bool) if reliable is None else reliable.labels != UNRELIABLE

@@ -1,8 +1,6 @@
 """What a run's images hold beside groups: copies, series and outliers, in duplicates.csv and outliers.csv."""
 
-import csv
 import hashlib
-import io
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -15,8 +13,8 @@ from jaxtyping import Float16, Int
 
 from spice_dist import artifacts, duplicates, outliers
 from spice_dist.data import beton
-from spice_dist.data.decode import FORMATS
-from spice_dist.data.files import csv_cell, publish
+from spice_dist.data.decode import formats
+from spice_dist.data.files import csv_line, path_cell, publish
 from spice_dist.data.manifest import read_paths
 from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import open_run_dataset
@@ -43,7 +41,7 @@ def inspect(task: Task, run: Path, device: torch.device) -> dict[str, int]:
     small, info = _pictures(task, run, device), beton.verify(artifacts.data(run) / "dataset.beton")
     copies = duplicates.find_copies(same_content(info), small, neighbors, features)
     rows = members(copies, small, best_first(artifacts.manifest(run).source, names, info, copies.scene))
-    cells = ([m.group, m.index, csv_cell(names[m.index]), m.kind, f"{m.similarity:.4f}", int(m.best)] for m in rows)
+    cells = ([m.group, m.index, path_cell(names[m.index]), m.kind, f"{m.similarity:.4f}", int(m.best)] for m in rows)
     _write(artifacts.duplicates_file(run), ["group", "index", "path", "kind", "similarity", "best"], cells)
     if features is None:
         artifacts.outliers_file(run).unlink(missing_ok=True)
@@ -105,7 +103,7 @@ def _original(path: Path) -> tuple[int, int]:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
             return 0, 0
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             return image.width * image.height, status.st_size
     except Exception:  # the file may be another by now, and damaged in any way
         return 0, 0
@@ -151,14 +149,10 @@ def _write_outliers(
         distance = outliers.kth_distances(features)
     score = outliers.scores(distance)
     listed = outliers.most_unusual(distance) if len(names) > 1 else []
-    cells = ([i, csv_cell(names[i]), f"{distance[i]:.4f}", f"{score[i]:.3f}"] for i in map(int, listed))
+    cells = ([i, path_cell(names[i]), f"{distance[i]:.4f}", f"{score[i]:.3f}"] for i in map(int, listed))
     _write(artifacts.outliers_file(run), ["index", "path", "distance", "score"], cells)
 
 
 def _write(path: Path, heading: list[str], rows: Iterable[list[object]]) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(heading)
-    writer.writerows(rows)
     with publish(path) as file:
-        file.write(table.getvalue().encode())
+        file.writelines(csv_line(row).encode() for row in (heading, *rows))

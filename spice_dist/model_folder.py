@@ -52,7 +52,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[Network, Task]:
     widths = {name: tuple(about["backbone"][name]) for name in TUPLES if name in about["backbone"]}
     task = Task(
         clusters=about["clusters"],
-        data=DataConfig(**about["data"]),
+        data=DataConfig(**{"grey_bits": 16, **about["data"]}),  # those of an older model
         backbone=BackboneConfig(**{**about["backbone"], **widths}),
     )
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)

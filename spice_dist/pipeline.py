@@ -26,7 +26,7 @@ from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.ownership import owned
 from spice_dist.stage_records import forget_other_clusters, refuse_changes, stage_record, write_stage_record
-from spice_dist.stages import Stage, check_settings, evaluation_settings, images_of, stage_settings, stages_of
+from spice_dist.stages import Stage, check_settings, evaluation_settings, stage_settings, stages_of
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
 
@@ -125,7 +125,8 @@ def _opened(
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
     with owned(folder), StopSignal() as stop:
-        run = OpenRun(config, source, stage_settings(config, source), folder, device, sizes, threads, launch, stop)
+        settings = stage_settings(config, source, folder)
+        run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
         forget_other_clusters(folder, run.settings)
         for stage, settings in run.settings.items():
             refuse_changes(folder, stage, settings)
@@ -162,6 +163,8 @@ def _run_stages(run: OpenRun) -> set[str]:
         if "data" not in finished:
             with _recorded(run, "data") as bar:
                 _pack(run, bar)
+        elif not artifacts.packed_file(run.folder).exists():  # a link to a packed file that was moved without the run
+            prepare(run.source, run.config.data, artifacts.data(run.folder))
         if any(row.reads_labels for row in rows):
             relabel(run.folder, run.source)  # the images may have been packed without labels
         if run.sizes == (0,):
@@ -285,11 +288,10 @@ def _pack(run: OpenRun, bar: Bar) -> None:
     folder = artifacts.data(run.folder)
     manifest = prepare(run.source, run.config.data, folder, bar.show)
     check_settings(run.config, manifest, manifest.source)
+    for note in manifest.notes():
+        tqdm.write(note, sys.stderr)
     if manifest.bad:
-        tqdm.write(f"{manifest.bad} unreadable images are left out; {folder / 'quarantine.csv'} says why", sys.stderr)
-    if manifest.duplicates:
-        dropped = ", left out" * bool(manifest.dropped)
-        tqdm.write(f"{manifest.duplicates} images are exact copies of others{dropped}", sys.stderr)
+        tqdm.write(f"{folder / 'quarantine.csv'} says why", sys.stderr)
 
 
 def _with_plain_loader(run: OpenRun) -> Config:
@@ -308,7 +310,7 @@ def _write_config(run: OpenRun, command: list[str] | None, network: str) -> None
         "command": command,
         "config": asdict(run.config),
         "network": network,
-        "data": {"source": Path(run.source.name).name, "images": images_of(run.source)},
+        "data": {"source": Path(run.source.name).name, "images": run.settings["data"]["images"]},
         "launch": {"workers": run.launch.workers, "threads": run.threads, "device": run.device.type},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

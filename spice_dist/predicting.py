@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from spice_dist import artifacts
 from spice_dist.data.dataset import DataConfig, prepare
 from spice_dist.data.files import Progress
+from spice_dist.data.left_out import left_out
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import manifest_path
-from spice_dist.data.sources import SYMLINK, Source, is_beton
+from spice_dist.data.sources import Source, is_beton
 from spice_dist.data.stream import stream
 from spice_dist.errors import UserError
 from spice_dist.inference import chunk_of, outputs_of
@@ -54,16 +55,12 @@ class Predictions:
             yield i, self.source.paths[i], cluster, confidence, self.names.get(cluster)
 
     def left_out(self) -> dict[str, int]:
-        """Count the files without a row: by suffix, links, folders that cannot be listed, unreadable images."""
-        by_suffix = sorted(self.source.ignored.items(), key=lambda item: (-item[1], item[0]))
-        counts = {_kind(suffix): count for suffix, count in by_suffix}
-        counts["closed folder"] = len(self.source.refused)
-        counts["unreadable"] = 0 if self.keep else len(self.reasons)
-        return {reason: count for reason, count in counts.items() if count}
+        """Count the files without a row by reason."""
+        return left_out(self.source.ignored, len(self.source.refused), 0 if self.keep else len(self.reasons))
 
     def given(self) -> int:
         """Return how many files and images there are, with a row or without."""
-        return len(self.cluster) + sum(self.source.ignored.values()) + len(self.source.refused)
+        return int(self.shown.sum()) + sum(self.left_out().values())
 
 
 def predict(
@@ -152,7 +149,3 @@ def _require_all(source: Source, reasons: dict[int, str]) -> None:
 def _example(source: Source, reasons: dict[int, str]) -> str:
     number, reason = next(iter(reasons.items()))
     return f"{source.paths[number]!r}: {reason}"
-
-
-def _kind(suffix: str) -> str:
-    return "link" if suffix == SYMLINK else f".{suffix}" if suffix else "without suffix"

@@ -1,17 +1,13 @@
 """Predictions as rows, as JSON, as a line; the rows are index, path, cluster, confidence, name."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from spice_dist.data.files import csv_cell, printable, publish
+from spice_dist.data.files import csv_line, path_cell, printable, publish, text_cell
 from spice_dist.predicting import Predictions
 
 COLUMNS = ("index", "path", "cluster", "confidence", "name")
-PLURAL = ("link", "closed folder")
 
 
 def write_predictions(out: Path, predictions: Predictions) -> Path | None:
@@ -29,18 +25,18 @@ def write_predictions(out: Path, predictions: Predictions) -> Path | None:
     if not predictions.reasons:
         listed.unlink(missing_ok=True)  # of an earlier call
         return None
-    unreadable = [(predictions.source.paths[i], reason) for i, reason in predictions.reasons.items()]
+    unreadable = ((path_cell(predictions.source.paths[i]), text_cell(why)) for i, why in predictions.reasons.items())
     with publish(listed) as file:
-        file.writelines(line.encode() for line in _lines([("path", "reason"), *unreadable]))
+        file.writelines(csv_line(row).encode() for row in [("path", "reason"), *unreadable])
     return listed
 
 
 def csv_lines(predictions: Predictions) -> Iterator[str]:
     """Yield the lines of a CSV file; an unreadable image has no confidence."""
-    yield from _lines([COLUMNS])
+    yield csv_line(COLUMNS)
     for index, path, cluster, confidence, name in predictions.rows():
         sure = "" if confidence is None else f"{confidence:.4f}"
-        yield from _lines([(index, path, cluster, sure, name or "")])
+        yield csv_line((index, path_cell(path), cluster, sure, text_cell(name or "")))
 
 
 def one_line(predictions: Predictions) -> str:
@@ -60,23 +56,6 @@ def as_json(predictions: Predictions) -> str:
     ]
     result = {"given": predictions.given(), "left_out": predictions.left_out(), "unreadable": unreadable}
     return json.dumps({"images": images, **result}, indent=1)
-
-
-def left_out_line(predictions: Predictions) -> str:
-    """Say how many files have no row, and why, such as "51 of 10,051 left out: 30 .heic, 12 links, 9 unreadable"."""
-    counts = predictions.left_out()
-    if not counts:
-        return ""
-    reasons = [f"{count:,} {printable(kind)}{'s' * (kind in PLURAL and count > 1)}" for kind, count in counts.items()]
-    return f"{sum(counts.values()):,} of {predictions.given():,} left out: {', '.join(reasons)}"
-
-
-def _lines(rows: list[tuple[Any, ...]]) -> Iterator[str]:
-    for row in rows:
-        text = io.StringIO()
-        cells = [csv_cell(cell) if isinstance(cell, str) else cell for cell in row]
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        yield text.getvalue()
 
 
 def _write_parquet(out: Path, predictions: Predictions) -> None:

@@ -3,9 +3,11 @@
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from spice_dist.config import Config, flatten
 from spice_dist.data.files import publish_json
 from spice_dist.errors import DamagedFile, UserError
 
@@ -31,7 +33,10 @@ def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bo
 def refuse_changes(
     run: Path, stage: str, settings: dict[str, Any], remedy: str = "give another --out or the same settings"
 ) -> None:
-    """Raise UserError, with the difference, if the stage has files that were made with other settings."""
+    """Raise UserError, with the difference, if the stage has files that were made with other settings.
+
+    A setting that the record lacks, since it is newer than the run, counts as its default.
+    """
     record = stage_record(run, stage)
     trained = any((run / stage).glob("checkpoints/*"))
     if record is None:
@@ -44,8 +49,7 @@ def refuse_changes(
     if not record["done"] and not trained:
         return
     then, now = record["settings"], json.loads(json.dumps(settings))
-    changed = [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]
-    if changed:
+    if changed := _changes(then, now):
         shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
         more = f" and {len(changed) - 3} more" * (len(changed) > 3)
         raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
@@ -61,7 +65,8 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
     if record is None:
         return
     then, now = record["settings"], json.loads(json.dumps(settings["spice_graph"]))
-    if then == now or _of_earlier_stages(then) != _of_earlier_stages(now):
+    changed = _changes(then, now)
+    if not changed or any(not name.startswith(("clusters", "spice_graph.")) for name in changed):
         return
     was = then.get("clusters") or "suggested"
     print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
@@ -71,9 +76,15 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
         (run / name).unlink(missing_ok=True)
 
 
-def _of_earlier_stages(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that `spice_graph` takes from earlier stages."""
-    return {name: value for name, value in settings.items() if not name.startswith(("clusters", "spice_graph."))}
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the names of the settings that differ; one that a record lacks has its default there."""
+    then = {name: value for name, value in _defaults().items() if name in now} | then
+    return [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return json.loads(json.dumps(flatten(Config())))
 
 
 def _short(settings: dict[str, Any], name: str) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from spice_dist import cost
+from spice_dist import artifacts, cost
 from spice_dist.clustering import Clustering
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
 from spice_dist.data.files import Progress
 from spice_dist.data.manifest import Ingested
-from spice_dist.data.sources import Source, listing
+from spice_dist.data.sources import Source, content_of, listing
 from spice_dist.errors import UserError
 from spice_dist.methods import (
     byol,
@@ -40,13 +40,12 @@ from spice_dist.methods import (
     suggested,
 )
 from spice_dist.models.backbone import weights_fingerprint
+from spice_dist.stage_records import stage_record
 from spice_dist.task import AUTO, check_task
 
 ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
-# settings that older run folders lack, with the values of these runs
-NEW = {"backbone.others": (), "spice_self.batch": 0, "spice_semi.linear_head": False}
 
 
 def never(config: Config, many: bool) -> bool:
@@ -223,19 +222,19 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
     }
 
 
-def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
-    """Collect for each stage what its result depends on: its own settings and those of the stages before it."""
+def stage_settings(config: Config, source: Source, run: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Collect for each stage what its result depends on: its own settings and those of the stages before it.
+
+    Args:
+        run: the folder of the run, as for `images_of`.
+    """
     evaluation = {name for stage in TABLE for name in stage.evaluation}
-    values = {
-        name: value
-        for name, value in flatten(config).items()
-        if name not in HARMLESS and name not in evaluation and (name not in NEW or value != NEW[name])
-    }
+    values = {name: value for name, value in flatten(config).items() if name not in HARMLESS and name not in evaluation}
 
     def under(*fields: str) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name.split(".")[0] in fields}
 
-    depends = {"images": images_of(source)} | under("data")
+    depends = {"images": images_of(source, run)} | under("data")
     settings = {"data": dict(depends)}
     depends["weights"] = weights_fingerprint(config.backbone)
     for stage in stages_of(config):
@@ -246,9 +245,22 @@ def stage_settings(config: Config, source: Source) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def images_of(source: Source) -> str:
-    """Identify a list of images by their number and the first digits of their digest."""
-    return f"{len(source.paths)} images, {listing(source)[:16]}"
+def images_of(source: Source, run: Path | None = None) -> str:
+    """Identify a list of images by their number and the first digits of their digest.
+
+    Args:
+        run: a folder with a run. Images of the names and contents of its own are the same, whatever the times of their
+            files are, which change with every copy.
+    """
+    now = f"{len(source.paths)} images, {listing(source)[:16]}"
+    record = None if run is None else stage_record(run, "data")
+    if run is None or record is None or not record["done"]:
+        return now
+    then = record["settings"].get("images", now)
+    if then == now or then.split(" ")[0] != str(len(source.paths)):
+        return now
+    content = artifacts.manifest(run).content
+    return then if content and content == content_of(source) else now
 
 
 def _fingerprint(labels: np.ndarray | None) -> str:

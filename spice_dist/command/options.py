@@ -96,6 +96,13 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
         "--drop-duplicates", action="store_true", help="leave out exact copies of earlier images, and list them"
     )
     command.add_argument(
+        "--max-megapixels",
+        type=int,
+        metavar="N",
+        help="largest image to read, in millions of pixels (50); a JPEG, which is decoded small, five times as many",
+    )
+    add_link_option(command)
+    command.add_argument(
         "--labels",
         choices=("folder", "array", "list"),
         help="where true labels are, for scores only (and for --method fixmatch and supervised): sub-folder names, an "
@@ -111,6 +118,15 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
         "--trust-foreign-beton",
         action="store_true",
         help="read a .beton that another program wrote, after checking and decoding all of it",
+    )
+
+
+def add_link_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read links too that point to files within DATA, or within the folder of the list, as in a snapshot of "
+        "Hugging Face",
     )
 
 
@@ -141,7 +157,7 @@ def open_source(options: argparse.Namespace) -> "Source":
     """Open the images that DATA names."""
     from spice_dist.data.dataset import open_data
 
-    return open_data(options.data, options.labels, options.split, options.trust_foreign_beton)
+    return open_data(options.data, options.labels, options.split, options.trust_foreign_beton, options.follow_links)
 
 
 def configuration(options: argparse.Namespace, source: "Source") -> "Resolved":
@@ -158,6 +174,7 @@ def configuration(options: argparse.Namespace, source: "Source") -> "Resolved":
         "clusters": options.clusters,
         "data.max_bad": options.max_bad,
         "data.drop_duplicates": options.drop_duplicates or None,
+        "data.max_megapixels": options.max_megapixels,
         "seed": options.seed,
         "pretext": options.pretext,
     }

@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
 
 def pack(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.data import ingest
+    from spice_dist.data.decode import MAX_MEGAPIXELS
     from spice_dist.terminal import Bar, StopSignal
 
     source = open_source(options)
@@ -40,12 +41,14 @@ def pack(options: argparse.Namespace, given: list[str]) -> None:
             jpeg_side=options.size,
             format=options.format,
             quality=options.quality,
+            max_megapixels=MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels,
             max_bad=0.05 if options.max_bad is None else options.max_bad,
             drop_duplicates=options.drop_duplicates,
             workers=options.processes,
             progress=bar.show,
         )
-    print(
-        f"wrote {manifest.n} images to {options.out}; {manifest.bad} could not be used, "
-        f"{manifest.duplicates} are copies of others"
-    )
+    print(f"wrote {manifest.n:,} images to {options.out}")
+    for note in manifest.notes():
+        print(note)
+    if manifest.bad:
+        print(f"{options.out}.quarantine.csv says why")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spice_dist.command.options import Commands
+from spice_dist.command.options import Commands, add_link_option
 
 if TYPE_CHECKING:
     from spice_dist.predicting import Predictions
@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
         help="an image that cannot be used is left out and listed (skip, the default), a row with cluster -1 and no "
         "confidence (keep), or ends the command (error)",
     )
+    add_link_option(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
@@ -45,7 +46,7 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
 
     _check_out(options.out, options.data)
     folder = artifacts.trained_model(options.run)
-    source = open_given(options.data)
+    source = open_given(options.data, options.follow_links)
 
     from spice_dist import predicting
     from spice_dist.terminal import Bar
@@ -70,6 +71,7 @@ def _check_out(out: Path | None, data: str) -> None:
 
 def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
     from spice_dist import prediction_files as files
+    from spice_dist.data.left_out import left_out_line
 
     listed = files.write_predictions(options.out, predictions) if options.out else None
     if options.json:
@@ -80,5 +82,5 @@ def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
         print(files.one_line(predictions))
     else:
         sys.stdout.writelines(files.csv_lines(predictions))
-    if line := files.left_out_line(predictions):
+    if line := left_out_line(predictions.left_out(), int(predictions.shown.sum())):
         print(line + (f"; {listed} says why" if listed else ""), file=sys.stderr)

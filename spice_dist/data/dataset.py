@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from spice_dist.data.decode import MIN_SIDE, Packing
+from spice_dist.data.decode import MAX_MEGAPIXELS, MIN_SIDE, Packing
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
 from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, stored_format
@@ -32,6 +32,12 @@ class DataConfig:
         choices=("auto", "raw", "jpg"),
     )
     quality: int = setting(90, "JPEG quality of jpg", least=1, most=100)
+    grey_bits: int = setting(
+        0, "white is 2^bits - 1 in 16-bit greys; 0: as many bits as those of the set use", least=0, most=16
+    )
+    max_megapixels: int = setting(
+        MAX_MEGAPIXELS, "largest image, in millions of pixels; a JPEG may have five times as many", least=1, most=1000
+    )
     max_bad: float = setting(0.05, "share of unreadable images above which the run is refused")
     drop_duplicates: bool = setting(False, "leave out exact copies of earlier images")
 
@@ -51,6 +57,8 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
         jpeg_side=_jpeg_side(config),
         format=config.format,
         quality=config.quality,
+        grey_bits=config.grey_bits,
+        max_megapixels=config.max_megapixels,
         max_bad=config.max_bad,
         drop_duplicates=config.drop_duplicates,
         progress=progress,
@@ -58,21 +66,26 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
 
 
 def packing_of(config: DataConfig) -> Packing:
-    """Return how `prepare` stores the images of a small set."""
+    """Return how `prepare` stores the images of a small set; each 16-bit grey by its own bits unless they are set."""
     format = stored_format(config.format, config.size, images=1)
-    return Packing(format, config.size if format == "raw" else _jpeg_side(config), config.quality)
+    size = config.size if format == "raw" else _jpeg_side(config)
+    return Packing(format, size, config.quality, config.grey_bits, config.max_megapixels)
 
 
 def _jpeg_side(config: DataConfig) -> int:
     return round(config.size * JPEG_MARGIN)
 
 
-def open_given(data: str) -> Source:
+def open_given(data: str, follow_links: bool = False) -> Source:
     """Open what `open_data` opens, one image file, or "-": paths on standard input, a line each or NUL-terminated."""
     if data == "-":
         return from_files(paths_in(sys.stdin.buffer.read()))
     path = Path(data)
-    return from_files([data]) if is_image_name(path.name) and path.is_file() else open_data(data)
+    return (
+        from_files([data])
+        if is_image_name(path.name) and path.is_file()
+        else open_data(data, follow_links=follow_links)
+    )
 
 
 def paths_in(listed: bytes) -> list[str]:
@@ -81,7 +94,13 @@ def paths_in(listed: bytes) -> list[str]:
     return [os.fsdecode(line) for line in listed.split(end) if line.strip()]
 
 
-def open_data(data: str, labels: str | None = None, split: str = "whole", trust_foreign_beton: bool = False) -> Source:
+def open_data(
+    data: str,
+    labels: str | None = None,
+    split: str = "whole",
+    trust_foreign_beton: bool = False,
+    follow_links: bool = False,
+) -> Source:
     """Open DATA of any kind as a source of images that are not decoded yet.
 
     Args:
@@ -89,6 +108,7 @@ def open_data(data: str, labels: str | None = None, split: str = "whole", trust_
         labels: where true labels come from, for scores only: None, "folder", "array" or "list".
         split: "whole", or "split": the test part of a named data set is held out.
         trust_foreign_beton: read a `.beton` of another program, as a collection of untrusted images, never by FFCV.
+        follow_links: read links that point to files within the folder, or within that of the list.
 
     Raises:
         UserError: one line that says what to give instead.
@@ -107,11 +127,11 @@ def open_data(data: str, labels: str | None = None, split: str = "whole", trust_
         return _beton_source(path, trust_foreign_beton)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         _check_labels(data, labels, "list")
-        return list_source(path, with_labels=labels is not None)
+        return list_source(path, with_labels=labels is not None, follow_links=follow_links)
     if is_saved_dataset(path):
         _check_labels(data, labels, "list")
         return saved_dataset_source(path, with_labels=labels is not None)
-    return open_source(data.removeprefix("file://"), labels)
+    return open_source(data.removeprefix("file://"), labels, follow_links)
 
 
 def _check_labels(data: str, labels: str | None, possible: str | None) -> None:

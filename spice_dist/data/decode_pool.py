@@ -38,7 +38,7 @@ def packed_in_order(source: Source, packing: Packing, workers: int, first: int =
     ahead: deque[Future[list[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, "ingest")
     try:
-        with strict_pillow():
+        with strict_pillow(packing.max_megapixels):
             for start in range(first, len(source.paths), CHUNK):
                 ahead.append(pool.submit(work, range(start, min(start + CHUNK, len(source.paths)))))
                 if len(ahead) >= AHEAD * workers:

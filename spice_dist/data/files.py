@@ -1,16 +1,19 @@
 """Files that appear whole or not at all: written beside, fsynced, renamed."""
 
+import csv
 import json
 import os
+import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spice_dist.errors import UserError
 
+FORMULA = r"[=+\-@\t\r]"  # what a cell begins with that a spreadsheet runs
 Progress = Callable[[int, int], None]
 """Called now and then as progress(done, total)."""
 
@@ -56,23 +59,52 @@ def commit(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
-def csv_cell(text: str) -> str:
-    """Return `text` as a safe cell: no control characters, no lone surrogates, not a formula to a spreadsheet.
+class _Echo:
+    """Takes the place of the file of a csv.writer, whose `writerow` then returns the line."""
 
-    Backslashes, control characters and undecodable bytes become Python escapes; a leading = + - @ gets an apostrophe.
+    def write(self, line: str) -> str:
+        return line.removesuffix("\r\n") + "\n"
+
+
+csv_line: Callable[[Iterable[Any]], str] = csv.writer(_Echo(), lineterminator="\r\n").writerow
+"""Return a row as a line of a CSV, ended by a line feed; a cell with a carriage return is quoted too."""
+
+
+def path_cell(path: str) -> str:
+    r"""Return a path as a cell of a table: as it is, apart from two cases, which `path_of_cell` undoes.
+
+    One that a spreadsheet would run as a formula gets ./ in front, by which it still names its file. Bytes that are no
+    UTF-8 become \udc80 .. \udcff.
     """
-    text = printable(text)
-    return "'" + text if text.startswith(("=", "+", "-", "@")) else text
+    text = _utf8(path)
+    return f"./{text}" if re.match(rf"(\./)*{FORMULA}", text) else text
+
+
+def path_of_cell(cell: str) -> str:
+    """Return the path that `path_cell` was given."""
+    path = cell[2:] if re.match(rf"\./(\./)*{FORMULA}", cell) else cell
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda match: chr(int(match[1], 16)), path)
+
+
+def text_cell(text: str) -> str:
+    """Return any other text as a cell: as it is, but an apostrophe keeps a spreadsheet from running it as a formula."""
+    text = _utf8(text)
+    return f"'{text}" if re.match(f"'*{FORMULA}", text) else text
+
+
+def text_of_cell(cell: str) -> str:
+    """Return the text that `text_cell` was given."""
+    return cell[1:] if re.match(f"''*{FORMULA}", cell) else cell
+
+
+def _utf8(text: str) -> str:
+    """Escape bytes that are no UTF-8, which a table cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
     """Return `text` with Python escapes for backslashes, control characters and undecodable bytes."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def unguard(cell: str) -> str:
-    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
-    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
 
 
 def fsync(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from spice_dist.data import beton
-from spice_dist.data.sources import MAX_FILE_BYTES, BadImage, Source
+from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Source
 from spice_dist.errors import DamagedFile
 
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -73,7 +73,7 @@ def _read_tables(path: Path, file: BinaryIO, size: int) -> tuple[np.ndarray, np.
 def _read_sample(path: Path, metadata: np.void, size: int) -> bytes:
     """Read a sample as an image file: a JPEG as it is, raw pixels as a lossless file."""
     height, width, mode = int(metadata["height"]), int(metadata["width"]), int(metadata["mode"])
-    if not 0 < size <= MAX_FILE_BYTES:
+    if not 0 < size <= MAX_CELL_BYTES:
         raise BadImage(f"sample of {size} bytes")
     if mode == beton.MODES["raw"] and size != height * width * 3:
         raise BadImage(f"{size} bytes for {width}x{height} raw pixels")

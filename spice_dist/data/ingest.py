@@ -5,15 +5,13 @@ Decoding is done in bounded children (decode_pool.py) by the rules of decode.py.
 150 bytes for each image; nothing else grows with their number.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import shutil
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ import numpy as np
 
 from spice_dist.data import beton
 from spice_dist.data.beton_writer import BetonWriter, page_size_for, publish_beton
-from spice_dist.data.decode import MAX_STORED_SIDE, MIN_SIDE, Packing
+from spice_dist.data.decode import LEAST_BITS, MAX_MEGAPIXELS, MAX_STORED_SIDE, MIN_SIDE, Packing
 from spice_dist.data.decode_pool import packed_in_order
-from spice_dist.data.files import Progress, commit, csv_cell, publish, publish_json
+from spice_dist.data.files import Progress, commit, csv_line, path_cell, publish, publish_json, text_cell
 from spice_dist.data.journal import Journal
 from spice_dist.data.manifest import (
     Ingested,
@@ -34,10 +32,10 @@ from spice_dist.data.manifest import (
     read_manifest,
     read_names,
 )
-from spice_dist.data.sources import Source, listing
+from spice_dist.data.sources import Source, digest_of_image, hash_of_contents, listing
 from spice_dist.errors import DamagedFile, UserError
 
-MAX_SIZE = 4_096
+MAX_SIZE, MOST_MEGAPIXELS = 4_096, 1_000
 RAW_SIZE, RAW_BYTES = 128, 8 << 30  # "auto" stores raw squares up to this side and this much in all
 NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
 # suffix behind the name of a packed file -> name in a folder
@@ -48,7 +46,7 @@ BESIDE = {
     ".quarantine.csv": "quarantine.csv",
 }
 LINKED = ("dataset.beton", "dataset.beton.json")
-DIGEST_RULE = 2  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
+DIGEST_RULE = 3  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
 
 
 def ingest(
@@ -59,6 +57,8 @@ def ingest(
     jpeg_side: int | None = None,
     format: str = "auto",
     quality: int = 90,
+    grey_bits: int = 0,
+    max_megapixels: int = MAX_MEGAPIXELS,
     max_bad: float = 0.05,
     drop_duplicates: bool = False,
     workers: int | None = None,
@@ -74,6 +74,8 @@ def ingest(
         jpeg_side: largest shorter side of JPEGs; default `size`.
         format: "raw", "jpg", or "auto": raw up to 128 pixels and 8 GiB.
         quality: of JPEG, 1 .. 100.
+        grey_bits: white is 2^bits - 1 in 16-bit greys, 1 .. 16; 0: as many bits as those of the source use.
+        max_megapixels: larger images are not read; JPEGs may have five times as many.
         max_bad: largest share of unusable images in [0, 1] with which a run may go on.
         drop_duplicates: leave out exact copies of earlier images; not held-out ones that equal a training image.
         workers: decoding processes; default: the cores that this process may use.
@@ -81,30 +83,36 @@ def ingest(
     Raises:
         UserError: too many bad images or no good one (quarantine.csv says why), or the folder cannot be written.
     """
-    packing = _packing(source, size, jpeg_side or size, format, quality)
+    packing = _packing(source, size, jpeg_side or size, format, quality, grey_bits, max_megapixels)
     call_hash, quarantine = _call_hash(source, packing, drop_duplicates), out_dir / "quarantine.csv"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if finished := _finished(out_dir, call_hash):
             _check_share(finished.n + finished.dropped, finished.bad, max_bad, quarantine, "")
             return finished
-        journal = Journal(out_dir / ".ingest", call_hash)
         for name in ("manifest.json", "labels.npy"):  # break the seal of an earlier call before anything of it changes
             (out_dir / name).unlink(missing_ok=True)
-        with closing(_writer(source, packing, journal)) as writer:
-            _store_all(source, packing, workers or len(os.sched_getaffinity(0)), writer, journal, progress)
-            outcome = _outcome(source, journal, drop_duplicates)
-            _write_quarantine(quarantine, source, outcome)
-            example = outcome.bad[0][1] if outcome.bad else ""
-            _check_share(outcome.num_good, len(outcome.bad), max_bad, quarantine, example)
-            manifest = _publish_all(out_dir, source, packing, call_hash, writer, outcome)
-        shutil.rmtree(journal.folder)
+        cores, bits, manifest = workers or len(os.sched_getaffinity(0)), grey_bits or LEAST_BITS, None
+        while manifest is None:  # once more for each image whose greys need more bits than those before it
+            journal = Journal(out_dir / ".ingest", call_hash, bits)
+            scaled = replace(packing, grey_bits=journal.grey_bits)
+            with closing(_writer(source, scaled, journal)) as writer:
+                bits = _store_all(source, scaled, cores, writer, journal, progress, is_fixed=grey_bits > 0)
+                if bits == scaled.grey_bits:
+                    outcome = _outcome(source, journal, drop_duplicates)
+                    _write_quarantine(quarantine, source, outcome)
+                    example = outcome.bad[0][1] if outcome.bad else ""
+                    _check_share(outcome.num_good, len(outcome.bad), max_bad, quarantine, example)
+                    manifest = _publish_all(out_dir, source, scaled, call_hash, writer, outcome)
+            shutil.rmtree(journal.folder)
         return manifest
     except OSError as error:
         raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
 
 
-def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: int) -> Packing:
+def _packing(
+    source: Source, size: int, jpeg_side: int, format: str, quality: int, grey_bits: int, max_megapixels: int
+) -> Packing:
     for name, value in (("size", size), ("JPEG size", jpeg_side)):
         if not MIN_SIDE <= value <= MAX_SIZE:
             raise UserError(f"image {name} {value} is out of range: give {MIN_SIDE} .. {MAX_SIZE} pixels")
@@ -112,8 +120,12 @@ def _packing(source: Source, size: int, jpeg_side: int, format: str, quality: in
         raise UserError(f"unknown format {format!r}: choose auto, raw or jpg")
     if not 1 <= quality <= 100:
         raise UserError(f"quality is {quality}: give 1 .. 100, such as 90")
+    if not 0 <= grey_bits <= 16:
+        raise UserError(f"data.grey_bits is {grey_bits}: give 1 .. 16, or 0, as many as the images use")
+    if not 1 <= max_megapixels <= MOST_MEGAPIXELS:
+        raise UserError(f"--max-megapixels is {max_megapixels}: give 1 .. {MOST_MEGAPIXELS} million pixels")
     format = stored_format(format, size, len(source.paths))
-    return Packing(format, size if format == "raw" else jpeg_side, quality)
+    return Packing(format, size if format == "raw" else jpeg_side, quality, grey_bits, max_megapixels)
 
 
 def stored_format(wanted: str, size: int, images: int) -> str:
@@ -145,12 +157,25 @@ def _writer(source: Source, packing: Packing, journal: Journal) -> BetonWriter:
 
 
 def _store_all(
-    source: Source, packing: Packing, workers: int, writer: BetonWriter, journal: Journal, progress: Progress | None
-) -> None:
+    source: Source,
+    packing: Packing,
+    workers: int,
+    writer: BetonWriter,
+    journal: Journal,
+    progress: Progress | None,
+    is_fixed: bool,
+) -> int:
+    """Store the images that are not stored yet; return `packing.grey_bits`, or more if an image needs more.
+
+    It ends at such an image, unless the bits are fixed: the images before it were made too bright.
+    """
     total, done = len(source.paths), journal.done
     noted_at = time.monotonic()
+    results = packed_in_order(source, packing, workers, done)
     try:
-        for i, result in enumerate(packed_in_order(source, packing, workers, done), done):
+        for i, result in enumerate(results, done):
+            if not (isinstance(result, str) or is_fixed) and result[0].grey_bits > packing.grey_bits:
+                return result[0].grey_bits
             if isinstance(result, str):
                 journal.refuse(i, result)
             elif len(result[1]) > writer.page_size:
@@ -165,8 +190,10 @@ def _store_all(
             if progress:
                 progress(i + 1, total)
     finally:  # also after a signal or an error, so that nothing is done twice
+        results.close()
         writer.flush()
         journal.flush()
+    return packing.grey_bits
 
 
 @dataclass(frozen=True)
@@ -179,6 +206,7 @@ class _Outcome:
     num_duplicates: int  # of these, how many equal an earlier one, training or held out
     images: np.ndarray  # (n,) candidate of each image of the data set
     records: np.ndarray  # (n,) RECORD of each
+    content: str  # as `sources.content_of`
 
 
 def _outcome(source: Source, journal: Journal, drop_duplicates: bool) -> _Outcome:
@@ -192,7 +220,18 @@ def _outcome(source: Source, journal: Journal, drop_duplicates: bool) -> _Outcom
         copies |= _copies(records, good[good < source.training])
         copies |= _copies(records, good[good >= source.training])
     images = np.setdiff1d(good, list(copies))
-    return _Outcome(bad, copies, len(good), len(_copies(records, good)), images, records[images])
+    content = _content(source, records, [i for i, _ in reasons])
+    return _Outcome(bad, copies, len(good), len(_copies(records, good)), images, records[images], content)
+
+
+def _content(source: Source, records: np.ndarray, refused: list[int]) -> str:
+    """Compute `sources.content_of` from what is known of the stored images; only the refused ones are read again."""
+    if not source.encoded:
+        return ""
+    digests = [bytes(digest) for digest in records["source"]]
+    for i in refused:
+        digests[i] = digest_of_image(source, i)
+    return hash_of_contents(source.paths, digests)
 
 
 def _copies(records: np.ndarray, candidates: np.ndarray) -> dict[int, int]:
@@ -236,6 +275,12 @@ def _publish_all(
         held_out=int((images >= source.training).sum()),
         listing=call_hash,
         fingerprint=fingerprint,
+        content=outcome.content,
+        ignored=source.ignored,
+        closed=len(source.refused),
+        pages=int(records["pages"].sum()),
+        faint=int(records["faint"].sum()),
+        grey_bits=packing.grey_bits if records["grey_bits"].any() else 0,
     )
     publish_json(out_dir / "manifest.json", asdict(manifest))
     return manifest
@@ -244,20 +289,18 @@ def _publish_all(
 def _write_quarantine(path: Path, source: Source, outcome: _Outcome) -> None:
     """List what is left out: (path, reason, bytes) of bad images, then of duplicates."""
     duplicates = [(source.paths[i], f"duplicate of {source.paths[first]}", i) for i, first in outcome.copies.items()]
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["path", "reason", "bytes"])
-    for name, reason, i in [*outcome.bad, *duplicates]:
-        rows.writerow([csv_cell(name), csv_cell(reason), "" if i is None else _bytes_of(source, i)])
     with publish(path) as file:
-        file.write(text.getvalue().encode("utf-8"))
+        file.write(csv_line(["path", "reason", "bytes"]).encode())
+        for name, reason, i in [*outcome.bad, *duplicates]:
+            size = "" if i is None else _bytes_of(source, i)
+            file.write(csv_line([path_cell(name), text_cell(reason), size]).encode())
 
 
 def _bytes_of(source: Source, i: int) -> int | str:
     """Return the size of the file of candidate i; empty for other sources and missing files."""
     try:
         return source.file(i).lstat().st_size if source.file else ""
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -284,7 +327,8 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
     if out.suffix != ".beton":
         raise UserError(f"{out} does not end with .beton: give a name such as {out.stem or 'images'}.beton")
     size = options["size"]
-    kind = (options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90))
+    kind = [options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90)]
+    kind += [options.get("grey_bits", 0), options.get("max_megapixels", MAX_MEGAPIXELS)]
     if out.exists() and manifest_path(out).exists():
         finished, packing = manifest_beside(out), _packing(source, size, *kind)
         if finished.listing == _call_hash(source, packing, options.get("drop_duplicates", False)):
@@ -309,6 +353,8 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
 def adopt(packed: Path, out_dir: Path) -> Ingested:
     """Make `out_dir` the folder of a data set that `pack` wrote: links to the file, copies of the lists.
 
+    Links are relative, so that the file and the folder can be moved together.
+
     Raises:
         UserError: `pack` did not write the file.
         DamagedFile: the file or what belongs to it is damaged.
@@ -324,7 +370,7 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
             original = beside(packed.absolute(), suffix)
             if name in LINKED:
                 (out_dir / name).unlink(missing_ok=True)
-                (out_dir / name).symlink_to(original)
+                (out_dir / name).symlink_to(os.path.relpath(os.path.realpath(original), os.path.realpath(out_dir)))
             elif original.exists():
                 shutil.copyfile(original, out_dir / name)
     except OSError as error:

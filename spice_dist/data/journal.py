@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,11 @@ RECORD = np.dtype(
         ("offset", "<i8"),
         ("size", "<i8"),
         ("digest", "V32"),
-        ("reserved", "V21"),
+        ("source", "V16"),
+        ("pages", "<u2"),
+        ("faint", "u1"),
+        ("grey_bits", "u1"),
+        ("reserved", "V1"),
     ]
 )
 
@@ -33,8 +38,8 @@ RECORD = np.dtype(
 class Journal:
     """Records of the candidates 0 .. done - 1."""
 
-    def __init__(self, folder: Path, call_hash: str):
-        """Take up the journal of an equal call, or start one.
+    def __init__(self, folder: Path, call_hash: str, grey_bits: int):
+        """Take up the journal of an equal call with its `grey_bits`, or start one with these.
 
         Raises:
             DamagedFile: its files disagree.
@@ -45,14 +50,17 @@ class Journal:
         self._reasons: list[bytes] = []
         call_file, pages = folder / "call.json", folder / "pages"
         files = (self._records_file, self._reasons_file, pages)
-        is_same_call = call_file.exists() and call_file.read_text() == json.dumps(call_hash)
+        call = _read_call(call_file)
+        is_same_call = call["hash"] == call_hash
         # the pages alone are missing where a process ended between the file's new name and the manifest
         if not (is_same_call and all(file.exists() for file in files)):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             for file in files:
                 file.touch()
-            call_file.write_text(json.dumps(call_hash))
+            call = {"hash": call_hash, "grey_bits": grey_bits}
+            call_file.write_text(json.dumps(call))
+        self.grey_bits: int = call["grey_bits"]
         self.done = self._records_file.stat().st_size // RECORD.itemsize
         os.truncate(self._records_file, self.done * RECORD.itemsize)
         records, reasons = self.read()
@@ -65,10 +73,12 @@ class Journal:
     def store(self, packed: Packed, offset: int, size: int) -> None:
         """Note that the next candidate is stored in `size` bytes from `offset` of the pages."""
         record = np.zeros((), RECORD)
-        for name in ("height", "width", "crc32", "animated", "warned"):
+        for name in ("height", "width", "crc32", "animated", "warned", "pages", "faint", "grey_bits"):
             record[name] = getattr(packed, name)
         record["stored"], record["offset"], record["size"] = 1, offset, size
         record["digest"] = np.void(bytes.fromhex(packed.digest))
+        if packed.source:
+            record["source"] = np.void(bytes.fromhex(packed.source))
         self._records.append(record.tobytes())
 
     def refuse(self, i: int, reason: str) -> None:
@@ -95,3 +105,12 @@ class Journal:
                 i, reason = json.loads(line)
                 reasons[i] = reason
         return records, [(i, reason) for i, reason in sorted(reasons.items()) if i < len(records)]
+
+
+def _read_call(path: Path) -> dict[str, Any]:
+    """Read the hash of a call and its `grey_bits`; an empty hash if they cannot be read."""
+    try:
+        call = json.loads(path.read_text())
+        return {"hash": call["hash"], "grey_bits": int(call["grey_bits"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {"hash": "", "grey_bits": 0}

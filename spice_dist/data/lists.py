@@ -1,12 +1,16 @@
 """Images named by a list: .txt (a path a line), .csv (a column `path`), .parquet (paths, or the images themselves).
 
-Relative paths start at the folder of the list. A column `label` counts as true labels only when asked for. Parquet
-files with a column `image` of bytes, or of structs with a field `bytes`, are what Hugging Face data sets are stored as;
-folders that `datasets.save_to_disk` wrote are read when that library is installed.
+Relative paths start at the folder of the list. A list may come from Windows: UTF-8 or UTF-16 with a mark, any line end,
+backslashes; a CSV with semicolons or tabs, and a header in any case. A column `label` counts as true labels only when
+asked for. Parquet files with a column `image` of bytes, or of structs with a field `bytes`, are what Hugging Face data
+sets are stored as; folders that `datasets.save_to_disk` wrote are read when that library is installed.
 """
 
+import codecs
 import csv
+import io
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,17 +19,30 @@ from typing import Any
 
 import numpy as np
 
-from spice_dist.data.sources import MAX_FILE_BYTES, BadImage, Source, encode_labels, files_source, read_file
+from spice_dist.data.files import path_of_cell
+from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Source, encode_labels, files_source, read_file
 from spice_dist.errors import UserError
 
 SUFFIXES = (".txt", ".csv", ".parquet")
+SOUGHT = 20  # paths that are looked for before anything is decoded
 
 
-def list_source(path: Path, *, with_labels: bool) -> Source:
-    """Open the images that `path` lists, in its order; UserError if it cannot be read or lists none."""
+def list_source(path: Path, *, with_labels: bool, follow_links: bool = False) -> Source:
+    """Open the images that `path` lists, in its order.
+
+    Args:
+        with_labels: with the column `label`.
+        follow_links: read links too that point to files within the folder of the list.
+
+    Raises:
+        UserError: the list cannot be read, or none of its first paths exists.
+    """
     readers = {".txt": _of_text, ".csv": _of_csv, ".parquet": _of_parquet}
     try:
         source, labels = readers[path.suffix.lower()](path)
+        if source.file is not None:
+            _look_for(path, source)
+            source = files_source(source.name, source.paths, source.file, path.parent if follow_links else None)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read the list {str(path)!r}: {str(error).splitlines()[0]}") from error
     if not source.paths:
@@ -34,7 +51,7 @@ def list_source(path: Path, *, with_labels: bool) -> Source:
         return source
     if labels is None:
         raise UserError(f"the list {str(path)!r} has no column 'label': add one, or do without labels")
-    encoded, names = encode_labels(path, np.array([str(label) for label in labels]), len(source.paths))
+    encoded, names = encode_labels(path, np.array([str(label).strip() for label in labels]), len(source.paths))
     return replace(source, labels=encoded, label_names=names)
 
 
@@ -70,19 +87,44 @@ def saved_dataset_source(folder: Path, *, with_labels: bool) -> Source:
     return replace(source, labels=encoded, label_names=label_names)
 
 
+def _text(path: Path) -> str:
+    """Read a list; bytes that are no UTF-8 are escaped by surrogates. ValueError if it holds a NUL."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict")
+    if "\0" in text:
+        raise ValueError(f"line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a NUL; save the list as UTF-8")
+    return text
+
+
 def _of_text(path: Path) -> tuple[Source, None]:
-    lines = [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n")]
-    return _of_paths(path, [os.fsdecode(line) for line in lines if line.strip()]), None
+    text = _text(path)
+    end = "\n" if "\n" in text else "\r"
+    lines = (line.removesuffix("\r") for line in text.split(end))
+    return _of_paths(path, [line for line in lines if line.strip()]), None
 
 
 def _of_csv(path: Path) -> tuple[Source, list[str] | None]:
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
-        if not rows.fieldnames or "path" not in rows.fieldnames:
-            raise ValueError(f"it needs a column 'path', it has {', '.join(rows.fieldnames or []) or 'none'}")
-        listed = [(row["path"], row.get("label")) for row in rows if row["path"]]
-    labels = [label or "" for _, label in listed] if "label" in rows.fieldnames else None
-    return _of_paths(path, [name for name, _ in listed]), labels
+    text = _text(path)
+    heading = text[: re.search(r"[\r\n]|$", text).start()]  # pyright: ignore[reportOptionalMemberAccess]
+    for delimiter in ",;\t":
+        columns = [column.strip().lower() for column in next(csv.reader([heading], delimiter=delimiter), [])]
+        if "path" in columns:
+            break
+    else:
+        raise ValueError(f"it needs a column 'path', it has {', '.join(heading.split(',')) or 'none'}")
+    # strict: a quote that is never closed would make one path of all lines behind it
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    next(rows)
+    at, label_at = (columns.index(column) if column in columns else len(columns) for column in ("path", "label"))
+    cells = [(_cell(row, at), _cell(row, label_at)) for row in rows if row]
+    labels = [label for _, label in cells] if label_at < len(columns) else None
+    return _of_paths(path, [path_of_cell(name) for name, _ in cells]), labels
+
+
+def _cell(row: list[str], at: int) -> str:
+    """Return a cell; a short row lacks its last ones."""
+    return row[at] if at < len(row) else ""
 
 
 def _of_parquet(path: Path) -> tuple[Source, list[Any] | None]:
@@ -94,7 +136,7 @@ def _of_parquet(path: Path) -> tuple[Source, list[Any] | None]:
     if "image" not in columns:
         if "path" not in columns:
             raise ValueError(f"it needs a column 'path' or 'image', it has {', '.join(columns)}")
-        return _of_paths(path, [str(name) for name in file.read(["path"])["path"].to_pylist()]), labels
+        return _of_paths(path, [str(name or "") for name in file.read(["path"])["path"].to_pylist()]), labels
     ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
     names = [f"{path.name}/{i:07d}" for i in range(file.metadata.num_rows)]
     status = path.stat()
@@ -132,10 +174,34 @@ def _bytes_of(cell: Any, folder: Path) -> bytes:
         return read_file(folder / cell["path"])
     if not isinstance(data, bytes) or not data:
         raise BadImage("no image in this row")
-    if len(data) > MAX_FILE_BYTES:
-        raise BadImage(f"image of {len(data) >> 20} MiB, at most {MAX_FILE_BYTES >> 20} are read")
+    if len(data) > MAX_CELL_BYTES:
+        raise BadImage(f"image of {len(data) >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
     return data
 
 
 def _of_paths(listed_in: Path, names: list[str]) -> Source:
-    return files_source(str(listed_in.absolute()), names, lambda i: listed_in.parent / names[i])
+    folder = listed_in.parent
+    names = [_as_meant(name, folder) for name in names]
+    return files_source(str(listed_in.absolute()), names, lambda i: folder / names[i])
+
+
+def _as_meant(name: str, folder: Path) -> str:
+    """Return a path without the quotes, blanks, backslashes or ~ of other systems, if only so it names a file."""
+    bare = name.strip()
+    if bare[:1] == bare[-1:] == '"' and len(bare) > 1:
+        bare = bare[1:-1]
+    others = {bare, bare.replace("\\", "/"), os.path.expanduser(bare)} - {name}
+    if not others or os.path.lexists(folder / name):
+        return name
+    return next((other for other in sorted(others) if os.path.lexists(folder / other)), name)
+
+
+def _look_for(listed_in: Path, source: Source) -> None:
+    """Raise ValueError if none of the first paths exists: they are likely relative to another folder."""
+    assert source.file is not None
+    first = source.paths[:SOUGHT]
+    if first and not any(os.path.lexists(source.file(i)) for i in range(len(first))):
+        raise ValueError(
+            f"there is no {first[0]!r} at {str(source.file(0).absolute())!r}, nor the next ones: make the paths "
+            f"absolute, or move the list into the folder that they start in"
+        )

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.errors import DamagedFile, UserError
+
+NEARLY_ALL = 0.9  # of the images: what is so of more is told
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,29 @@ class Ingested:
     held_out: int  # images that train nothing and are scored, after those
     listing: str  # hash of the source and the settings
     fingerprint: str  # hash of names, stored content and order: see `fingerprint_of`
+    # what earlier versions did not note, with what they did
+    content: str = ""  # hash of the names and files of the source: see `sources.content_of`
+    ignored: dict[str, int] = field(default_factory=dict)  # what was no candidate, as `Source.ignored`
+    closed: int = 0  # of the bad ones, folders that could not be listed
+    pages: int = 0  # of TIFFs, after the first of each
+    faint: int = 0  # images that are black, white or of one colour
+    grey_bits: int = 16  # white is 2^bits - 1 in the 16-bit greys of the set; 0: it has none
+
+    def notes(self) -> list[str]:
+        """Say what a user should know of the set, a line each."""
+        counts = left_out(self.ignored, self.closed, self.bad - self.closed, self.pages, self.dropped)
+        lines = [left_out_line(counts, self.n)] if counts else []
+        if self.duplicates > self.dropped:
+            lines.append(f"{self.duplicates - self.dropped:,} images are exact copies of others")
+        if self.duplicates > NEARLY_ALL * (self.n + self.dropped):
+            lines.append("nearly all images are alike: there is little to group")
+        if self.faint > NEARLY_ALL * self.n:
+            lines.append(
+                f"{self.faint:,} of {self.n:,} images are nearly black, white or of one colour: look at some of them"
+            )
+        if self.grey_bits not in (0, 16):
+            lines.append(f"16-bit greys are scaled as {self.grey_bits}-bit ones: the images use no more")
+        return lines
 
     @property
     def clustered(self) -> int:

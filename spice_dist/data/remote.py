@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from spice_dist.data.sources import IMAGE_SUFFIXES, MAX_FILE_BYTES, BadImage, Source, folder_labels
+from spice_dist.data.sources import IMAGE_SUFFIXES, MAX_CELL_BYTES, BadImage, Source, folder_labels
 from spice_dist.errors import UserError
 
 STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # one of them differs once a file changes
@@ -42,14 +42,14 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
 
     def read(i: int) -> bytes:
         size = stamps[names[i]].get("size") or 0
-        if size > MAX_FILE_BYTES:
-            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_FILE_BYTES >> 20} are read")
+        if size > MAX_CELL_BYTES:
+            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
         try:
-            data = system.cat_file(prefix + names[i], start=0, end=MAX_FILE_BYTES + 1)
+            data = system.cat_file(prefix + names[i], start=0, end=MAX_CELL_BYTES + 1)
         except Exception as error:  # as above; the run goes on without this image
             raise BadImage(f"cannot read: {_first_line(error)}") from error
-        if not 0 < len(data) <= MAX_FILE_BYTES:
-            raise BadImage("empty file" if not data else f"more than {MAX_FILE_BYTES >> 20} MiB")
+        if not 0 < len(data) <= MAX_CELL_BYTES:
+            raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
         return data
 
     labels, label_names = folder_labels(shown, names) if with_labels else (None, [])

@@ -10,23 +10,42 @@ import errno
 import hashlib
 import os
 import stat
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spice_dist.data.files import printable
 from spice_dist.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-MAX_FILE_BYTES = 64 << 20  # an encoded image of 50 million pixels fits; a video or an archive renamed to .jpg does not
+HEIC_SUFFIXES = frozenset({"heic", "heif", "hif"})  # read where pillow-heif is installed
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
+if find_spec("pillow_heif") is not None:
+    IMAGE_SUFFIXES |= HEIC_SUFFIXES
+MAX_FILE_BYTES = 256 << 20  # 50 million uncompressed pixels fit; a video or an archive renamed to .jpg does not
+MAX_CELL_BYTES = 64 << 20  # of an image in a table or from elsewhere, of which many are in memory at once
 KINDS = (
     "'digits', a folder of images, a list (.txt, .csv, .parquet), an .npy or .npz array, NAME:DIR, a URL or a .beton"
 )
-SYMLINK = "symbolic link"
+SYMLINK, SPECIAL, SYSTEM, HIDDEN = "symbolic link", "special file", "system folder", "hidden image"
+WITHOUT_SUFFIX = "without suffix"
+HEIC_HINT = "HEIC is read with pillow-heif: pip install 'spice_dist[heic]'"
+# of thumbnails on a NAS, of what macOS adds to archives, of deleted files
+SYSTEM_FOLDERS = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin"})
+LINK_HINT = "give the file that it points to, or --follow-links"
+IMAGE, FOLDER = "an image", "a folder"
+PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
+MISSING = frozenset({"", "-1", "-1.0", "none", "null", "nan", "n/a", "<na>"})  # labels that are no class
+UNLABELLED = -1  # the number of an image without a class
+UNREAD = bytes(16)  # in place of the `file_digest` of a file that cannot be read
 
 
 class BadImage(Exception):
@@ -42,7 +61,8 @@ class Source:
     read: Callable[[int], np.ndarray | bytes]  # (H, W), (H, W, 1) or (H, W, 3) uint8, or an encoded file; or BadImage
     labels: np.ndarray | None = None  # (N,) int64, an index into label_names
     label_names: list[str] = field(default_factory=list)  # in the order of their number
-    ignored: dict[str, int] = field(default_factory=dict)  # files that are no candidates: suffix -> count
+    # what is no candidate: suffix, SYMLINK, SPECIAL, SYSTEM or HIDDEN -> count
+    ignored: dict[str, int] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that cannot be entered
     encoded: bool = False  # read(i) gives an untrusted encoded file, which child processes decode
     file: Callable[[int], Path] | None = None  # of local files: where image i is, so that children read it themselves
@@ -62,10 +82,11 @@ class Source:
         return len(self.paths) - self.held_out
 
 
-def open_source(data: str, labels: str | None = None) -> Source:
+def open_source(data: str, labels: str | None = None, follow_links: bool = False) -> Source:
     """Find the images of `data` without decoding them.
 
     Args:
+        follow_links: take links too that point to files within the folder.
         data: one of KINDS.
         labels: where true labels come from, for scores only: None, "folder" (the top-level sub-folder) or "array"
             (`labels` or `y` of an .npz). The digits come with labels.
@@ -76,6 +97,10 @@ def open_source(data: str, labels: str | None = None) -> Source:
     if labels not in (None, "folder", "array"):
         raise UserError(f"labels {labels!r} do not belong to {data!r}: give 'folder' (sub-folder names) or 'array'")
     if data == "digits":
+        if os.path.isdir(data):
+            warnings.warn(
+                "'digits' is the built-in set of images; for the folder of this name give ./digits", stacklevel=2
+            )
         return _digits()
     path = Path(data)
     try:
@@ -85,7 +110,7 @@ def open_source(data: str, labels: str | None = None) -> Source:
     if stat.S_ISDIR(mode):
         if labels == "array":
             raise UserError("labels 'array' belong to an .npz file; for a folder give 'folder' or none")
-        return _folder(path, with_labels=labels == "folder")
+        return _folder(path, with_labels=labels == "folder", follow_links=follow_links)
     if stat.S_ISREG(mode) and path.suffix.lower() in (".npy", ".npz"):
         if labels == "folder":
             raise UserError("labels 'folder' belong to a folder; for an .npz give 'array' or none")
@@ -105,19 +130,52 @@ def is_beton(data: str) -> bool:
 def listing(source: Source) -> str:
     """Hash the images by name and content: of local files size and time of change, of arrays the pixels.
 
-    The SHA-256 does not depend on where the files lie.
+    The SHA-256 does not depend on where the files lie. `content_of` tells copies with other times from other images.
     """
     total = hashlib.sha256(f"{source.extra} {source.held_out}".encode())
     for i, name in enumerate(source.paths):
         total.update(os.fsencode(name) + b"\0")
         if source.file is not None:
-            with contextlib.suppress(OSError):  # ingest will report a listed file that is missing
+            with contextlib.suppress(OSError, ValueError):  # ingest will report a listed file that is missing
                 status = os.stat(source.file(i))
                 total.update(f"{status.st_size} {status.st_mtime_ns}".encode())
         elif source.stamps is not None:
             total.update(source.stamps(i).encode())
         elif not source.encoded:
             total.update(np.ascontiguousarray(source.read(i)).data)
+    return total.hexdigest()
+
+
+def content_of(source: Source) -> str:
+    """Hash the names of encoded images and the bytes of their files, all of which are read; "" for arrays."""
+    if not source.encoded:
+        return ""
+
+    count, chunk = len(source.paths), 256
+    chunks = (range(start, min(start + chunk, count)) for start in range(0, count, chunk))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hash") as threads:
+        digests = threads.map(lambda images: [digest_of_image(source, i) for i in images], chunks)
+        return hash_of_contents(source.paths, chain.from_iterable(digests))
+
+
+def digest_of_image(source: Source, i: int) -> bytes:
+    """Return the `file_digest` of encoded image i, UNREAD if it cannot be read."""
+    try:
+        return file_digest(bytes(source.read(i)))
+    except BadImage:
+        return UNREAD
+
+
+def file_digest(data: bytes) -> bytes:
+    """Return the first half of the SHA-256 of a file, by which it is known again wherever it is copied."""
+    return hashlib.sha256(data).digest()[:16]
+
+
+def hash_of_contents(names: Sequence[str], digests: Iterable[bytes]) -> str:
+    """Hash the name and the `file_digest` of each image, UNREAD for one that cannot be read."""
+    total = hashlib.sha256()
+    for name, digest in zip(names, digests, strict=True):
+        total.update(os.fsencode(name) + b"\0" + digest)
     return total.hexdigest()
 
 
@@ -164,15 +222,15 @@ def from_array(images: np.ndarray) -> Source:
 # ---------------------------------------------------------------- folders
 
 
-def _folder(root: Path, *, with_labels: bool) -> Source:
-    paths, ignored, refused = scan(root)
+def _folder(root: Path, *, with_labels: bool, follow_links: bool) -> Source:
+    paths, ignored, refused = scan(root, follow_links)
     if not paths:
         raise UserError(_why_no_image(root, ignored, refused))
     labels, label_names = folder_labels(root, paths) if with_labels else (None, [])
     name = os.fsencode(root.absolute()).decode("utf-8", "backslashreplace")
 
     return replace(
-        files_source(name, paths, lambda i: root / paths[i]),
+        files_source(name, paths, lambda i: root / paths[i], root if follow_links else None),
         labels=labels,
         label_names=label_names,
         ignored=ignored,
@@ -180,16 +238,33 @@ def _folder(root: Path, *, with_labels: bool) -> Source:
     )
 
 
-def files_source(name: str, paths: list[str], file: Callable[[int], Path]) -> Source:
-    """Take images in local files: image i, called paths[i], is at file(i)."""
-    return Source(name, paths, lambda i: read_file(file(i)), encoded=True, file=file)
+def files_source(name: str, paths: list[str], file: Callable[[int], Path], tree: Path | None = None) -> Source:
+    """Take images in local files: image i, called paths[i], is at file(i).
 
-
-def scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
-    """List (names of image files in byte order, other files by suffix, sub-folders that cannot be entered).
-
-    Hidden names are skipped, links are not followed, and no folder is entered twice, however it is mounted.
+    Args:
+        tree: a folder; links are followed to files within it. None: links are not followed.
     """
+    inside = None if tree is None else os.path.realpath(tree)
+
+    def place(i: int) -> Path:
+        return file(i) if inside is None else _followed(file(i), inside)
+
+    return Source(name, paths, lambda i: read_file(place(i)), encoded=True, file=place)
+
+
+def _followed(path: Path, tree: str) -> Path:
+    """Return where a link points to, if that is within the folder `tree`; else the path itself."""
+    target = os.path.realpath(path)
+    return Path(target) if os.path.islink(path) and target.startswith(tree + os.sep) else path
+
+
+def scan(root: Path, follow_links: bool = False) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
+    """List (names of image files in byte order, counts of what else there is, sub-folders that cannot be entered).
+
+    Hidden names and SYSTEM_FOLDERS are skipped, and no folder is entered twice, however it is mounted. Links to files
+    within `root` are taken if asked for, no others.
+    """
+    tree = os.path.realpath(root)
     paths: list[str] = []
     ignored: Counter[str] = Counter()
     refused: list[tuple[str, str]] = []
@@ -204,22 +279,38 @@ def scan(root: Path) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(root / folder) as entries:
                 for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
-                    if entry.name.startswith("."):
-                        continue
                     name = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_symlink():
-                        ignored[SYMLINK] += 1
-                    elif entry.is_dir(follow_symlinks=False):
-                        folders.append(name)
-                    elif entry.is_file(follow_symlinks=False) and is_image_name(entry.name):
+                    kind = _kind_of(entry, tree if follow_links else None)
+                    if kind == IMAGE:
                         paths.append(name)
-                    else:
-                        ignored[_suffix(entry.name)] += 1
+                    elif kind == FOLDER:
+                        folders.append(name)
+                    elif kind is not None:
+                        ignored[kind] += 1
         except OSError as error:
             if not folder:
                 raise UserError(f"cannot list the folder {str(root)!r}: {error.strerror}") from error
             refused.append((folder, f"cannot list this folder: {error.strerror}"))
     return sorted(paths, key=os.fsencode), dict(ignored), refused
+
+
+def _kind_of(entry: os.DirEntry[str], tree: str | None) -> str | None:
+    """Return IMAGE, FOLDER, or as what the entry is counted; None: it is not even counted.
+
+    Args:
+        tree: the folder within which links are followed; None: they are not.
+    """
+    is_file = entry.is_file(follow_symlinks=False)
+    if entry.name.startswith("."):
+        return HIDDEN if is_file and is_image_name(entry.name) else None
+    if entry.is_symlink():
+        is_taken = tree is not None and is_image_name(entry.name) and entry.is_file()
+        return IMAGE if is_taken and os.path.realpath(entry.path).startswith(f"{tree}{os.sep}") else SYMLINK
+    if entry.is_dir(follow_symlinks=False):
+        return SYSTEM if entry.name.lower() in SYSTEM_FOLDERS else FOLDER
+    if not is_file:
+        return SPECIAL
+    return IMAGE if is_image_name(entry.name) else _suffix(entry.name)
 
 
 def _suffix(name: str) -> str:
@@ -230,29 +321,51 @@ def _why_no_image(root: Path, ignored: dict[str, int], refused: list[tuple[str, 
     if not ignored and not refused:
         return f"the folder {str(root)!r} is empty: put images into it ({', '.join(sorted(IMAGE_SUFFIXES))})"
     largest = sorted(ignored.items(), key=lambda item: -item[1])[:6]
-    others = [f"{count} {_kind(suffix)}" for suffix, count in largest]
+    others = [counted(kind_of_ignored(kind), count) for kind, count in largest]
     if refused:
         others.append(f"{len(refused)} folders without read permission")
-    hint = "; links are not followed: give the folder they point to" if SYMLINK in ignored else ""
+    hint = ""
+    if SYMLINK in ignored:
+        hint = "; links are not followed: give the folder they point to, or --follow-links if that is within this one"
+    elif HEIC_SUFFIXES & ignored.keys():
+        hint = f"; {HEIC_HINT}"
     return (
         f"no image file in {str(root)!r}: found {', '.join(others)}, "
         f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}{hint}"
     )
 
 
-def _kind(suffix: str) -> str:
-    return suffix if suffix == SYMLINK else f".{suffix}" if suffix else "without suffix"
+def kind_of_ignored(kind: str) -> str:
+    """Return a kind of `Source.ignored` as people call it: ".heic", "link"."""
+    if kind == SYMLINK:
+        return "link"
+    return kind if kind in (SPECIAL, SYSTEM, HIDDEN) else f".{kind}" if kind else WITHOUT_SUFFIX
+
+
+def counted(kind: str, count: int) -> str:
+    """Return such as "30 .heic" or "2 links"."""
+    plural = "s" * (count > 1 and kind[0] != "." and kind not in (WITHOUT_SUFFIX, "unreadable"))
+    return f"{count:,} {printable(kind)}{plural}"
 
 
 def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return (the number of each image's top-level sub-folder, their names)."""
+    """Return (the number of each image's top-level sub-folder, their names).
+
+    Where the top level is a division into parts, such as train/ and val/, the folders below it are the classes, and a
+    warning says so.
+    """
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise UserError(
             f"labels 'folder': {len(loose)} images such as {loose[0]!r} lie directly in {str(root)!r}: "
             "move each into the sub-folder of its class, or do without labels"
         )
-    names, labels = np.unique([os.fsencode(path.split("/", 1)[0]) for path in paths], return_inverse=True)
+    parts, depth = {path.split("/", 1)[0] for path in paths}, 0
+    if {part.lower() for part in parts} <= PARTS and all(path.count("/") > 1 for path in paths):
+        depth = 1
+        named = " and ".join(f"{part}/" for part in sorted(parts))
+        warnings.warn(f"{named} of {str(root)!r} are taken for parts; the classes are the folders below", stacklevel=2)
+    names, labels = np.unique([os.fsencode(path.split("/")[depth]) for path in paths], return_inverse=True)
     return labels.astype(np.int64), [os.fsdecode(name) for name in names]
 
 
@@ -271,8 +384,10 @@ def read_file(path: Path) -> bytes:
                 raise BadImage("empty file")
             return file.read(MAX_FILE_BYTES)
     except OSError as error:
-        reason = f"{SYMLINK}: give the file that it points to" if error.errno == errno.ELOOP else error.strerror
+        reason = f"{SYMLINK}: {LINK_HINT}" if error.errno == errno.ELOOP else error.strerror
         raise BadImage(f"cannot read: {reason}") from error
+    except ValueError as error:  # a name with a NUL
+        raise BadImage(f"cannot read: {error}") from error
 
 
 # ---------------------------------------------------------------- arrays
@@ -350,9 +465,22 @@ def _check_images(path: Path, images: np.ndarray) -> None:
 
 
 def encode_labels(path: Path, labels: np.ndarray, n: int) -> tuple[np.ndarray, list[str]]:
+    """Return (the number of each image's class, UNLABELLED where it has none, the names of the classes).
+
+    Args:
+        labels: (n,) integers or strings; those of MISSING, in any case, are no class.
+
+    Raises:
+        UserError: they are of another kind or number, or all are missing.
+    """
     if labels.shape != (n,) or labels.dtype.kind not in "iubSU":
         raise UserError(
             f"the labels of {str(path)!r} are {labels.dtype} {labels.shape}: give integers or strings of shape ({n},)"
         )
-    names, encoded = np.unique(labels, return_inverse=True)
-    return encoded.astype(np.int64), [str(name) for name in names]
+    values, encoded = np.unique(labels, return_inverse=True)
+    names = [value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value) for value in values]
+    is_class = np.array([name.strip().lower() not in MISSING for name in names])
+    if not is_class.any():
+        raise UserError(f"all labels of {str(path)!r} are missing: do without labels")
+    number = np.where(is_class, np.cumsum(is_class) - 1, UNLABELLED)
+    return number[encoded].astype(np.int64), [name for name, kept in zip(names, is_class, strict=True) if kept]

@@ -1,7 +1,5 @@
 """The groups as a table: CSV, or Parquet with a map and the features."""
 
-import csv
-import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spice_dist import artifacts
-from spice_dist.data.files import Progress, csv_cell, publish
+from spice_dist.data.files import Progress, csv_line, path_cell, publish, text_cell
 from spice_dist.errors import DamagedFile
 from spice_dist.export.result import Result, read_result, utf8
 
@@ -78,13 +76,12 @@ def _chunks(result: Result, progress: Progress) -> Iterator[tuple[slice, list[st
 
 
 def _lines(result: Result, rows: slice, names: list[str]) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    lines = []
     columns = (result.cluster[rows].tolist(), result.confidence[rows].tolist(), result.reliable[rows].tolist())
     for name, cluster, confidence, reliable in zip(names, *columns, strict=True):
-        label = csv_cell(result.labels[cluster])
-        writer.writerow([csv_cell(name), cluster, label, f"{confidence:.4f}", int(reliable)])
-    return table.getvalue()
+        label = text_cell(result.labels[cluster])
+        lines.append(csv_line([path_cell(name), cluster, label, f"{confidence:.4f}", int(reliable)]))
+    return "".join(lines)
 
 
 def _features(result: Result) -> Float[np.ndarray, "N D"] | None:

@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from spice_dist import artifacts
 from spice_dist.assignments import read_names
-from spice_dist.data.files import csv_cell
 from spice_dist.report.evidence import Evidence
 from spice_dist.report.reading import Run
 from spice_dist.report.sprites import COLUMNS, Sheets
@@ -132,7 +131,7 @@ def quantised(points: Float[np.ndarray, "S 2"]) -> UInt16[np.ndarray, "2 S"]:
 def unnamed(paths: list[str]) -> list[int]:
     """Return the places of images that edits.json cannot name by path: it is escaped, or several have it."""
     count = Counter(paths)
-    return [at for at, path in enumerate(paths) if count[path] > 1 or csv_cell(path) != path or printable(path) != path]
+    return [at for at, path in enumerate(paths) if count[path] > 1 or printable(path) != path]
 
 
 def cluster_names(run: Run) -> dict[int, str]:

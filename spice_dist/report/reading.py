@@ -15,7 +15,7 @@ import numpy as np
 
 from spice_dist import artifacts, catalog
 from spice_dist.assignments import read_assignments
-from spice_dist.data.files import unguard
+from spice_dist.data.files import path_of_cell, text_of_cell
 from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
@@ -200,7 +200,7 @@ def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]
             for row in csv.DictReader(file):
                 total += 1
                 if total <= limit:
-                    rows.append((unguard(row.get("path") or ""), unguard(row.get("reason") or "")))
+                    rows.append((path_of_cell(row.get("path") or ""), text_of_cell(row.get("reason") or "")))
     except FileNotFoundError:
         return [], 0
     except csv.Error as error:

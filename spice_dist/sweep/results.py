@@ -1,7 +1,5 @@
 """The results of a sweep, made from its trials' folders: the table, the order by an objective, the best settings."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 from spice_dist import artifacts
 from spice_dist.config import override, read_config
-from spice_dist.data.files import csv_cell, publish, publish_json
+from spice_dist.data.files import csv_line, publish, publish_json, text_cell
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.objectives import COMBINED, OBJECTIVES, combined, consensus
 from spice_dist.sweep.records import FINISHED, read_record
@@ -90,13 +88,11 @@ def write_tables(folder: Path, trials: Sequence[Row]) -> list[Row]:
     trials = with_accuracy(folder, trials)
     flat = [_flat(row) for row in trials]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(names)
-    for row in flat:
-        writer.writerow([csv_cell(value) if isinstance(value := row.get(name, ""), str) else value for name in names])
     with publish(folder / "trials.csv") as file:
-        file.write(table.getvalue().encode())
+        file.write(csv_line(names).encode())
+        for row in flat:
+            cells = (row.get(name, "") for name in names)
+            file.write(csv_line(text_cell(cell) if isinstance(cell, str) else cell for cell in cells).encode())
     columns = {name: pa.array(_column([row.get(name) for row in flat])) for name in names}
     with publish(folder / "trials.parquet") as file:
         write_table(pa.table(columns), file)

@@ -189,7 +189,7 @@ def _check_base(base: Path, sweep: Sweep) -> None:
     if not (stage_record(base, "features") or {}).get("done"):
         raise UserError(f"--base {base} has no features yet: give the folder of a run that is past stage 1")
     config = sweep.plan.config
-    settings = stage_settings(config, sweep.source)
+    settings = stage_settings(config, sweep.source, base)
     remedy = f"give its images, and its settings by --config {base / 'config.json'}, or leave --base out"
     for stage in _shared_stages(config):
         refuse_changes(base, stage, settings[stage], remedy)
@@ -212,7 +212,7 @@ def _begin(sweep: Sweep, resume: bool) -> None:
         "config": asdict(plan.config),
         "start": plan.start,
         "reliable": plan.reliable,
-        "images": images_of(sweep.source),
+        "images": images_of(sweep.source, plan.base),
         "command": sweep.command,
     }
     contents = json.loads(json.dumps(contents))

@@ -55,7 +55,7 @@ def test_a_folder_is_read_flat_and_nested_in_byte_order_without_hidden_files(tmp
     source = open_source(str(tmp_path))
     assert source.paths == ["a.jpg", "b.PNG", "sub/d.tiff", "sub/deep/c.webp"]
     assert [source.read(i) for i in range(4)] == [p.encode() for p in source.paths]
-    assert source.ignored == {"txt": 1, "": 1}
+    assert source.ignored == {"txt": 1, "": 1, "hidden image": 1}
     assert source.labels is None
 
 
@@ -88,7 +88,7 @@ def test_a_pipe_or_a_giant_in_place_of_an_image_is_a_bad_image_and_never_blocks(
     source = open_source(str(tmp_path))
     (tmp_path / "a.png").unlink()
     os.mkfifo(tmp_path / "a.png")
-    os.truncate(tmp_path / "b.png", 65 << 20)
+    os.truncate(tmp_path / "b.png", 257 << 20)
     os.truncate(tmp_path / "c.png", 0)
     (tmp_path / "d.png").unlink()
     for i, reason in enumerate(["regular", "MiB", "empty", "No such file"]):
