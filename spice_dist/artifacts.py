@@ -52,6 +52,19 @@ def true_labels(run: Path) -> Int[np.ndarray, " N"] | None:
     return np.load(path) if path.exists() else None
 
 
+def class_names_file(run: Path) -> Path:
+    """The names of the true classes, in the order of their number: a JSON list."""
+    return run / "data/classes.json"
+
+
+def class_names(run: Path) -> dict[int, str]:
+    """By number; empty where an older run has noted none, or the file is damaged."""
+    try:
+        return {number: str(name) for number, name in enumerate(json.loads(class_names_file(run).read_text()))}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def features_file(run: Path) -> Path:
     return run / "features/features.npy"
 

@@ -1,6 +1,8 @@
 """The command `spice-dist`: parse, call, print. Imports nothing heavy before it knows what to do."""
 
 import argparse
+import contextlib
+import io
 import os
 import select
 import sys
@@ -43,15 +45,35 @@ def main(arguments: list[str] | None = None) -> int:
         the output, such as head, has closed it.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     try:
         try:
             return _run(given)
         finally:
             sys.stdout.flush()  # here, not when the interpreter ends: also what --help has printed
-    except BrokenPipeError:
-        if not (_discard(sys.stdout) | _discard(sys.stderr)):
-            raise
-        return CLOSED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _discard(sys.stdout) | _discard(sys.stderr):
+            return CLOSED
+        from spice_dist.errors import of_system
+
+        print(f"spice-dist: {of_system(error)}", file=sys.stderr)
+        _write_to_nothing(sys.stdout)  # it may be what cannot be written, once more when the interpreter ends
+        return MISTAKE
+
+
+def _open_streams() -> None:
+    """Make the standard streams usable: closed ones take and give nothing, characters that they lack are escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # gets the lowest free number, this one, which no other file may get; children have it too
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin, sys.stdout = sys.stdin or os.fdopen(0), sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(given: list[str]) -> int:
@@ -83,10 +105,15 @@ def _discard(stream: Any) -> bool:
         poll.register(stream.fileno(), 0)
         if not any(event & select.POLLERR for _, event in poll.poll(0)):
             return False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):  # no file behind it
         return False
+    _write_to_nothing(stream)
     return True
+
+
+def _write_to_nothing(stream: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

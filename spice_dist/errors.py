@@ -1,9 +1,19 @@
 """Errors and warnings that a user reads in one line."""
 
+import errno
+import os
 import warnings
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+REMEDIES = {
+    errno.EACCES: "; give a place that you may read and write, or ask for the rights",
+    errno.EPERM: "; give a place that you may read and write, or ask for the rights",
+    errno.EROFS: "; give a place that can be written",
+    errno.ENOSPC: "; make room, then start the same command again",
+    errno.EDQUOT: "; make room, then start the same command again",
+    errno.EMFILE: "; allow more open files: ulimit -n 4096",
+}
 _AS_BEFORE = warnings.formatwarning
 
 
@@ -19,9 +29,21 @@ class DamagedFile(UserError):
     """A file of this program that is truncated, altered or unfinished."""
 
 
+def of_system(error: OSError) -> str:
+    """Return what the system refuses in one line, with the place and, where it is known, the remedy."""
+    reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    remedy = REMEDIES.get(error.errno or 0, "")
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)!r}: "
+    return f"{place}{reason}{remedy}"
+
+
 def warn_in_one_line() -> None:
-    """Print this package's warnings, from now on, without the file and the code that they come from."""
+    """Print this package's warnings, from now on, without the file and the code that they come from.
+
+    Those of scikit-learn are not printed: they name its functions, and the verdict of a run says what they mean.
+    """
     warnings.formatwarning = _one_line
+    warnings.filterwarnings("ignore", module="sklearn")
 
 
 def _one_line(

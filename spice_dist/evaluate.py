@@ -22,7 +22,7 @@ from spice_dist.clustering import Clustering, scored_images
 from spice_dist.config import Config
 from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_paths
-from spice_dist.data.sources import Source
+from spice_dist.data.sources import UNLABELLED, Source
 from spice_dist.inference import probabilities
 from spice_dist.inspection import inspect
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
@@ -70,6 +70,10 @@ def conclude(
     y_true, scored = artifacts.true_labels(run), scored_images(manifest)
     if clustering.given is not None:
         scored = scored[~clustering.given[scored]]
+    classes = {} if y_true is None else {"classes": _classes(run, y_true[scored])}
+    if y_true is not None:
+        scored = scored[y_true[scored] != UNLABELLED]
+        y_true = y_true if len(scored) else None
     agreement = _agreement(clustering)
     features = artifacts.stored_features(run)
     below = _better_baseline(task, manifest, features, labels, baselines) if clustering.choice is None else ""
@@ -84,6 +88,7 @@ def conclude(
         "verdict": {**asdict(judgement), "text": str(judgement)},
         **_selection(clustering, features, labels, confidence, agreement),
         "eval": scores(y_true, scored, labels),
+        **classes,
         "baselines": {name: scores(y_true, scored, clusters) for name, clusters in baselines.items()},
         "heads": _heads(clustering, manifest, labels, y_true, scored),
         **_given_labels(clustering, manifest, y_true, scored, labels),
@@ -182,7 +187,9 @@ def _heads(
 ) -> list[dict[str, float | None]]:  # fmt: skip
     """Return the label-free loss of every head, and its accuracy on the scored images, or on all that it clusters."""
     by_head, count = clustering.by_head, clustering.by_head.shape[1]
-    known = scored if count == manifest.n else np.arange(count)
+    known = scored
+    if y_true is not None and count < manifest.n:
+        known = np.flatnonzero(y_true[:count] != UNLABELLED)
     losses = clustering.loss
     if losses is None:
         losses = [1 - metrics.agreement([head, labels[:count]]) for head in by_head]
@@ -203,9 +210,8 @@ def _given_labels(
 
     Cluster c is the class of the c-th smallest label, so that no matching is needed.
     """
-    if clustering.given is None:
+    if clustering.given is None or y_true is None:
         return {}
-    assert y_true is not None, "the method learnt from them"
     known = y_true[: manifest.clustered]
     right = np.unique(known[known >= 0])[labels[scored]] == y_true[scored]
     count = int(clustering.given.sum())
@@ -244,6 +250,16 @@ def scores(y_true: np.ndarray | None, scored: np.ndarray, y_pred: np.ndarray) ->
     return None if y_true is None else metrics.scores(y_true[scored], y_pred[scored])
 
 
+def _classes(run: Path, y_true: Int[np.ndarray, " S"]) -> dict[str, Any]:
+    """Count the scored images of each class by its name, and those without a class."""
+    numbers, counts = np.unique(y_true[y_true != UNLABELLED], return_counts=True)
+    names = artifacts.class_names(run)
+    named = {
+        names.get(number, str(number)): count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+    }
+    return {"images": named, "unlabelled": int((y_true == UNLABELLED).sum())}
+
+
 def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clustered: int) -> None:
     """Write SPICE's Fig. 6, two accuracies on the followed images after every epoch, to the file of head selection.
 
@@ -256,6 +272,10 @@ def _write_head_selection(task: Task, run: Path, y_true: np.ndarray | None, clus
     saved = finished(run / "spice_self").tensors("select")
     losses, followed = saved["losses"].numpy(), saved["followed"].numpy()
     known = y_true[followed_images(task, clustered, followed.shape[2])]
+    followed, known = followed[..., known != UNLABELLED], known[known != UNLABELLED]
+    if not len(known):
+        path.unlink(missing_ok=True)
+        return
     accuracy = np.array([[metrics.accuracy(known, labels) for labels in heads] for heads in followed])
     lines = []
     for epoch in range(len(losses)):
@@ -279,30 +299,38 @@ def true_classes(run: Path) -> Int[np.ndarray, " N"] | None:
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
     """Return the ACC of a clustering of the clustered images; None without true labels. For tables, never to choose."""
     y_true = artifacts.true_labels(run)
-    return None if y_true is None else metrics.accuracy(y_true[: len(clusters)], clusters)
+    known = None if y_true is None else np.flatnonzero(y_true[: len(clusters)] != UNLABELLED)
+    return (
+        None if y_true is None or known is None or not len(known) else metrics.accuracy(y_true[known], clusters[known])
+    )
 
 
 def relabel(run: Path, source: Source) -> bool:
     """Bring data/labels.npy in line with the labels that `source` has now; return whether scores must be made again."""
     path, before = artifacts.true_labels_file(run), artifacts.true_labels(run)
     if source.labels is None:
-        path.unlink(missing_ok=True)
+        for file in (path, artifacts.class_names_file(run)):
+            file.unlink(missing_ok=True)
         return before is not None
     by_name = dict(zip(source.paths, source.labels, strict=True))
     now = np.array([by_name[name] for name in read_paths(artifacts.data(run))], np.int64)
     with publish(path) as file:
         np.save(file, now)
+    publish_json(artifacts.class_names_file(run), source.label_names)
     return before is None or not np.array_equal(before, now)
 
 
 def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:
     """Return the share of reliable labels (N,) that are right; -100 is no label, and None is returned if all are.
 
+    Images without a true label do not count.
+
     Clusters are matched to classes over all images that `assigned` gives a cluster (-100: none), as for the accuracy of
     the clustering, with which this number is compared. `assigned` = `reliable` would match over the reliable images
     alone, which gives as much or more.
     """
-    mask, known = reliable != UNRELIABLE, assigned != UNRELIABLE
+    labelled = y_true != UNLABELLED
+    mask, known = (reliable != UNRELIABLE) & labelled, (assigned != UNRELIABLE) & labelled
     if not mask.any():
         return None
     to_class = metrics.match(y_true[known], assigned[known])

@@ -227,14 +227,19 @@ def _recorded(run: OpenRun, stage: str) -> Iterator[Bar]:
     spent = (stage_record(run.folder, stage) or {}).get("seconds", 0.0)
     started = time.monotonic()
     write_stage_record(run.folder, stage, run.settings[stage], False, spent)
-    done = False
+
+    def write(done: bool) -> None:
+        write_stage_record(run.folder, stage, run.settings[stage], done, spent + time.monotonic() - started)
+
     try:
         with Bar(stage, run.stop) as bar:
             yield bar
             bar.fill()
-        done = True
-    finally:
-        write_stage_record(run.folder, stage, run.settings[stage], done, spent + time.monotonic() - started)
+    except BaseException:
+        with contextlib.suppress(UserError, OSError):  # must not hide the error
+            write(False)
+        raise
+    write(True)
     run.stop.check()
 
 

@@ -43,6 +43,7 @@ from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.stage_records import stage_record
 from spice_dist.task import AUTO, check_task
 
+LEAST_IMAGES = 4  # two groups of two
 ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
 HARMLESS = ("data.loader", "data.max_bad", "backbone.weights", "backbone.other_weights")
@@ -274,5 +275,7 @@ def check_settings(config: Config, images: ImageList, data: str) -> None:
         raise UserError(
             f"--clusters is {config.clusters}, more than the {images.clustered} images of {data}; ask for fewer"
         )
+    if images.clustered < LEAST_IMAGES:
+        raise UserError(f"{images.clustered} images of {data} are too few to group: give {LEAST_IMAGES} or more")
     for stage in stages_of(config):
         stage.check(config, images)

@@ -64,7 +64,8 @@ def photo_run(tmp_path_factory) -> Path:
 def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
     metrics = json.loads((digits_run / "metrics.json").read_text())
     always = {"method", "uses_labels", "n", "k", "nonempty", "seconds", "select", "eval", "baselines", "heads"}
-    assert set(metrics) == always | {"reliable", "verdict", "duplicates"}
+    assert set(metrics) == always | {"reliable", "verdict", "duplicates", "classes"}
+    assert sum(metrics["classes"]["images"].values()) == 1797
     assert set(metrics["verdict"]) == {"level", "why", "remedy", "text"}
     scores = {"acc", "nmi", "nmi_geometric", "ami", "ari"}
     assert (metrics["n"], metrics["k"]) == (1797, 10)

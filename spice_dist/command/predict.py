@@ -71,6 +71,7 @@ def _check_out(out: Path | None, data: str) -> None:
 
 def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
     from spice_dist import prediction_files as files
+    from spice_dist.data.files import printable
     from spice_dist.data.left_out import left_out_line
 
     listed = files.write_predictions(options.out, predictions) if options.out else None
@@ -81,6 +82,8 @@ def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
     elif options.data == predictions.source.paths[0]:
         print(files.one_line(predictions))
     else:
-        sys.stdout.writelines(files.csv_lines(predictions))
+        lines = files.csv_lines(predictions)
+        # a terminal would obey the control characters in a name
+        sys.stdout.writelines((f"{printable(line[:-1])}\n" for line in lines) if sys.stdout.isatty() else lines)
     if line := left_out_line(predictions.left_out(), int(predictions.shown.sum())):
         print(line + (f"; {listed} says why" if listed else ""), file=sys.stderr)

@@ -55,7 +55,7 @@ CHILD_BYTES = 1536 << 20  # address space of a decoding process beyond what it h
 MEGAPIXEL_BYTES = 24 << 20  # more for each million pixels above MAX_MEGAPIXELS
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # EXIF and TIFF tags
 LEAST_BITS = 8  # of white in 16-bit greys, when the images say it
-FAINT = 16  # an image whose values differ by less shows nothing: it is black, white or of one colour
+FAINT = 24  # an image whose values differ by less shows nothing: it is black, white or of one colour
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,15 +25,18 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: the file cannot be written (full disk, no permission).
     """
-    temporary = temporary_path(path)
+    temporary = None
     try:
+        temporary = temporary_path(path)
         with open(temporary, "xb") as file:
             yield file
         commit(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # must not hide an error of the block
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
 
 
 def publish_json(path: Path, content: Any) -> None:

@@ -43,8 +43,10 @@ BESIDE = {
     ".json": "dataset.beton.json",
     ".paths.jsonl": "paths.jsonl",
     ".labels.npy": "labels.npy",
+    ".classes.json": "classes.json",
     ".quarantine.csv": "quarantine.csv",
 }
+SEAL = ("manifest.json", "labels.npy", "classes.json")
 LINKED = ("dataset.beton", "dataset.beton.json")
 DIGEST_RULE = 3  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
 
@@ -67,7 +69,8 @@ def ingest(
     """Read all images of `source` into `out_dir`; nothing is done again if the same call has finished before.
 
     Leaves dataset.beton with its sidecar; paths.jsonl, one ASCII JSON string per image in image order; labels.npy (n,)
-    int64 if the source has labels; quarantine.csv (path, reason, bytes); manifest.json, last, as the seal.
+    int64 and classes.json, the names of the classes, if the source has labels; quarantine.csv (path, reason, bytes);
+    manifest.json, last, as the seal.
 
     Args:
         size: side in pixels of raw squares.
@@ -90,7 +93,7 @@ def ingest(
         if finished := _finished(out_dir, call_hash):
             _check_share(finished.n + finished.dropped, finished.bad, max_bad, quarantine, "")
             return finished
-        for name in ("manifest.json", "labels.npy"):  # break the seal of an earlier call before anything of it changes
+        for name in SEAL:  # break the seal of an earlier call before anything of it changes
             (out_dir / name).unlink(missing_ok=True)
         cores, bits, manifest = workers or len(os.sched_getaffinity(0)), grey_bits or LEAST_BITS, None
         while manifest is None:  # once more for each image whose greys need more bits than those before it
@@ -259,6 +262,7 @@ def _publish_all(
     if source.labels is not None:
         with publish(out_dir / "labels.npy") as file:
             np.save(file, source.labels[images].astype(np.int64), allow_pickle=False)
+        publish_json(out_dir / "classes.json", source.label_names)
     is_extra = (images >= source.clustered) & (images < source.training)
     manifest = Ingested(
         version=2,
@@ -364,7 +368,7 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
         raise DamagedFile(f"{packed} does not belong to its manifest: pack the images again")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", "labels.npy"):
+        for name in SEAL:
             (out_dir / name).unlink(missing_ok=True)
         for suffix, name in {**BESIDE, "": "dataset.beton", ".manifest.json": "manifest.json"}.items():
             original = beside(packed.absolute(), suffix)
@@ -382,6 +386,7 @@ def packed_source(packed: Path) -> Source:
     """Return the images of a file that `pack` wrote as a source, by the names that they had."""
     manifest = manifest_beside(packed)
     names, labels = read_names(beside(packed, ".paths.jsonl")), beside(packed, ".labels.npy")
+    classes = beside(packed, ".classes.json")
     samples = beton.Samples(beton.verify(packed))
     is_raw, crc32 = manifest.format == "raw", samples.info.crc32
 
@@ -393,6 +398,7 @@ def packed_source(packed: Path) -> Source:
         names,
         read,
         np.load(labels, allow_pickle=False) if labels.exists() else None,
+        json.loads(classes.read_text()) if classes.exists() else [],
         encoded=not is_raw,
         stamps=lambda i: "" if crc32 is None else str(crc32[i]),
         extra=manifest.extra,

@@ -114,7 +114,8 @@ def _of_csv(path: Path) -> tuple[Source, list[str] | None]:
     else:
         raise ValueError(f"it needs a column 'path', it has {', '.join(heading.split(',')) or 'none'}")
     # strict: a quote that is never closed would make one path of all lines behind it
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    is_spaced = f"{delimiter} " in heading
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=is_spaced, strict=True)
     next(rows)
     at, label_at = (columns.index(column) if column in columns else len(columns) for column in ("path", "label"))
     cells = [(_cell(row, at), _cell(row, label_at)) for row in rows if row]

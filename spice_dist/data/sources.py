@@ -304,7 +304,7 @@ def _kind_of(entry: os.DirEntry[str], tree: str | None) -> str | None:
     if entry.name.startswith("."):
         return HIDDEN if is_file and is_image_name(entry.name) else None
     if entry.is_symlink():
-        is_taken = tree is not None and is_image_name(entry.name) and entry.is_file()
+        is_taken = tree is not None and is_image_name(entry.name) and os.path.isfile(entry.path)
         return IMAGE if is_taken and os.path.realpath(entry.path).startswith(f"{tree}{os.sep}") else SYMLINK
     if entry.is_dir(follow_symlinks=False):
         return SYSTEM if entry.name.lower() in SYSTEM_FOLDERS else FOLDER

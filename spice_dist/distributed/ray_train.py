@@ -92,7 +92,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
 
     try:
         ray.init(address or "local", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
         raise UserError(f"{place}: {last_line(str(error))}") from error
     global _cluster_is_ours

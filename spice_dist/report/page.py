@@ -158,6 +158,7 @@ def _context(run: Run, evidence: Evidence, shown: list[Gallery], notes: list[str
         "copies": sections.copies(run, evidence),
         "gallery_notes": notes,
         "compact": run.num_clusters > 60,
+        "image_notes": run.notes,
         "quarantine": run.quarantine,
         "num_quarantined": run.num_quarantined,
         "manifest": sections.manifest(run),

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class Run:
     manifest: dict
     quarantine: list[tuple[str, str]]  # (path, reason), the first ones
     num_quarantined: int
+    notes: list[str] = field(default_factory=list)  # about the images: what is left out, copies, faint ones
 
     @property
     def labels_note(self) -> str:
@@ -108,6 +109,7 @@ def load(folder: Path) -> Run:
         manifest=read_json(artifacts.manifest_file(folder)) or {},
         quarantine=quarantine,
         num_quarantined=num_quarantined,
+        notes=read_notes(folder),
     )
 
 
@@ -190,6 +192,14 @@ def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
 def read_scores(content: object) -> dict[str, float] | None:
     scores = {name: number(mapping(content).get(name)) for name in SCORES}
     return {name: value for name, value in scores.items() if value is not None} or None
+
+
+def read_notes(folder: Path) -> list[str]:
+    """Return what the manifest of the images says of them; nothing if it is damaged."""
+    try:
+        return artifacts.manifest(folder).notes()
+    except (DamagedFile, TypeError, AttributeError, ValueError):
+        return []
 
 
 def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]:

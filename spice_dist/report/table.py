@@ -1,17 +1,19 @@
 """Format the scores of finished runs for a terminal."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spice_dist import artifacts
+from spice_dist.data.files import printable
 from spice_dist.errors import UserError
 from spice_dist.report.reading import SCORES, load, mapping, number
 
 WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
+MOST_CLASSES = 12  # of which each is named
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}
 
 
@@ -28,6 +30,8 @@ def format_scores(run: Path) -> str:
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
     metrics = loaded.metrics
+    if classes := mapping(metrics.get("classes")):
+        lines.append(format_classes(mapping(classes.get("images")), number(classes.get("unlabelled")) or 0))
     lines += ["", f"{metrics['n']} images, {metrics['nonempty']} of {metrics['k']} clusters in use"]
     reliable = metrics["reliable"]
     if reliable["count"]:  # IMC-SwAV has none
@@ -47,14 +51,27 @@ def format_scores(run: Path) -> str:
     return "\n".join(lines)
 
 
+def format_classes(counts: Mapping[str, int], unlabelled: float) -> str:
+    """Say in one line how many scored images each class has, of many classes the range, and how many have none."""
+    if len(counts) > MOST_CLASSES:
+        shown = f"{min(counts.values()):,} to {max(counts.values()):,} images each"
+    else:
+        shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())
+    without = f"; {unlabelled:,.0f} images without a label are not scored" * (unlabelled > 0)
+    return f"{len(counts):,} classes: {shown}{without}"
+
+
 def format_seeds(runs: Sequence[Path]) -> str:
     """Format the mean ± standard deviation (of a sample) of every score over several runs, as in published tables.
 
     Raises:
-        UserError: the runs are of different methods.
+        UserError: the runs are of different methods or images.
     """
     loaded = [load(run) for run in runs]
     methods = sorted({run.metrics["method"] for run in loaded})
+    images = {run.manifest.get("fingerprint") for run in loaded}
+    if len(images) > 1:
+        raise UserError("these are runs of different images, which have no common mean; give runs of the same, or one")
     if len(methods) > 1:
         raise UserError(f"these are runs of {' and '.join(methods)}; give runs of one method, or one run at a time")
     lines = [loaded[0].labels_note, ""] if loaded[0].labels_note else []
@@ -91,6 +108,7 @@ def _numbers(run: Path) -> dict[str, Any]:
         "uses_labels": bool(metrics.get("uses_labels")),
         "verdict": mapping(metrics.get("verdict")) or None,
         "scores": loaded.scores,
+        "classes": mapping(metrics.get("classes")) or None,
         "reliable": mapping(metrics.get("reliable")).get("count"),
         "without_labels": {name: number(value) for name, value in mapping(metrics.get("select")).items()},
         "seconds": mapping(metrics.get("seconds")),

@@ -823,7 +823,7 @@ def test_a_packed_file_has_what_belongs_to_it_beside_it_and_can_be_adopted(tmp_p
     source = source_of(*data, b"bad", labels=np.arange(6), held_out=2)
     packed = tmp_path / "x.beton"
     result = pack(source, packed, size=8, format="raw", max_bad=0.5)
-    beside = ("", ".json", ".labels.npy", ".manifest.json", ".paths.jsonl", ".quarantine.csv")
+    beside = ("", ".classes.json", ".json", ".labels.npy", ".manifest.json", ".paths.jsonl", ".quarantine.csv")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"x.beton{suffix}" for suffix in beside]
     assert adopt(packed, tmp_path / "run") == result == read_manifest(tmp_path / "run")
     assert (tmp_path / "run" / "dataset.beton").is_symlink()
