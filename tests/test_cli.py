@@ -388,7 +388,7 @@ def test_a_method_of_one_end_says_so(tmp_path, capsys):
         (["--set", "bn_groups=0"], "bn_groups is 0"),
         (["--set", "spice_semi.init=warm"], 'can be "scratch" or "stage2"'),
         (["--threads", "-1"], "threads is -1"),
-        (["--set", "backbone.name=convnext_atto", "--set", "backbone.stem=native"], "set another data.size"),
+        (["--set", "backbone.name=convnext_atto", "--set", "backbone.stem=native"], "set data.size to"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_runs(tmp_path, capsys, arguments, word):
@@ -534,3 +534,89 @@ def test_scripts_get_the_scores_that_the_table_shows_as_json(digits_run, capsys)
     assert numbers["without_labels"]["silhouette"] == metrics["select"]["silhouette"]
     assert run("evaluate", digits_run, digits_run, "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"] == [numbers, numbers]
+
+
+def images_of_run(run_folder: Path) -> Path:
+    return run_folder.parent / "in"
+
+
+@pytest.fixture
+def staged_anew(photo_run, tmp_path) -> tuple[Path, Path]:
+    """A copy of a run, and one of its images with other times, as unpacked from an archive."""
+    shutil.copytree(images_of_run(photo_run), tmp_path / "in", copy_function=shutil.copyfile)
+    shutil.copytree(photo_run, tmp_path / "run")
+    return tmp_path / "in", tmp_path / "run"
+
+
+def test_a_run_goes_on_with_a_copy_of_its_images_and_with_no_others(staged_anew, capsys):
+    folder, out = staged_anew
+    before = (out / "assignments.csv").read_bytes()
+    fit = ("fit", folder, "--clusters", "3", "--out", out, *PHOTO)
+    assert run(*fit) == 0
+    assert "spice_semi  finished before" in capsys.readouterr().err
+    assert (out / "assignments.csv").read_bytes() == before
+    image = next((folder / "turned").iterdir())
+    Image.fromarray(np.asarray(Image.open(image))[::-1]).save(image)
+    assert "images was" in mistake(capsys, *fit)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(staged_anew, capsys):
+    folder, out = staged_anew
+    for path in out.glob("*/stage.json"):
+        record = json.loads(path.read_text())
+        for name in ("data.grey_bits", "data.max_megapixels"):
+            assert record["settings"].pop(name) is not None
+        path.write_text(json.dumps(record))
+    fit = ("fit", folder, "--clusters", "3", "--out", out, *PHOTO)
+    assert run(*fit) == 0
+    assert "spice_semi  finished before" in capsys.readouterr().err
+    assert "data.grey_bits was 0, now 12" in mistake(capsys, *fit, "--set", "data.grey_bits=12")
+
+
+def test_images_without_a_label_are_not_scored_and_classes_are_counted_by_name(staged_anew, tmp_path, capsys):
+    from spice_dist import metrics
+
+    folder, out = staged_anew
+    names = read_paths(out / "data")
+    labels = ["" if i % 3 == 0 else "None" if i % 3 == 1 else name.split("/")[0] for i, name in enumerate(names)]
+    with open(folder / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *zip(names, labels, strict=True)])
+    fit = ("fit", folder / "list.csv", "--labels", "list", "--clusters", "3", "--out", tmp_path / "labelled", *PHOTO)
+    assert run(*fit) == 0
+    assert "2 classes: turned 4, upright 4; 16 images without a label are not scored" in capsys.readouterr().out
+    with open(tmp_path / "labelled/assignments.csv", newline="") as file:
+        clusters = np.array([int(row["cluster"]) for row in csv.DictReader(file)])
+    known = np.array([label in ("turned", "upright") for label in labels])
+    exact = metrics.accuracy(np.array(labels)[known], clusters[known])
+    result = json.loads((tmp_path / "labelled/metrics.json").read_text())
+    assert result["classes"] == {"images": {"turned": 4, "upright": 4}, "unlabelled": 16}
+    assert result["eval"]["acc"] == pytest.approx(exact)
+
+
+def test_runs_of_different_images_have_no_common_mean(digits_run, photo_run, capsys):
+    assert "runs of different images" in mistake(capsys, "evaluate", digits_run, photo_run)
+
+
+def test_two_images_are_told_to_be_too_few(tmp_path, capsys):
+    folder = photos(tmp_path / "in", 2)
+    assert "2 images of" in (line := mistake(capsys, "fit", folder, "--clusters", "2", "--out", tmp_path / "r", *PHOTO))
+    assert "too few to group" in line
+    assert "moco" not in line
+
+
+def test_a_network_that_takes_another_size_names_that_size(tmp_path, capsys):
+    arguments = ("fit", "digits", "--out", tmp_path / "run", *TINY, "--set", "backbone.stem=native")
+    line = mistake(capsys, *arguments, "--set", "backbone.name=convnext_atto")
+    assert line.endswith("cannot take images of 8 pixels; set data.size to 224, for which it is made")
+
+
+def test_scikit_learns_warnings_are_not_printed(tmp_path):
+    """Equal images are fewer distinct ones than clusters, of which scikit-learn warns with a name of its own."""
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((16, 16, 3), 50 + i % 2, np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    fit = ("fit", tmp_path / "in", "--clusters", "3", "--out", tmp_path / "run", *PHOTO)
+    done = subprocess.run(command(*fit), capture_output=True, text=True, timeout=200)
+    assert "sklearn" not in done.stderr
+    assert "Warning" not in done.stderr
+    assert "nearly all images are alike" in done.stderr

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.metadata
+import io
+import json
 import os
 import re
 import shutil
@@ -78,13 +80,107 @@ def test_a_reader_that_closes_the_pipe_ends_it_quietly(arguments, unbuffered):
     assert done.returncode == (cli.OK if unbuffered and arguments == "--help" else cli.CLOSED)
 
 
-def test_a_broken_pipe_within_the_program_is_no_quiet_end(monkeypatch):
+def test_a_broken_pipe_within_the_program_is_no_quiet_end(monkeypatch, capsys):
     def fail(*_):
         raise BrokenPipeError("a worker has ended")
 
     monkeypatch.setattr(cli, "_run", fail)
-    with pytest.raises(BrokenPipeError, match="a worker has ended"):
-        cli.main(["settings"])
+    monkeypatch.setattr(cli, "_write_to_nothing", lambda _: None)
+    assert cli.main(["settings"]) == cli.MISTAKE
+    assert capsys.readouterr().err == "spice-dist: a worker has ended\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("call", "code"), [("settings", 0), ("fit nowhere --out x", 1)])
+def test_closed_streams_change_neither_the_code_nor_the_files(tmp_path, call, code, closed):
+    """What would be opened next would get the number of a closed stream, and what is printed."""
+    program = f"{sys.executable} -m spice_dist {call} {closed}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "2>" in closed or done.stderr.count("spice-dist: ") == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_without_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MODULE, "settings"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "spice-dist: No space left on device; make room, then start the same command again\n"
+    assert done.returncode == cli.MISTAKE
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    def show(*_):
+        print("0.93 ± 0.01 日本")
+        print("ü", file=sys.stderr)
+        return 0
+
+    shown = {name: io.TextIOWrapper(io.BytesIO(), "ascii") for name in ("stdout", "stderr")}
+    for name, stream in shown.items():
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(cli, "_run", show)
+    assert cli.main([]) == 0
+    shown["stderr"].flush()
+    written = {name: stream.buffer.getvalue() for name, stream in shown.items()}  # type: ignore
+    assert written == {"stdout": b"0.93 \\xb1 0.01 \\u65e5\\u672c\n", "stderr": b"\\xfc\n"}
+
+
+CLOSED = [
+    "fit {0}/closed --out {0}/open/run", "fit {0}/closed/in --out {0}/open/run", "fit {0}/closed/a.npy --out {0}/open/r",
+    "fit {0}/closed/list.csv --out {0}/open/run", "fit {0}/closed/x.beton --out {0}/open/run",
+    "fit {0}/in --config {0}/closed/config.json --out {0}/open/run", "fit cifar10:{0}/closed --out {0}/open/run",
+    "fit digits --out {0}/closed/run", "pack {0}/in {0}/closed/x.beton --size 8", "pack {0}/closed/in {0}/open/x.beton",
+    "predict {0}/closed digits", "predict {0}/closed/run digits", "predict {0}/run {0}/closed/a.png",
+    "evaluate {0}/closed", "evaluate {0}/closed/run", "evaluate {0}/closed/run --probe knn", "report {0}/closed/run",
+    "apply {0}/closed/run {0}/closed/edits.json", "export {0}/closed/run --to csv --out {0}/open/x.csv",
+    "suggest-k {0}/closed", "settings --config {0}/closed/config.json",
+]  # fmt: skip
+AS_NOBODY = """
+import contextlib, io, json, os, sys, traceback
+import torch
+from spice_dist import cli, pipeline, predicting, report, applying, suggest, resolve, probes, export
+from spice_dist.data import ingest
+os.setgid(65_534)
+os.setuid(65_534)
+told = {}
+for line in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = cli.main(line.split())
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            code = traceback.format_exc()
+    told[line] = code, said.getvalue()
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who is not")
+def test_folders_that_are_closed_are_one_line_in_every_command(tmp_path):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/model.json").write_text("{}")
+    (tmp_path / "in/a.png").write_bytes(b"no image")
+    (tmp_path / "closed").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (tmp_path / "open").chmod(0o777)
+    lines = [line.format(tmp_path) for line in CLOSED]
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY], input=json.dumps(lines), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for line, (code, said) in json.loads(done.stdout).items():
+        assert code == 1, (line, code)
+        told = said.splitlines()
+        assert len([words for words in told if words.startswith("spice-dist: ")]) == 1, (line, said)
+        assert told[-1].startswith("spice-dist: "), (line, said)
+        assert "closed" in told[-1] or "ermission" in told[-1], (line, said)
 
 
 def completed(script: str, line: str, folder: Path) -> list[str]:

@@ -94,7 +94,8 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
         ray.init(address or "local", **options)
     except (OSError, RuntimeError, ValueError) as error:
         place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
-        raise UserError(f"{place}: {last_line(str(error))}") from error
+        hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
+        raise UserError(f"{place}: {last_line(str(error))}{hint}") from error
     global _cluster_is_ours
     _cluster_is_ours = address is None
     try:
