@@ -126,14 +126,14 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
 
 
 CLOSED = [
-    "fit {0}/closed --out {0}/open/run", "fit {0}/closed/in --out {0}/open/run", "fit {0}/closed/a.npy --out {0}/open/r",
+    "fit {0}/closed --out {0}/open/r", "fit {0}/closed/in --out {0}/open/r", "fit {0}/closed/a.npy --out {0}/open/r",
     "fit {0}/closed/list.csv --out {0}/open/run", "fit {0}/closed/x.beton --out {0}/open/run",
     "fit {0}/in --config {0}/closed/config.json --out {0}/open/run", "fit cifar10:{0}/closed --out {0}/open/run",
     "fit digits --out {0}/closed/run", "pack {0}/in {0}/closed/x.beton --size 8", "pack {0}/closed/in {0}/open/x.beton",
     "predict {0}/closed digits", "predict {0}/closed/run digits", "predict {0}/run {0}/closed/a.png",
     "evaluate {0}/closed", "evaluate {0}/closed/run", "evaluate {0}/closed/run --probe knn", "report {0}/closed/run",
-    "apply {0}/closed/run {0}/closed/edits.json", "export {0}/closed/run --to csv --out {0}/open/x.csv",
-    "suggest-k {0}/closed", "settings --config {0}/closed/config.json",
+    "apply {0}/closed/run {0}/closed/edits.json", "export {0}/closed/run {0}/open/x.csv --to csv",
+    "suggest-k {0}/closed", "doctor {0}/closed",
 ]  # fmt: skip
 AS_NOBODY = """
 import contextlib, io, json, os, sys, traceback
