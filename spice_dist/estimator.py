@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spice_dist import artifacts, metrics, predicting
 from spice_dist.assignments import read_assignments
 from spice_dist.data.dataset import open_data
+from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import Source, from_array, from_arrays, from_files, is_image_name
 from spice_dist.errors import UserError
@@ -217,6 +218,8 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             example = f"{source.paths[number]!r} ({reason})"
             message = f"{len(reasons)} of {len(result)} images cannot be used and have no cluster, such as {example}"
             warnings.warn(message, stacklevel=3)
+        if line := left_out_line(left_out(source.ignored, len(source.refused), 0), len(result)):
+            warnings.warn(f"{line}; these have no row", stacklevel=3)
         return result
 
     def _is_strict(self) -> bool:

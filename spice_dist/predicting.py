@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,9 +64,16 @@ class Predictions:
 
 
 def predict(
-    folder: Path, source: Source, unreadable: Unreadable = "skip", progress: Progress = lambda done, total: None
+    folder: Path,
+    source: Source,
+    unreadable: Unreadable = "skip",
+    progress: Progress = lambda done, total: None,
+    max_megapixels: int | None = None,
 ) -> Predictions:
     """Assign every image of `source` to a cluster of the model in `folder`.
+
+    Args:
+        max_megapixels: largest image that is read, in millions of pixels; None: as for the images of the run.
 
     Raises:
         UserError: no image can be used, or one cannot and `unreadable` is "error".
@@ -74,6 +81,8 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = artifacts.model_names(folder)
     net, task = load_model(folder, device)
+    if max_megapixels is not None:
+        task = replace(task, data=replace(task.data, max_megapixels=max_megapixels))
     best, reasons = apply(net, _best, 2, task, source, device, unreadable == "error", progress)
     cluster = np.full(len(best), NO_CLUSTER)
     usable = usable_images(len(best), reasons)

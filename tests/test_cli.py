@@ -177,6 +177,7 @@ def test_a_folder_with_a_corrupt_image_is_clustered_without_it(photo_run):
     assert metrics["baselines"] == {"kmeans_pixels": None, "kmeans_features": None}
     report = (photo_run / "report.html").read_text()
     assert report.count("<script>") == 1  # the page's own
+    assert "1 of 25 left out: 1 unreadable" in report
 
 
 def test_folder_names_are_labels_only_when_asked(photo_run, tmp_path, capsys):

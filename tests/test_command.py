@@ -133,7 +133,7 @@ CLOSED = [
     "predict {0}/closed digits", "predict {0}/closed/run digits", "predict {0}/run {0}/closed/a.png",
     "evaluate {0}/closed", "evaluate {0}/closed/run", "evaluate {0}/closed/run --probe knn", "report {0}/closed/run",
     "apply {0}/closed/run {0}/closed/edits.json", "export {0}/closed/run {0}/open/x.csv --to csv",
-    "suggest-k {0}/closed", "doctor {0}/closed",
+    "suggest-k {0}/closed", "predict {0}/run {0}/closed/list.txt",
 ]  # fmt: skip
 AS_NOBODY = """
 import contextlib, io, json, os, sys, traceback

@@ -82,8 +82,10 @@ def test_a_packed_file_is_verified_to_its_last_pixel(packed, tmp_path):
 
 def test_images_that_cannot_be_decoded_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no image")
-    found = doctor._of_source(open_data(str(tmp_path)))
+    (tmp_path / "notes.txt").touch()
+    found = doctor._of_source(open_data(str(tmp_path)), recipe("digits", 1797))
     assert (found.state, "broken.png" in found.text) == (NOTE, True)
+    assert "1 of 2 left out: 1 .txt" in found.text
 
 
 def test_more_memory_than_there_is_would_fail(monkeypatch):

@@ -95,13 +95,7 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--drop-duplicates", action="store_true", help="leave out exact copies of earlier images, and list them"
     )
-    command.add_argument(
-        "--max-megapixels",
-        type=int,
-        metavar="N",
-        help="largest image to read, in millions of pixels (50); a JPEG, which is decoded small, five times as many",
-    )
-    add_link_option(command)
+    add_reading_options(command)
     command.add_argument(
         "--labels",
         choices=("folder", "array", "list"),
@@ -121,7 +115,13 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_link_option(command: argparse.ArgumentParser) -> None:
+def add_reading_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-megapixels",
+        type=int,
+        metavar="N",
+        help="largest image to read, in millions of pixels (50); a JPEG, which is decoded small, five times as many",
+    )
     command.add_argument(
         "--follow-links",
         action="store_true",

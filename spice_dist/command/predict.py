@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spice_dist.command.options import Commands, add_link_option
+from spice_dist.command.options import Commands, add_reading_options
 
 if TYPE_CHECKING:
     from spice_dist.predicting import Predictions
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
         help="an image that cannot be used is left out and listed (skip, the default), a row with cluster -1 and no "
         "confidence (keep), or ends the command (error)",
     )
-    add_link_option(command)
+    add_reading_options(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
@@ -52,7 +52,7 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.terminal import Bar
 
     with Bar("predict") as bar:
-        predictions = predicting.predict(folder, source, options.unreadable, bar.show)
+        predictions = predicting.predict(folder, source, options.unreadable, bar.show, options.max_megapixels)
     _show(predictions, options)
 
 

@@ -1,9 +1,19 @@
 """A folder elsewhere, `scheme://...`, through fsspec: listed at once, read file by file, in any number of threads."""
 
 import os
+from collections import Counter
 from typing import Any
 
-from spice_dist.data.sources import IMAGE_SUFFIXES, MAX_CELL_BYTES, BadImage, Source, folder_labels
+from spice_dist.data.sources import (
+    IMAGE_SUFFIXES,
+    MAX_CELL_BYTES,
+    SYSTEM_FOLDERS,
+    BadImage,
+    Source,
+    folder_labels,
+    is_image_name,
+    suffix_of,
+)
 from spice_dist.errors import UserError
 
 STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # one of them differs once a file changes
@@ -36,6 +46,8 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
         if details.get("type") != "directory" and _is_image(name.removeprefix(prefix))
     }
     names = sorted(stamps, key=os.fsencode)
+    others = [name.removeprefix(prefix) for name, details in files.items() if details.get("type") != "directory"]
+    others = [name for name in others if name not in stamps and not _is_hidden(name)]
     if not names:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"no image file at {shown}: found {len(files)} others, looked for {wanted}")
@@ -59,6 +71,7 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
         read,
         labels,
         label_names,
+        ignored=dict(Counter(suffix_of(name) for name in others)),
         encoded=True,
         stamps=lambda i: " ".join(str(value) for value in stamps[names[i]].values()),
     )
@@ -81,8 +94,11 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
 
 
 def _is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return not _is_hidden(name) and is_image_name(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in name.split("/"))
 
 
 def _without_password(url: str) -> str:

@@ -120,7 +120,7 @@ def open_source(data: str, labels: str | None = None, follow_links: bool = False
 
 
 def is_image_name(name: str) -> bool:
-    return _suffix(name) in IMAGE_SUFFIXES
+    return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def is_beton(data: str) -> bool:
@@ -310,10 +310,10 @@ def _kind_of(entry: os.DirEntry[str], tree: str | None) -> str | None:
         return SYSTEM if entry.name.lower() in SYSTEM_FOLDERS else FOLDER
     if not is_file:
         return SPECIAL
-    return IMAGE if is_image_name(entry.name) else _suffix(entry.name)
+    return IMAGE if is_image_name(entry.name) else suffix_of(entry.name)
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
