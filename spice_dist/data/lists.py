@@ -118,7 +118,10 @@ def _of_csv(path: Path) -> tuple[Source, list[str] | None]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=is_spaced, strict=True)
     next(rows)
     at, label_at = (columns.index(column) if column in columns else len(columns) for column in ("path", "label"))
-    cells = [(_cell(row, at), _cell(row, label_at)) for row in rows if row]
+    try:
+        cells = [(_cell(row, at), _cell(row, label_at)) for row in rows if row]
+    except csv.Error as error:
+        raise ValueError(f'{error} at line {rows.line_num}; is a quote (") not closed?') from error
     labels = [label for _, label in cells] if label_at < len(columns) else None
     return _of_paths(path, [path_of_cell(name) for name, _ in cells]), labels
 

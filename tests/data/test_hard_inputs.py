@@ -462,7 +462,7 @@ def test_a_list_as_any_editor_writes_it_is_its_images(tmp_path: Path, name: str)
     ("name", "content", "words"),
     [
         ("nul.txt", b"img/00.png\nimg/0\0.png\n", "line 2 holds a NUL"),
-        ("open.csv", b'path,label\n"img/00.png,0\nimg/01.png,1\n', "unexpected end of data"),
+        ("open.csv", b'path,label\n"img/00.png,0\nimg/01.png,1\n', 'is a quote (") not closed?'),
         ("home.txt", b"~/nowhere/00.png\n", "make the paths absolute"),
         ("elsewhere.txt", b"pictures/00.png\n", "there is no 'pictures/00.png' at '{0}/pictures/00.png'"),
     ],
