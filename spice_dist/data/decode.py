@@ -98,7 +98,7 @@ def pack_image(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, byte
             return HEIC_HINT
         return f"not a readable image of the formats {', '.join(formats())}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return f"more than {packing.max_megapixels} million pixels"
+        return f"more than {packing.max_megapixels} million pixels: raise --max-megapixels"
     except MemoryError:
         return "decoding needs more memory than there is"
     except Exception as error:  # decoders raise anything on hostile input: one image must not stop the run

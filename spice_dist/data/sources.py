@@ -86,10 +86,10 @@ def open_source(data: str, labels: str | None = None, follow_links: bool = False
     """Find the images of `data` without decoding them.
 
     Args:
-        follow_links: take links too that point to files within the folder.
         data: one of KINDS.
         labels: where true labels come from, for scores only: None, "folder" (the top-level sub-folder) or "array"
             (`labels` or `y` of an .npz). The digits come with labels.
+        follow_links: take links too that point to files within the folder.
 
     Raises:
         UserError: one line that says what to give instead.
