@@ -1,5 +1,6 @@
 """Small real data and settings that the tests of the pipeline share."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -8,6 +9,16 @@ import torch
 
 torch.set_num_threads(1)  # the machines that run this have two cores, and equal threads give equal bits
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+# what processes of a group are forked from: importing torch and the package takes each of them seconds otherwise
+multiprocessing.set_forkserver_preload(["tests.methods.workers"])
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, let one take a whole folder or file: its tests share fixtures."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(Path(__file__).parent).parts[0]))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from spice_dist.distributed import collectives
 
@@ -33,7 +33,7 @@ def exchange_on_a_worker(rank: int, folder: str) -> None:
 def exchanged(tmp_path_factory) -> dict[str, np.ndarray]:
     """For each order, what the workers got, (W * B, 2) in rank order."""
     folder = tmp_path_factory.mktemp("exchange")
-    spawn(exchange_on_a_worker, (str(folder),), nprocs=WORKERS)
+    start_processes(exchange_on_a_worker, (str(folder),), WORKERS, start_method="forkserver")
     of_workers = [np.load(folder / f"{rank}.npy") for rank in range(WORKERS)]
     return dict(zip(ORDERS, np.concatenate(of_workers, axis=1), strict=True))
 

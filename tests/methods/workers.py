@@ -41,7 +41,7 @@ class Group:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         pipes = [context.Pipe() for _ in range(world)]
         self.ours = [ours for ours, _ in pipes]
         self.processes = [
