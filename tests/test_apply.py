@@ -18,7 +18,7 @@ from spice_dist.pseudo_labels import UNRELIABLE
 from tests.test_cli import TINY
 from tests.test_photos import FAST, crops, go_offline
 
-GRAPH = [*FAST, "--clusters", "4", "--labels", "folder", "--set", "spice_graph.steps=60"]
+GRAPH = [*FAST, "--clusters", "4", "--labels", "folder"]
 
 
 @pytest.fixture(scope="module")

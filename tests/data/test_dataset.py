@@ -188,10 +188,12 @@ class Images:
     def __len__(self): return 12
     def __getitem__(self, i):
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
-        return float(i), pixels if sys.argv[2] == "raw" else np.full_like(pixels, pixels[0, 0]), i % 3
+        return float(i), pixels if mode == "raw" else np.full_like(pixels, pixels[0, 0]), i % 3
 
-fields = {"weight": FloatField(), "image": RGBImageField(write_mode=sys.argv[2], jpeg_quality=100), "label": IntField()}
-DatasetWriter(sys.argv[1], fields, page_size=1 << 21, num_workers=1).from_indexed_dataset(Images())
+for mode in ("raw", "jpg"):
+    fields = {"weight": FloatField(), "image": RGBImageField(write_mode=mode, jpeg_quality=100), "label": IntField()}
+    writer = DatasetWriter(f"{sys.argv[1]}/{mode}.beton", fields, page_size=1 << 21, num_workers=1)
+    writer.from_indexed_dataset(Images())
 """
 
 
@@ -199,12 +201,8 @@ DatasetWriter(sys.argv[1], fields, page_size=1 << 21, num_workers=1).from_indexe
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files that FFCV itself wrote, with other fields than ours."""
     root = tmp_path_factory.mktemp("foreign")
-    found = {}
-    for mode in ("raw", "jpg"):
-        found[mode] = root / f"{mode}.beton"
-        command = [sys.executable, "-c", WRITE, str(found[mode]), mode]
-        subprocess.run(command, check=True, timeout=120, capture_output=True)
-    return found
+    subprocess.run([sys.executable, "-c", WRITE, str(root)], check=True, timeout=120, capture_output=True)
+    return {mode: root / f"{mode}.beton" for mode in ("raw", "jpg")}
 
 
 def test_a_foreign_file_is_refused_with_the_option_and_read_right_with_it(foreign: dict[str, Path], tmp_path: Path):
