@@ -41,7 +41,7 @@ GresTypes=gpu
 # what differs from a production cluster: everything is noticed in seconds
 SlurmdTimeout=20
 KillWait=15
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=3,bf_interval=3
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 NodeName={names} CPUs={cpus} RealMemory={memory} Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES DefaultTime=20 PriorityTier=1 GraceTime=5
 PartitionName=urgent Nodes=ALL DefaultTime=20 PriorityTier=9 PreemptMode=OFF

@@ -14,7 +14,7 @@ from tests.slurm.cluster import SlurmCluster, slurm_cluster
 from tests.slurm.conftest import ENDLESS, LONG, SHORT
 from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.sweep.test_tune import RATES, SETTINGS, SLOW
-from tests.test_cli import TINY
+from tests.test_cli import DIGITS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 JOB = ["--cpus-per-task=1", "--mem=5000", "--time=20", f"--chdir={REPOSITORY}"]
@@ -226,7 +226,7 @@ def test_any_command_of_a_module_runs_and_ray_has_the_gpus_that_slurm_gave(slurm
 
 def test_an_array_of_seeds_leaves_one_table(slurm, shared):
     folder = shared / "seeds"
-    settings = [*TINY[2:], "--workers", "1"]
+    settings = [*DIGITS[2:], "--workers", "1"]
     job = Job(
         slurm, folder, "--array=0-1", f"--output={folder}/%a.out", REPOSITORY / "slurm/seeds.sbatch", "digits",
         "--out", folder / "runs", *settings,
