@@ -474,7 +474,7 @@ def test_trained_weights_go_straight_to_the_features_and_byol_takes_mocos_place(
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     folder = photos(tmp_path / "in")
     few = ["--clusters", "2", *TINY, "--set", "data.size=32", "--set", "moco.batch=16", "--set", "byol.batch=16"]
-    model = ["--backbone", "test_vit", "--weights", tmp_path / "vit.safetensors", *few]
+    model = ["--backbone", "test_vit", "--weights", tmp_path / "vit.safetensors", *few, "--set", "spice_graph.steps=60"]
     assert run("fit", folder, "--out", tmp_path / "trained", *model) == 0
     assert not (tmp_path / "trained/moco").exists()
     metrics = json.loads((tmp_path / "trained/metrics.json").read_text())
