@@ -12,8 +12,8 @@ from tests.slurm.nodes import REPOSITORY, wait_until
 from tests.test_cli import DIGITS, TINY
 
 # a second of training; enough to save twice and be interrupted; enough to lose a node and have it back; never finished
-SHORT = DIGITS[2:]
-LONG, ELASTIC, ENDLESS = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (30, 60, 1000))
+SHORT, LONG = ([*DIGITS[2:], "--set", f"moco.epochs={epochs}"] for epochs in (1, 30))
+ELASTIC, ENDLESS = ([*TINY[2:], "--set", f"moco.epochs={epochs}"] for epochs in (60, 1000))
 
 
 @pytest.fixture(scope="session")
