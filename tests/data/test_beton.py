@@ -67,9 +67,9 @@ def test_a_million_images_are_verified_in_less_than_two_seconds(tmp_path: Path):
     writer.position = int(offsets[-1]) + 3072
     side = np.full(n, 32, np.uint16)
     writer.finish("raw", side, side, offsets, np.full(n, 3072))
-    started = time.monotonic()
+    started = time.process_time()  # other work on the machine is not its delay
     assert verify(tmp_path / "x.beton", trusted_sidecar=False).n == n
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_every_truncation_is_found(beton_copy: Path):
