@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +30,16 @@ from spice_dist.distributed.worker import LocalWorker
 from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
 from spice_dist.errors import UserError
 from spice_dist.methods import corrected_result, spice_graph
-from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn, unchanged
+from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn
 from spice_dist.model_card import write_card
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.report import write_report
-from spice_dist.report.reading import Run, load, mapping, number
+from spice_dist.report.reading import Run, load
 from spice_dist.stages import stages_of
 from spice_dist.terminal import Bar, StopSignal
 
 KEPT = ("data", "features", "graph", "suggest")  # folders that corrections change nothing in
+OF_ONE_RUN = (".owner.json", "edits.json", "README.md", "report.html")  # files that no other run has
 OUTSIDE = "outside"  # name of the group of images that belong to none
 MOST_LINES = 30  # of groups that are listed
 
@@ -53,6 +55,10 @@ class Base:
     fixed: dict[int, int]  # image -> group
     same: list[Pair]
     different: list[Pair]
+
+    @property
+    def is_corrected(self) -> bool:
+        return artifacts.corrected_posterior_file(self.run.folder).exists()
 
     @property
     def labels(self) -> Int[np.ndarray, " M"]:
@@ -102,8 +108,11 @@ def read_base(run: Path) -> Base:
     fixed, pairs = np.load(artifacts.fixed_groups_file(run)), np.load(artifacts.pairs_file(run))
     groups = {image: int(fixed[image]) for image in np.flatnonzero(fixed != UNRELIABLE).tolist()}
     same, different = ([(one, other) for one, other, kind in pairs.tolist() if kind == wanted] for wanted in (1, 0))
-    outside = json.loads(artifacts.corrections_summary_file(run).read_text())["outside"]
-    return Base(loaded, config, clustered, outside, groups, same, different)
+    return Base(loaded, config, clustered, _summary(run)["outside"], groups, same, different)
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    return json.loads(artifacts.corrections_summary_file(run).read_text())
 
 
 def _is_there(out: Path, applied: dict[str, str]) -> bool:
@@ -131,11 +140,11 @@ def _write(
         with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}-", dir=out.parent) as temporary:
             folder = Path(temporary) / "run"
             folder.mkdir()
-            for name in (*KEPT, *([] if base.config.pretext == "none" else [base.config.pretext])):
-                link_tree(base.run.folder / name, folder / name)
-            if not artifacts.neighbors_file(folder).exists():
-                spice_graph.find_neighbors(base.config, base.config.graph, LocalWorker(folder, "graph", device))
-            _learn(base, edits, folder, device, started, progress)
+            new = _not_made(edits, base)
+            if new.regroup:
+                _learn(base, edits, new, folder, device, started, progress)
+            else:
+                _keep(base, edits, folder)
             shutil.copyfile(file, artifacts.edits_file(folder))
             about = {"command": command, "applied": applied, "config": asdict(_config_of(base.config, folder))}
             publish_json(artifacts.config_file(folder), {**base.run.config, **about})
@@ -148,8 +157,12 @@ def _config_of(config: Config, folder: Path) -> Config:
     return replace(config, clusters=artifacts.metrics(folder)["k"])
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Give every file of a folder, if there is one, a second name below `target`: hard links, or copies elsewhere."""
+def link_tree(source: Path, target: Path, without: Sequence[str] = ()) -> None:
+    """Give every file of a folder, if there is one, a second name below `target`: hard links, or copies elsewhere.
+
+    Args:
+        without: names of files and folders that are left out.
+    """
 
     def link(old: str, new: str) -> None:
         try:
@@ -158,40 +171,66 @@ def link_tree(source: Path, target: Path) -> None:
             shutil.copyfile(old, new)
 
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=link)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*without), copy_function=link, dirs_exist_ok=True)
 
 
-def _learn(base: Base, edits: Edits, folder: Path, device: torch.device, started: float, progress: Progress) -> None:
-    """Write everything in the folder that depends on the groups, but for the report."""
+def _keep(base: Base, edits: Edits, folder: Path) -> None:
+    """Write a run whose groups are those of the run before, and so are its model and numbers: the names may differ."""
+    link_tree(base.run.folder, folder, OF_ONE_RUN)
+    groups = [[group] for group in range(base.run.num_clusters)]
+    names = {**artifacts.names(base.run.folder), **edits.names}
+    publish_json(artifacts.names_file(folder), {str(group): name for group, name in sorted(names.items())})
+    _write_summary(folder, base, groups, base.outside, _fixed(base), {"by_correction": 0, "by_learning": 0})
+
+
+def _learn(
+    base: Base, edits: Edits, new: Edits, folder: Path, device: torch.device, started: float, progress: Progress
+) -> None:
+    """Write everything that depends on the groups, but for the report."""
+    for name in (*KEPT, *([] if base.config.pretext == "none" else [base.config.pretext])):
+        link_tree(base.run.folder / name, folder / name)
+    if not artifacts.neighbors_file(folder).exists():
+        spice_graph.find_neighbors(base.config, base.config.graph, LocalWorker(folder, "graph", device))
     neighbors, groups = artifacts.neighbors(folder), base.run.num_clusters - (base.outside is not None)
-    probs = posterior(base, neighbors)[:, :groups] + FLOOR
-    probs /= probs.sum(1, keepdims=True)
-    labels = np.where(base.labels < groups, base.labels, probs.argmax(1))
-    corrections = _corrections(base, edits, groups)
-    reference = artifacts.features(folder, base.clustered)
-    try:
-        if edits.regroup:
-            learned = learn(reference, probs, labels, neighbors, corrections, base.config.seed)
-        else:
-            learned = unchanged(probs, labels, corrections)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    corrections = _corrections(base, new, groups)
+    probs = posterior(base, neighbors)[:, :groups]
+    learned = _learned(base, probs, corrections, artifacts.features(folder, base.clustered), neighbors)
     config = replace(base.config, clusters=learned.probs.shape[1])
-    if config.clusters - bool(corrections.outside.any()) < 2:
-        raise UserError("one group would be left after these corrections; leave at least two")
-    agreement = number(mapping(base.run.metrics.get("select")).get("agreement"))
     result, learned = corrected_result.result(
-        config, _settings(config), folder, device, corrections, learned, agreement, base.run.labels, progress
+        config, _settings(base, config), folder, device, corrections, learned, base.run.labels, progress
     )
     evaluate.conclude(result, config, folder, device, {"apply": time.monotonic() - started}, progress)
     _write_corrections(folder, base, edits, corrections, learned)
 
 
-def _settings(config: Config) -> corrected_result.Settings:
+def _learned(
+    base: Base, probs: Float[np.ndarray, "M K"], corrections: Corrections, features: Float[np.ndarray, "M D"],
+    neighbors: Int[np.ndarray, "M S"],
+) -> Learned:  # fmt: skip
+    probs = probs + FLOOR
+    probs /= probs.sum(1, keepdims=True)
+    labels = np.where(base.labels < probs.shape[1], base.labels, probs.argmax(1))
+    try:
+        learned = learn(features, probs, labels, neighbors, corrections, base.config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if learned.probs.shape[1] - bool(corrections.outside.any()) < 2:
+        raise UserError("one group would be left after these corrections; leave at least two")
+    return learned
+
+
+def _settings(base: Base, config: Config) -> corrected_result.Settings:
     stages = {stage.name for stage in stages_of(config)}
     reliable = config.reliable if "reliable" in stages else None
     tune = config.spice_tune if "spice_tune" in stages else None
-    return corrected_result.Settings(config.spice_graph, reliable, tune)
+    return corrected_result.Settings(config.spice_graph, reliable, tune, _confidence(base))
+
+
+def _confidence(base: Base) -> corrected_result.Confidence:
+    """Return how the confidence of the run was computed, so that those of the corrected run can be compared with it."""
+    if base.is_corrected:
+        return _summary(base.run.folder).get("confidence", "posterior")
+    return "posterior" if base.run.metrics.get("result") == "spice_graph" else "head"
 
 
 def posterior(base: Base, neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray, "M K"]:
@@ -201,28 +240,51 @@ def posterior(base: Base, neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray
     head can be 1 for all images, which no correction would move.
     """
     folder = base.run.folder
-    if artifacts.corrected_posterior_file(folder).exists():
+    if base.is_corrected:
         return np.load(artifacts.corrected_posterior_file(folder)).astype(np.float64)
     if base.run.metrics.get("result") == "spice_graph":
         return artifacts.posterior(folder).astype(np.float64)
     return graph.spread(np.eye(base.run.num_clusters)[base.labels], neighbors[:, :NEIGHBORS])
 
 
-def _corrections(base: Base, edits: Edits, groups: int) -> Corrections:
-    """Join the corrections with those that the run was made with; a new one replaces an old one of the same images."""
-    fixed = {image: group for image, group in base.fixed.items() if group != base.outside} | edits.move
-    outside = (base.fixed.keys() - fixed.keys() - edits.move.keys()) | set(edits.outside)
+def _not_made(edits: Edits, base: Base) -> Edits:
+    """Leave out the corrections that the run was made with: they are learned once."""
+    together, known = joined(_array(_unless_in(edits.different, base.same)), base.clustered), base.fixed.items()
+    apart = {frozenset(pair) for pair in together[_array(_unless_in(edits.same, base.different))].tolist()}
+    return replace(
+        edits,
+        move=dict(edits.move.items() - known),
+        outside=[image for image in edits.outside if (image, base.outside) not in known],
+        same=[(one, other) for one, other in edits.same if together[one] != together[other]],
+        different=[pair for pair in edits.different if frozenset(together[list(pair)].tolist()) not in apart],
+    )
+
+
+def _array(pairs: Sequence[Pair]) -> Int[np.ndarray, "P 2"]:
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _fixed(base: Base) -> Int[np.ndarray, " M"]:
+    """Return the group of each fixed image, UNRELIABLE for all others."""
+    fixed = np.full(base.clustered, UNRELIABLE)
+    fixed[list(base.fixed)] = list(base.fixed.values())
+    return fixed
+
+
+def _corrections(base: Base, new: Edits, groups: int) -> Corrections:
+    """Join new corrections with those that the run was made with; a new one replaces an old one of the same images."""
+    fixed = {image: group for image, group in base.fixed.items() if group != base.outside} | new.move
+    outside = (base.fixed.keys() - fixed.keys() - new.move.keys()) | set(new.outside)
     fixed = {image: group for image, group in fixed.items() if image not in outside}
-    same = [*_unless_in(edits.different, base.same), *edits.same]
-    different = [*_unless_in(edits.same, base.different), *edits.different]
-    if why := contradiction(edits.roots, fixed, sorted(outside), same, different):
+    same, different = _unless_in(new.different, base.same), _unless_in(new.same, base.different)
+    if why := contradiction(new.roots, fixed, sorted(outside), [*same, *new.same], [*different, *new.different]):
         raise UserError(f"together with the corrections that {base.run.folder} was made with: {why[1]}")
     of_images = np.full(base.clustered, UNRELIABLE)
     of_images[list(fixed)] = list(fixed.values())
-    pairs = [np.array(chosen, np.int64).reshape(-1, 2) for chosen in (same, different)]
-    sets = joined(pairs[0], base.clustered)
+    sets = joined(_array([*same, *new.same]), base.clustered)
     is_outside = np.isin(sets, sets[sorted(outside)])
-    return Corrections(np.array(edits.roots[:groups]), edits.split, of_images, is_outside, pairs[0], pairs[1])
+    pairs = (_array(chosen) for chosen in (new.same, new.different, same, different))
+    return Corrections(np.array(new.roots[:groups]), new.split, of_images, is_outside, *pairs)
 
 
 def _unless_in(others: Sequence[Pair], pairs: Sequence[Pair]) -> list[Pair]:
@@ -242,8 +304,8 @@ def _write_corrections(folder: Path, base: Base, edits: Edits, corrections: Corr
         names[last] = edits.names.get(was, old.get(was, OUTSIDE))
     publish_json(artifacts.names_file(folder), {str(group): name for group, name in sorted(unique(names).items())})
 
-    kinds = [(corrections.same, 1), (corrections.different, 0)]
-    pairs = np.concatenate([np.column_stack([pairs, np.full(len(pairs), kind)]) for pairs, kind in kinds])
+    kinds = (corrections.all_same, 1), (corrections.all_different, 0)
+    pairs = np.concatenate([np.insert(pairs, 2, kind, axis=1) for pairs, kind in kinds])
     arrays = {
         artifacts.corrected_posterior_file(folder): learned.probs.astype(np.float32),
         artifacts.fixed_groups_file(folder): learned.fixed,
@@ -253,15 +315,28 @@ def _write_corrections(folder: Path, base: Base, edits: Edits, corrections: Corr
     for path, values in arrays.items():
         with publish(path) as file:
             np.save(file, values)
+    outside = last if has_outside else None
+    _write_summary(folder, base, groups, outside, learned.fixed, _moves(base, edits, learned, groups))
+
+
+def _write_summary(
+    folder: Path, base: Base, groups: Sequence[list[int]], outside: int | None, fixed: Int[np.ndarray, " M"],
+    moves: dict[str, int],
+) -> None:  # fmt: skip
+    """Write what changed; `groups` as in `Learned`, with those outside."""
+    count = 1 + max(*chain.from_iterable(groups), -1 if outside is None else outside)
+    path = artifacts.corrections_summary_file(folder)
+    path.parent.mkdir(exist_ok=True)
     publish_json(
-        artifacts.corrections_summary_file(folder),
+        path,
         {
-            "outside": last if has_outside else None,
+            "outside": outside,
             "groups_before": base.run.num_clusters,
-            "from": [[old for old, new in enumerate(groups) if group in new] for group in range(last + 1)],
+            "from": [[old for old, new in enumerate(groups) if group in new] for group in range(count)],
             "emptied": [old for old, new in enumerate(groups) if not new],
-            "fixed": int((learned.fixed != UNRELIABLE).sum()),
-            **_moves(base, edits, learned, groups),
+            "fixed": int((fixed != UNRELIABLE).sum()),
+            "confidence": _confidence(base),
+            **moves,
         },
     )
 
@@ -301,7 +376,7 @@ def unique(names: Mapping[int, str]) -> dict[int, str]:
 
 def _described(out: Path) -> str:
     """Say in lines what changed, from the files of the corrected run."""
-    summary, metrics = json.loads(artifacts.corrections_summary_file(out).read_text()), artifacts.metrics(out)
+    summary, metrics = _summary(out), artifacts.metrics(out)
     labels, names = read_assignments(artifacts.assignments_file(out))[0], artifacts.names(out)
     lines = [f"{summary['groups_before']} groups before, {metrics['k']} after"]
     sizes = np.bincount(labels, minlength=metrics["k"]).tolist()
@@ -317,7 +392,7 @@ def _described(out: Path) -> str:
         f"{summary['by_correction']:,} images moved by correction, {summary['by_learning']:,} by learning; "
         f"{summary['fixed']:,} are fixed"
     )
-    before, after = metrics["baselines"]["before"], metrics["eval"]
+    before, after = metrics["baselines"].get("before"), metrics["eval"]  # names alone change no score
     if before and after:
         shown = (f"{name.upper()} {100 * before[name]:.1f} -> {100 * after[name]:.1f}" for name in ("acc", "nmi"))
         lines.append("against true labels: " + ", ".join(shown))

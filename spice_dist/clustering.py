@@ -49,6 +49,7 @@ class Clustering:
     given: Bool[np.ndarray, " N"] | None = None  # images whose true labels were learnt from
     stages: Mapping[str, Callable[[], Int[np.ndarray, " N"]]] = field(default_factory=dict)  # labels by stage, to score
     last: str = ""  # the stage whose labels are the result's
+    corrected: bool = False  # by hand
     choice: Choice | None = None  # None: the labels are what `net` predicts
 
 

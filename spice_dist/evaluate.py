@@ -146,6 +146,7 @@ def _evidence(
         largest=float(sizes.max() / len(labels)),
         agreement=agreement,
         confidence=float(confidence.mean()),
+        corrected=clustering.corrected,
         too_few=suggestion is not None and not suggestion.candidates,
         groups_found=suggestion.found if suggestion else None,
         suggested=(suggestion.low, suggestion.high) if suggestion and suggestion.found else None,

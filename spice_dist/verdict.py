@@ -16,6 +16,7 @@ class Evidence:
     confidence: float | None = None  # mean, 0 to 1, calibrated
     groups_found: bool | None = None  # False: structureless data would score as well
     suggested: tuple[int, int] | None = None  # range of plausible K
+    corrected: bool = False  # by hand, which no start of a head would find again
     too_few: bool = False  # whether there are too few images to test for groups
     below: str = ""  # the baseline that is better by label-free scores; "" if none is
 
@@ -55,6 +56,10 @@ def judge(evidence: Evidence) -> Verdict:
     if evidence.below:
         return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another --backbone")
     agreement = evidence.agreement
+    if evidence.corrected:
+        level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
+        why = f"corrected by hand, with a mean confidence of {evidence.confidence or 0:.2f} of 1"
+        return Verdict(level, why, "" if level == FAIR else "look at the images of low confidence")
     asked = _asked(evidence)
     if agreement is None:
         level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK

@@ -8,6 +8,7 @@ tuned network is the model if a linear classifier recognises its groups as well.
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.task import Task
 
+Confidence = Literal["posterior", "head"]
+"""What gives the probabilities that the confidence is of: the neighbour graph, or a head trained on the groups."""
 NEVER = -1e4  # logit of the group outside, which no new image joins
 
 
@@ -42,36 +45,37 @@ class Settings:
     head: SpiceGraphConfig
     reliable: ReliableConfig | None
     tune: SpiceTuneConfig | None
+    confidence: Confidence  # as in the run before
 
 
 def result(
     task: Task, settings: Settings, run: Path, device: torch.device, corrections: Corrections, learned: Learned,
-    agreement: float | None, before: Int[np.ndarray, " N"], progress: Progress,
+    before: Int[np.ndarray, " N"], progress: Progress,
 ) -> tuple[Clustering, Learned]:  # fmt: skip
     """Train head and network; return the result, and what was learned with the labels that tuning may have changed.
 
     Args:
         task: with the number of corrected groups, the group of images outside among them.
         run: the folder of the corrected run, with images, features and neighbours.
-        agreement: of the heads that the groups are from; None where it is unknown.
         before: the groups before the corrections, which are scored too.
     """
     features = torch.from_numpy(artifacts.features(run, len(before))).to(device)
     inside = ~corrections.outside
     among = replace(task, clusters=task.clusters - bool(corrections.outside.any()))  # groups that attract images
-    targets = learned.probs[:, : among.clusters].astype(np.float32)
-    index = torch.from_numpy(np.flatnonzero(inside)).to(device)
-    head = spice_graph.head_for(among, settings.head, features[index], targets[inside])
-    spice_graph.calibrate(head, features[index], targets[inside])
+    head, confident = _head(among, settings, features, learned, inside)
     net = ClusterNet(load_backbone(task, run), head)
-    probs = np.concatenate([learned.probs, _padded(spice_graph.outputs(head, features[len(inside) :])[0], task)])
+    others = spice_graph.outputs(head, features[len(inside) :])[0]
+    probs = np.concatenate([_padded(confident, task), _padded(others, task)])
     reliable = None
     if settings.reliable is not None:
         reliable = _reliable(task, settings.reliable, run, device, learned, corrections.outside, len(before))
+    labels = np.concatenate([learned.labels, others.argmax(1)])
     if settings.tune is not None:
-        net, probs = _tuned(among, settings.tune, run, device, net, probs, corrections, learned, progress)
-    labels = probs.argmax(1)
-    learned = replace(learned, probs=probs[: len(inside)], labels=labels[: len(inside)])
+        tuned = _tuned(among, settings.tune, run, device, net.head, task.clusters, corrections, learned, progress)
+        if tuned is not None:
+            net, probs = tuned
+            labels = probs.argmax(1)
+            learned = replace(learned, probs=probs[: len(inside)], labels=labels[: len(inside)])
     net.head = _widened(net.head, task.clusters)
     reference = features[: len(inside)].cpu().numpy()
     scores = {"generalization": objectives.generalization(reference, learned.labels, task.clusters, task.seed)}
@@ -79,15 +83,33 @@ def result(
     choice = Choice(
         name="corrected",
         labels=labels,
-        confidence=probs.max(1),
-        compared={"corrected": scores if agreement is None else scores | {"agreement": agreement}},
+        confidence=probs[np.arange(len(labels)), labels],
+        compared={"corrected": scores},
         baselines={"before": before},
-        agreement=agreement,
+        agreement=None,
         suggestion=suggestion,
         levels=write_levels(task, run, reference, learned.labels, suggestion, settings.head.spread),
     )
     by_head = np.zeros((0, len(inside)), np.int64)
-    return Clustering(task, net, by_head, None, reliable, choice=choice), learned
+    return Clustering(task, net, by_head, None, reliable, choice=choice, corrected=True), learned
+
+
+def _head(
+    task: Task, settings: Settings, features: Float[Tensor, "N D"], learned: Learned, inside: Bool[np.ndarray, " M"]
+) -> tuple[ClusterHeads, Float[np.ndarray, "M K"]]:
+    """Train the head; return it and the probabilities of which the confidence is, of images outside as well."""
+    index = torch.from_numpy(np.flatnonzero(inside)).to(features.device)
+    if settings.confidence == "posterior":
+        targets = learned.probs[inside, : task.clusters].astype(np.float32)
+        head = spice_graph.head_for(task, settings.head, features[index], targets)
+        spice_graph.calibrate(head, features[index], targets)
+        return head, learned.probs
+    head = spice_graph.head_of(task, settings.head, features[index], learned.labels[inside])
+    probs = learned.probs.copy()
+    certain = learned.fixed != UNRELIABLE
+    probs[~certain, : task.clusters] = spice_graph.outputs(head, features[: len(inside)])[0][~certain]
+    probs[certain] = np.eye(probs.shape[1])[learned.fixed[certain]]
+    return head, probs
 
 
 def _padded(probs: Float[np.ndarray, "R G"], task: Task) -> Float[np.ndarray, "R K"]:
@@ -128,11 +150,15 @@ def _reliable(
 
 
 def _tuned(
-    task: Task, config: SpiceTuneConfig, run: Path, device: torch.device, net: ClusterNet,
-    probs: Float[np.ndarray, "N K"], corrections: Corrections, learned: Learned, progress: Progress,
-) -> tuple[ClusterNet, Float[np.ndarray, "N K"]]:  # fmt: skip
-    """Run stage 3 again; return the tuned network and its probabilities, or those given if its groups are worse."""
-    checkpoint.save(run / "spice_graph/checkpoints", 1, {"best": dict(net.head.state_dict())}, {"total": 1})
+    task: Task, config: SpiceTuneConfig, run: Path, device: torch.device, head: ClusterHeads, clusters: int,
+    corrections: Corrections, learned: Learned, progress: Progress,
+) -> tuple[ClusterNet, Float[np.ndarray, "N K"]] | None:  # fmt: skip
+    """Run stage 3 again; return the tuned network and its probabilities, None if its groups are worse.
+
+    Args:
+        clusters: with the group of images outside, if there is one.
+    """
+    checkpoint.save(run / "spice_graph/checkpoints", 1, {"best": dict(head.state_dict())}, {"total": 1})
     worker = LocalWorker(run, "spice_tune", device, progress=lambda done, total, loss: progress(done, total))
     spice_tune.train(task, config, worker)
     tuned = spice_graph.network(task, run)
@@ -140,15 +166,14 @@ def _tuned(
     images, _ = open_run_dataset(task, run, device)
     with closing(images):
         found = probabilities(place(tuned, device), images, task.backbone.statistics, progress, task.precision)
-    found = _padded(found, replace(task, clusters=probs.shape[1])).astype(np.float64)
+    found = _padded(found, replace(task, clusters=clusters)).astype(np.float64)
     count = len(learned.labels)
-    labels = resolved(found[:count], learned.fixed, corrections.same, corrections.different)
+    labels = resolved(found[:count], learned.fixed, corrections.all_same, corrections.all_different)
     certain = np.flatnonzero((learned.fixed != UNRELIABLE) | (labels != found[:count].argmax(1)))
-    found[certain] = np.eye(probs.shape[1])[labels[certain]]
+    found[certain] = np.eye(clusters)[labels[certain]]
     reference = artifacts.features(run, count)
     before, after = (
-        objectives.generalization(reference, clusters, probs.shape[1], task.seed)
-        for clusters in (learned.labels, labels)
+        objectives.generalization(reference, chosen, clusters, task.seed) for chosen in (learned.labels, labels)
     )
     emptied = len(np.unique(labels)) < len(np.unique(learned.labels))
-    return (net, probs) if emptied or after < before else (tuned, found)
+    return None if emptied or after < before else (tuned, found)

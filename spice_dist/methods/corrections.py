@@ -13,6 +13,7 @@ ten images of thousands change their nearest neighbours alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,6 +45,16 @@ class Corrections:
     outside: Bool[np.ndarray, " M"]  # images of no group
     same: Pairs
     different: Pairs
+    learned_same: Pairs  # of earlier corrections: they hold, and the posterior has learned them
+    learned_different: Pairs
+
+    @property
+    def all_same(self) -> Pairs:
+        return np.concatenate([self.learned_same, self.same])
+
+    @property
+    def all_different(self) -> Pairs:
+        return np.concatenate([self.learned_different, self.different])
 
 
 @dataclass(frozen=True)
@@ -88,22 +99,15 @@ def learn(
     one_hot = np.eye(probs.shape[1])
     known = probs.copy()
     known[is_fixed] = one_hot[fixed[is_fixed]]
-    same, different = (_inside(pairs, corrections.outside) for pairs in (corrections.same, corrections.different))
-    known, paired = conditioned(known, same, different)
-    spread = spread_corrections(probs, known, is_fixed | paired, neighbors)
-    found = resolved(spread, fixed, same, different)
+    inside = partial(_inside, outside=corrections.outside)
+    same, different = inside(corrections.same), inside(corrections.different)
+    learned_same, learned_different = inside(corrections.learned_same), inside(corrections.learned_different)
+    known, told = conditioned(known, is_fixed, same, different, learned_same, learned_different)
+    spread = spread_corrections(probs, known, told, neighbors)
+    found = resolved(spread, fixed, inside(corrections.all_same), inside(corrections.all_different))
     certain = is_fixed | (found != spread.argmax(1))
     spread[certain] = one_hot[found[certain]]
     return _without_empty(spread, found, fixed, groups, corrections.outside)
-
-
-def unchanged(probs: Float[np.ndarray, "M K"], labels: Int[np.ndarray, " M"], corrections: Corrections) -> Learned:
-    """Return the clustering as it is, for corrections that are all learned already or name groups alone."""
-    probs = probs.copy()
-    differs = probs.argmax(1) != labels
-    probs[differs] = np.eye(probs.shape[1])[labels[differs]]
-    groups = [[group] for group in range(probs.shape[1])]
-    return _without_empty(probs, labels, corrections.fixed, groups, corrections.outside)
 
 
 def _inside(pairs: Pairs, outside: Bool[np.ndarray, " M"]) -> Pairs:
@@ -185,29 +189,46 @@ def joined(same: Pairs, count: int) -> Int[np.ndarray, " M"]:
 
 
 def conditioned(
-    probs: Float[np.ndarray, "M K"], same: Pairs, different: Pairs
-) -> tuple[Float[np.ndarray, "M K"], Bool[np.ndarray, " M"]]:
-    """Condition independent posteriors on the pairs; return them and which images are in a pair.
+    probs: Float[np.ndarray, "M K"], fixed: Bool[np.ndarray, " M"], same: Pairs, different: Pairs,
+    learned_same: Pairs, learned_different: Pairs,
+) -> tuple[Float[np.ndarray, "M K"], Bool[np.ndarray, " M"]]:  # fmt: skip
+    """Condition independent posteriors on the pairs; return them and which images have evidence: fixed or in a pair.
 
     Images of one group have the product of their posteriors, p(c) ~ prod p_i(c). Of two images of two groups each has
     p_1(c) ~ p_1(c) (1 - p_2(c)). This is exact for a single pair of each image.
+
+    Args:
+        same, different: pairs that the posteriors have not learned.
+        learned_same: pairs that they have: such images count as one, whose posterior is the geometric mean of theirs.
+        learned_different: pairs that they have: of two such sets of images another one is no evidence.
     """
-    paired = np.zeros(len(probs), bool)
-    paired[same] = paired[different] = True
-    sets = joined(same, len(probs))
-    index, of_set = np.unique(sets[paired], return_inverse=True)
+    count = len(probs)
+    units, sets = joined(learned_same, count), joined(np.concatenate([learned_same, same]), count)
+    different = _not_among(sets[different], sets[learned_different])
+    of_units = np.unique(np.column_stack([sets, units]), axis=0)[:, 0]  # the set of each unit
+    grown = np.bincount(of_units, minlength=count) > 1
+    told = np.isin(sets, different) | np.isin(sets, sets[fixed]) | grown[sets]
+    index, of_set = np.unique(sets[told], return_inverse=True)
+    shares = 1 / np.bincount(units, minlength=count)[units[told], None]
     logs = np.zeros((len(index), probs.shape[1]))
-    np.add.at(logs, of_set, np.log(np.maximum(probs[paired], FLOOR**2)))
+    np.add.at(logs, of_set, shares * np.log(np.maximum(probs[told], FLOOR**2)))
     product = _normalised(logs)
     if len(different):
-        one, other = np.unique(np.sort(np.searchsorted(index, sets[different]), 1), axis=0).T
+        one, other = np.searchsorted(index, different).T
         apart = np.log(np.maximum(1 - product, FLOOR))
         logs = np.log(np.maximum(product, FLOOR**2))
         np.add.at(logs, one, apart[other])
         np.add.at(logs, other, apart[one])
     result = probs.copy()
-    result[paired] = _normalised(logs)[of_set]
-    return result, paired
+    result[told] = _normalised(logs)[of_set]
+    return result, told
+
+
+def _not_among(pairs: Pairs, others: Pairs) -> Pairs:
+    """Return each of the pairs that is none of the others once, the smaller number first."""
+    known = {tuple(pair) for pair in np.sort(others, 1).tolist()}
+    new = sorted({tuple(pair) for pair in np.sort(pairs, 1).tolist()} - known)
+    return np.array(new, np.int64).reshape(-1, 2)
 
 
 def _normalised(logs: Float[np.ndarray, "M K"]) -> Float[np.ndarray, "M K"]:

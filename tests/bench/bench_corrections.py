@@ -63,7 +63,7 @@ class Case:
         of_images = np.full(len(self.labels), UNRELIABLE)
         of_images[list(fixed)] = list(fixed.values())
         outside = np.zeros(len(self.labels), bool)
-        corrections = Corrections(roots, {}, of_images, outside, NO_PAIRS, NO_PAIRS)
+        corrections = Corrections(roots, {}, of_images, outside, *[NO_PAIRS] * 4)
         return learn(self.features, self.probs, self.labels, self.neighbors, corrections, self.seed)
 
     def after(self, learned: Learned) -> "Case":

@@ -15,7 +15,6 @@ from spice_dist.methods.corrections import (
     regrouped,
     resolved,
     spread_corrections,
-    unchanged,
 )
 from spice_dist.neighbors import without_itself
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -41,6 +40,8 @@ def no_corrections(images: int, groups: int) -> dict:
         "outside": np.zeros(images, bool),
         "same": NONE,
         "different": NONE,
+        "learned_same": NONE,
+        "learned_different": NONE,
     }
 
 
@@ -129,7 +130,7 @@ def test_pairs_condition_the_posterior_as_enumeration_does():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), 6)
     same, different = np.array([[0, 1], [1, 2]]), np.array([[3, 4]])
-    result, paired = conditioned(probs, same, different)
+    result, told = conditioned(probs, np.zeros(6, bool), same, different, NONE, NONE)
     expected = np.zeros((6, 4))
     for groups in itertools.product(range(4), repeat=5):
         if groups[0] == groups[1] == groups[2] and groups[3] != groups[4]:
@@ -138,7 +139,37 @@ def test_pairs_condition_the_posterior_as_enumeration_does():
                 expected[image, group] += weight
     np.testing.assert_allclose(result[:5], expected[:5] / expected[:5].sum(1, keepdims=True), rtol=1e-6)
     np.testing.assert_array_equal(result[5], probs[5])
-    assert paired.tolist() == [True] * 5 + [False]
+    assert told.tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_pairs_that_come_one_after_the_other_are_worth_what_they_are_together(order):
+    """And a pair that comes again, or follows from others, is worth nothing more."""
+    probs = np.random.default_rng(1).dirichlet(np.ones(4), 6)
+    pairs, none = np.array([[0, 1], [1, 2], [3, 4], [0, 2]]), np.zeros(6, bool)
+    at_once, told = conditioned(probs, none, pairs, NONE, NONE, NONE)
+    result = probs
+    for number in range(len(order)):
+        new, learned = pairs[[order[number]]], pairs[list(order[:number])]
+        result, _ = conditioned(result, none, new, NONE, learned, NONE)
+    np.testing.assert_allclose(result, at_once, rtol=1e-9)
+    again, nothing = conditioned(result, none, pairs, NONE, pairs, NONE)
+    np.testing.assert_array_equal(again, result)
+    assert told.tolist() == [True] * 5 + [False]
+    assert not nothing.any()
+
+
+def test_of_two_sets_of_images_that_are_apart_another_pair_is_no_evidence():
+    probs, none = np.random.default_rng(1).dirichlet(np.ones(4), 6), np.zeros(6, bool)
+    same, different = np.array([[0, 1], [2, 3]]), np.array([[0, 2]])
+    result, _ = conditioned(probs, none, same, different, NONE, NONE)
+    again, told = conditioned(result, none, NONE, np.array([[3, 1], [2, 0]]), same, different)
+    np.testing.assert_array_equal(again, result)
+    assert not told.any()
+    other, told = conditioned(result, none, NONE, np.array([[1, 4]]), same, different)
+    assert told.tolist() == [True, True, False, False, True, False]
+    expected = result[4] * (1 - result[1])
+    np.testing.assert_allclose(other[4], expected / expected.sum(), rtol=1e-6)
 
 
 def test_merging_adds_columns_and_dividing_shares_one():
@@ -190,18 +221,43 @@ def test_every_pair_is_kept_or_the_impossible_is_said():
 
 
 def test_what_has_been_learned_is_not_learned_again():
-    """A pair conditions the posterior each time that it is learned; without new corrections the clustering stays."""
-    features, of_image, neighbors = clumps([20, 20, 20])
-    probs = 0.4 * np.eye(3)[of_image] + 0.2
-    given = no_corrections(60, 3)
-    given["same"] = np.array([[0, 20]])
-    corrections = Corrections(**given)
-    once = learn(features, probs, of_image, neighbors, corrections, seed=0)
-    again = unchanged(once.probs, once.labels, corrections)
+    """A new correction changes the posterior as if the earlier pairs and fixed images were none."""
+    features, of_image, neighbors = clumps([20, 20, 20, 20])
+    probs = 0.4 * np.eye(4)[of_image] + 0.15
+    given = no_corrections(80, 4)
+    given["same"], given["different"] = np.array([[0, 20]]), np.array([[1, 2]])
+    once = learn(features, probs, of_image, neighbors, Corrections(**given), seed=0)
+    given |= {"learned_same": given["same"], "learned_different": given["different"], "same": NONE, "different": NONE}
+    again = learn(features, once.probs, once.labels, neighbors, Corrections(**given), seed=0)
     np.testing.assert_array_equal(again.labels, once.labels)
     np.testing.assert_allclose(again.probs, once.probs, atol=1e-5)
-    twice = learn(features, once.probs, once.labels, neighbors, corrections, 0)
-    assert not np.allclose(twice.probs, once.probs, atol=1e-2)
+
+    given["fixed"][60] = once.labels[40]
+    later = learn(features, once.probs, once.labels, neighbors, Corrections(**given), seed=0)
+    given |= {"learned_same": NONE, "learned_different": NONE}
+    alone = learn(features, once.probs, once.labels, neighbors, Corrections(**given), seed=0)
+    np.testing.assert_allclose(later.probs, alone.probs, atol=1e-5)
+    assert not np.allclose(later.probs, once.probs, atol=1e-2)
+
+
+def test_a_later_correction_of_one_image_of_a_pair_is_one_of_both():
+    features, of_image, neighbors = clumps([20, 20, 20])
+    given = no_corrections(60, 3)
+    given["learned_same"], given["fixed"][0] = np.array([[0, 1]]), 2
+    learned = learn(features, posterior(of_image, 3), of_image, neighbors, Corrections(**given), seed=0)
+    assert learned.labels[[0, 1]].tolist() == [2, 2]
+    assert learned.probs[1, 2] > 0.9
+
+
+def test_where_a_pair_decides_against_the_posterior_the_posterior_follows():
+    """Two images kept apart whose best groups are one: the second one has the other group, and surely."""
+    features, of_image, neighbors = clumps([20, 20])
+    given = no_corrections(40, 2)
+    given["different"] = np.array([[0, 1], [0, 2], [1, 20], [2, 20]])
+    probs = np.where(of_image[:, None] == 0, [0.999, 0.001], [0.001, 0.999])
+    learned = learn(features, probs, of_image, neighbors, Corrections(**given), seed=0)
+    assert learned.labels[0] != learned.labels[1] == learned.labels[2] != learned.labels[20]
+    np.testing.assert_array_equal(learned.probs.argmax(1), learned.labels)
 
 
 def test_what_has_the_fewest_groups_left_is_placed_first():
