@@ -27,7 +27,7 @@ from spice_dist.config import Config, read_config
 from spice_dist.data.files import Progress, printable, publish, publish_json
 from spice_dist.data.manifest import read_paths
 from spice_dist.distributed.worker import LocalWorker
-from spice_dist.edits import Edits, Known, Pair, contradiction, fingerprint, read_edits
+from spice_dist.edits import OUTSIDE, Edits, Known, Pair, contradiction, fingerprint, read_edits
 from spice_dist.errors import UserError
 from spice_dist.methods import corrected_result, spice_graph
 from spice_dist.methods.corrections import FLOOR, NEIGHBORS, Corrections, Learned, joined, learn
@@ -40,7 +40,6 @@ from spice_dist.terminal import Bar, StopSignal
 
 KEPT = ("data", "features", "graph", "suggest")  # folders that corrections change nothing in
 OF_ONE_RUN = (".owner.json", "edits.json", "README.md", "report.html")  # files that no other run has
-OUTSIDE = "outside"  # name of the group of images that belong to none
 MOST_LINES = 30  # of groups that are listed
 
 
@@ -80,7 +79,7 @@ def apply(run: Path, edits: Path, out: Path | None, command: list[str], force: b
     base = read_base(run)
     assignments = artifacts.assignments_file(run)
     known = Known(
-        artifacts.names(run), np.bincount(base.run.labels, minlength=base.run.num_clusters).tolist(),
+        artifacts.names(run), np.bincount(base.labels, minlength=base.run.num_clusters).tolist(),
         read_paths(artifacts.data(run)), fingerprint(assignments), base.clustered, base.outside,
     )  # fmt: skip
     corrections = read_edits(edits, known, force)

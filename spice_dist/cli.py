@@ -80,7 +80,10 @@ def _run(given: list[str]) -> int:
     if not given:
         print(FIRST_STEPS, end="")
         return OK
-    options = parser().parse_args(given)
+    root = parser()
+    if empty := _empty(given):
+        root.error(f"the value after {empty} is empty, as that of a variable which is not set; give one")
+    options = root.parse_args(given)
     from spice_dist.errors import Interrupted, UserError, warn_in_one_line
 
     warn_in_one_line()
@@ -96,6 +99,17 @@ def _run(given: list[str]) -> int:
         print("spice-dist: stopped at once; the same command goes on from what is saved", file=sys.stderr)
         os._exit(INTERRUPTED)  # threads of loaders and workers must not hold the process
     return OK
+
+
+def _empty(given: list[str]) -> str:
+    """Return what stands before the first empty argument, "" if there is none: a path, it would be this folder."""
+    for before, argument in zip(["spice-dist", *given], given, strict=False):
+        option, equals, value = argument.partition("=")
+        if not argument.strip():
+            return before
+        if option.startswith("--") and equals and not value.strip():
+            return option
+    return ""
 
 
 def _discard(stream: Any) -> bool:

@@ -70,6 +70,8 @@ def read_config(path: Path) -> Config:
         return override(Config(), dotted(content["config"]))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is no configuration: it must be JSON with an object "config"') from error
 

@@ -19,6 +19,7 @@ VERSION = 1
 KEYS = ("version", "run", "names", "merge", "split", "move", "outside", "same", "different")
 LARGEST = 100_000_000  # bytes of the file
 LONGEST = 200  # characters of a name
+OUTSIDE = "outside"  # name of the group of images that belong to none
 JOINER = "\u200d"  # of emoji
 MOST_PARTS = 100  # that a group is divided into
 SHOWN = 60  # characters of a value in a message
@@ -31,7 +32,7 @@ class Known:
     """What edits can refer to: the groups and images of a run."""
 
     names: Mapping[int, str]  # of groups, where they have one
-    sizes: Sequence[int]  # images of each group
+    sizes: Sequence[int]  # grouped images of each group
     paths: Sequence[str]
     fingerprint: str
     clustered: int  # images that are grouped; the others, which only train or are held out, come after
@@ -85,7 +86,7 @@ def _content(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{path} is not JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {printable(str(error)[:SHOWN])}") from None
+        raise UserError(f"{path} is not JSON: {printable(str(error))}") from None
     if not isinstance(content, dict):
         raise UserError(f'{path} must hold an object, such as {{"version": 1, "merge": [[1, 4]]}}')
     return content
@@ -214,6 +215,8 @@ class _Reader:
                 self._fail(place, f"the name {_shown(name)} has control characters; leave them out")
             if name.isdecimal():
                 self._fail(place, f"the name {_shown(name)} would be taken for a number; add a letter")
+            if name.casefold() == OUTSIDE and group != self.known.outside:
+                self._fail(place, f"{_shown(name)} is the name of images that belong to no group; give another")
             if names.get(group, name) != name:
                 self._fail(place, f"group {group} has two names, {_shown(names[group])} too; give one")
             names[group] = name
@@ -244,8 +247,9 @@ class _Reader:
                 self._fail(place, f"group {group} is also merged; do one of the two, and then the other on the result")
             if group == self.known.outside:
                 self._fail(place, f"group {group} is that of images outside of all; move them one by one")
-            if parts > self.known.sizes[group]:
-                self._fail(place, f"group {group} has {self.known.sizes[group]} images, too few for {parts} groups")
+            if 2 * parts > self.known.sizes[group]:
+                size = self.known.sizes[group]
+                self._fail(place, f"group {group} has {size} images, too few for {parts} groups of two or more")
             if split.get(group, parts) != parts:
                 self._fail(place, f"group {group} is split into {split[group]} too; give one number")
             split[group] = parts

@@ -37,6 +37,12 @@ def of_system(error: OSError) -> str:
     return f"{place}{reason}{remedy}"
 
 
+def no_folder(path: Path) -> str:
+    """Say why nothing can be written into a folder: there is none, or a file stands in its place."""
+    file = next((place for place in (path, *path.parents) if os.path.isfile(place)), None)
+    return f"there is no folder {path}" if file is None else f"{file} is a file, no folder"
+
+
 def warn_in_one_line() -> None:
     """Print this package's warnings, from now on, without the file and the code that they come from.
 

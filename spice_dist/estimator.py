@@ -1,8 +1,10 @@
 """SPICE with scikit-learn's conventions: fit, predict, predict_proba, transform, score, labels_."""
 
+import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import Source, from_array, from_arrays, from_files, is_image_name
 from spice_dist.errors import UserError
+from spice_dist.group_names import labels_of
 from spice_dist.launching import Launch
 from spice_dist.model_folder import load_model, save_model
 from spice_dist.models.backbone import unit
@@ -32,6 +35,34 @@ from spice_dist.task import AUTO
 
 Data = str | Path | Sequence[Any] | np.ndarray  # a sequence of paths, or of arrays
 UNREADABLE = ("keep", "error")
+# what Python calls the options of the command, which messages name
+PARAMETERS = {name: name for name in ("backbone", "recipe", "seed", "weights", "workers")} | {
+    "clusters": "n_clusters",
+    "max-bad": 'settings={"data.max_bad": ...}',
+    "method": 'settings={"method": ...}',
+    "out": "run",
+    "pretext": 'settings={"pretext": ...}',
+    "set": "settings",
+}
+VALUES = ("...", "True", "False")
+OPTION = re.compile(r"--set ([\w.]+)=(\w+|\.\.\.)|(?<![\w/-])--([a-z][a-z-]*)")
+
+
+@contextmanager
+def _in_python(**parameters: str) -> Iterator[None]:
+    """Let UserErrors name parameters in place of options of the command; `parameters` replace those of PARAMETERS."""
+
+    def named(option: re.Match[str]) -> str:
+        setting, value, name = option.groups()
+        if setting:
+            return f'settings={{"{setting}": {value if value in VALUES or value.isdecimal() else repr(value)}}}'
+        return (PARAMETERS | parameters).get(name, f"the command's --{name}")
+
+    try:
+        yield
+    except UserError as error:
+        error.args = (OPTION.sub(named, str(error)),)
+        raise
 
 
 class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -61,6 +92,7 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         paths_: the N names.
         metrics_: the contents of metrics.json.
         run_: the run folder.
+        names_: K names of the clusters: those that corrections gave, else "group-03" and such.
         n_features_in_: numbers of an image, only after a fit on an array.
     """
 
@@ -88,8 +120,10 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         self.unreadable = unreadable
 
     @classmethod
+    @_in_python()
     def load(cls, run: str | Path) -> "SpiceClusterer":
         """Open a finished run, or a copy of its model folder, which has no `labels_`; UserError if it is neither."""
+        _check_path("run", run)
         folder = artifacts.trained_model(Path(run))
         if folder == Path(run):
             model = cls()
@@ -99,6 +133,7 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         model = cls(finished.num_clusters, run=run)
         return model._take_run(Path(run), finished.metrics)
 
+    @_in_python()
     def fit(self, X: Data, y: Any = None) -> "SpiceClusterer":
         """Run the whole pipeline. UserError if the data or the settings cannot be used."""
         strict = self._is_strict()
@@ -107,6 +142,7 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             self._temporary = tempfile.TemporaryDirectory(prefix="spice-")
             run = Path(self._temporary.name)
         else:
+            _check_path("run", self.run)
             run = Path(self.run)
         clusters = AUTO if self.n_clusters == "auto" else self.n_clusters
         changes = {"clusters": clusters, "seed": self.seed, **(self.settings or {})}
@@ -125,16 +161,19 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         """The cluster of each image."""
         return _labels(self.predict_proba(X))
 
+    @_in_python()
     def predict_proba(self, X: Data) -> Float[np.ndarray, "N K"]:
         """The probability of each cluster for each image, float32."""
         net, _ = self._fitted()
         return self._apply(X, net, lambda logits: logits.softmax(1), self.n_clusters_)
 
+    @_in_python()
     def transform(self, X: Data) -> Float[np.ndarray, "N D"]:
         """Unit-norm float32 features of the trained network."""
         net, _ = self._fitted()
         return self._apply(X, net.backbone, unit, self._n_features_out)
 
+    @_in_python()
     def score(self, X: Data, y: Any = None) -> float:
         """The silhouette of the predicted clusters, -1 to 1, higher is better; no labels are needed.
 
@@ -148,6 +187,7 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         usable = both[~np.isnan(both[:, 0])]
         return metrics.silhouette(usable[:, :dim], usable[:, dim:].argmax(1), seed=self.seed)
 
+    @_in_python(out="out")
     def report(self, out: str | Path) -> Path:
         """Write the HTML report to `out`; UserError if the run folder is gone, as that of a pickle may be."""
         check_is_fitted(self, "n_clusters_")
@@ -177,12 +217,12 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({name: value for name, value in state.items() if name != "_model"})
         if "_model" in state:
             with tempfile.TemporaryDirectory(prefix="spice-") as folder:
                 for name in ("model.safetensors", "model.json"):
                     (Path(folder) / name).write_bytes(state["_model"][name])
                 self._take_model(Path(folder))
+        super().__setstate__({name: value for name, value in state.items() if name != "_model"})
 
     def _take_run(self, run: Path, scores: dict[str, Any], given: list[str] | None = None) -> "SpiceClusterer":
         """Become the result of a finished run; `given` are the names of all images, if some could not be used."""
@@ -201,6 +241,7 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         self._model = net, task = load_model(folder, _device())
         dim: Any = net.backbone.dim
         self.n_clusters_, self._n_features_out = task.clusters, dim
+        self.names_ = labels_of(folder, task.clusters)
 
     def _fitted(self) -> Any:
         """Return the network and its task; NotFittedError if there are none."""
@@ -217,9 +258,9 @@ class SpiceClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             number, reason = next(iter(reasons.items()))
             example = f"{source.paths[number]!r} ({reason})"
             message = f"{len(reasons)} of {len(result)} images cannot be used and have no cluster, such as {example}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
         if line := left_out_line(left_out(source.ignored, len(source.refused), 0), len(result)):
-            warnings.warn(f"{line}; these have no row", stacklevel=3)
+            warnings.warn(f"{line}; these have no row", stacklevel=4)
         return result
 
     def _is_strict(self) -> bool:
@@ -242,8 +283,14 @@ def _places(stored: list[str], given: list[str]) -> list[int]:
     return [next(i for i, name in ahead if name == wanted) for wanted in stored]
 
 
+def _check_path(name: str, path: str | Path) -> None:
+    if not str(path).strip():
+        raise UserError(f'{name} is empty; give a path, or "." for the current folder')
+
+
 def _source(X: Data) -> Source:
     if isinstance(X, str | Path):
+        _check_path("X", X)
         one_image = is_image_name(Path(X).name) and Path(X).is_file()
         return from_files([X]) if one_image else open_data(str(X))
     X = np.asarray(X) if hasattr(X, "__array__") else X  # a tensor, a column of a table

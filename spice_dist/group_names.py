@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from spice_dist import artifacts
-from spice_dist.errors import DamagedFile
 
 OUTSIDE = -1  # the cluster of an image that belongs to no group
 
@@ -13,14 +12,9 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def labels_of(run: Path, clusters: int) -> list[str]:
-    """Return a printable label for each cluster: the name that the user gave, or "group-03"."""
-    try:
-        names = artifacts.names(run)
-    except (ValueError, AttributeError) as error:
-        raise DamagedFile(
-            f"{artifacts.names_file(run)} is no object of names by cluster ({error}); remove it"
-        ) from error
+def labels_of(model: Path, clusters: int) -> list[str]:
+    """Return a printable label for each cluster of a model folder: the name that the user gave, or "group-03"."""
+    names = artifacts.model_names(model)
     return [plain(str(names.get(cluster, ""))) or numbered(cluster, clusters) for cluster in range(clusters)]
 
 

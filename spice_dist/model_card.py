@@ -124,7 +124,7 @@ def _data(manifest: Ingested, about: dict[str, Any]) -> str:
 
 def _groups(run: Path, metrics: dict[str, Any]) -> str:
     cluster, confidence, _ = read_assignments(artifacts.assignments_file(run))
-    labels = labels_of(run, int(number(metrics.get("k")) or 0))
+    labels = labels_of(artifacts.model(run), int(number(metrics.get("k")) or 0))
     rows = []
     for index, label in enumerate(labels[:GROUPS_SHOWN]):
         members = confidence[cluster == index]

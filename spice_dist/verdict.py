@@ -39,12 +39,12 @@ def judge(evidence: Evidence) -> Verdict:
     """
     empty = evidence.clusters - evidence.nonempty
     if evidence.nonempty < 2:
-        return Verdict(FAILED, "all images are in one group", "ask for fewer clusters, or take another --backbone")
+        return Verdict(FAILED, "all images are in one group", "ask for fewer clusters, or take another backbone")
     if evidence.too_few:
         return Verdict(WEAK, "too few different images to test whether there are groups", "add images, 20 at least")
     if evidence.groups_found is False:
         return Verdict(
-            FAILED, "no groups found: images without any structure would score as well", "take another --backbone"
+            FAILED, "no groups found: images without any structure would score as well", "take another backbone"
         )
     if empty:
         share = f"{empty} of {evidence.clusters} clusters are empty"
@@ -54,7 +54,7 @@ def judge(evidence: Evidence) -> Verdict:
         share = f"one cluster holds {evidence.largest:.0%} of the images"
         return Verdict(WEAK, share, "ask for more clusters, or look whether the rest are outliers")
     if evidence.below:
-        return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another --backbone")
+        return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another backbone")
     agreement = evidence.agreement
     if evidence.corrected:
         level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
@@ -66,7 +66,7 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(level, "one head alone, whose stability is unknown", "" if level == FAIR else "train longer")
     why = f"heads of different starts agree by {agreement:.2f} of 1"
     if agreement < 0.4:
-        return Verdict(WEAK, why, asked or "take another --backbone")
+        return Verdict(WEAK, why, asked or "take another backbone")
     if agreement < 0.85 or asked:
         return Verdict(FAIR, why, asked)
     return Verdict(STRONG, why)

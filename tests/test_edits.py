@@ -10,7 +10,7 @@ from spice_dist.edits import Known, contradiction, fingerprint, read_edits
 from spice_dist.errors import UserError
 
 PATHS = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/\x1b[2J.jpg", "twice.jpg", "twice.jpg", "c/7.jpg", "c/8.jpg", "held.jpg"]
-KNOWN = Known({1: "dresses", 2: "hats"}, [3, 2, 2, 1], PATHS, "0123456789abcdef", clustered=8)
+KNOWN = Known({1: "dresses", 2: "hats"}, [1, 4, 2, 1], PATHS, "0123456789abcdef", clustered=8)
 
 
 def read(tmp_path: Path, content: object, known: Known = KNOWN, force: bool = False):
@@ -21,7 +21,7 @@ def read(tmp_path: Path, content: object, known: Known = KNOWN, force: bool = Fa
 
 @pytest.mark.parametrize(
     "edits",
-    [{"merge": [[0, 3]]}, {"split": {"0": 2}}, {"move": [[0, 1]]}, {"outside": [0]}, {"same": [[0, 1]]}],
+    [{"merge": [[0, 3]]}, {"split": {"1": 2}}, {"move": [[0, 1]]}, {"outside": [0]}, {"same": [[0, 1]]}],
     ids=str,
 )
 def test_more_than_names_regroups(tmp_path, edits):
@@ -61,7 +61,7 @@ def test_merges_that_share_a_group_are_one_merge(tmp_path):
 
 
 def test_an_image_moved_to_the_group_outside_is_outside(tmp_path):
-    known = Known({3: "outside"}, [3, 2, 2, 1], PATHS, "0" * 16, clustered=8, outside=3)
+    known = Known({3: "outside"}, [1, 4, 2, 1], PATHS, "0" * 16, clustered=8, outside=3)
     edits = read(tmp_path, {"version": 1, "move": [[0, "outside"], [7, 1]]}, known)
     assert (edits.outside, edits.move) == ([0], {7: 1})
 
@@ -70,6 +70,7 @@ LONG = "x" * 10_000
 MISTAKES = [
     (b"not JSON", "is not JSON"),
     (b"\xff\xfe\x00", "is not JSON"),
+    (b'{"version": 1,\n "merge": [[0, 1]\n "move": []}', "is not JSON: Expecting ',' delimiter: line 3 column 2"),
     (b"[" * 100_000, "is not JSON"),
     (b'{"version": 1, "merge": [' + b"[" * 900 + b"]" * 900 + b"]}", "merge[0]: it is"),
     (b'{"version": 1, "names": {}, "names": {}}', 'the key "names" stands twice'),
@@ -105,7 +106,8 @@ MISTAKES = [
     ({"version": 1, "merge": [[0, 1, 2, 3]]}, "merge: one group would be left"),
     ({"version": 1, "split": {"0": 1}}, 'split["0"]: it is 1; give a number of groups from 2 to 100'),
     ({"version": 1, "split": {"0": 10**9}}, "give a number of groups from 2 to 100"),
-    ({"version": 1, "split": {"1": 3}}, "group 1 has 2 images, too few for 3 groups"),
+    ({"version": 1, "split": {"1": 3}}, "group 1 has 4 images, too few for 3 groups of two or more"),
+    ({"version": 1, "names": {"0": "Outside"}}, '"Outside" is the name of images that belong to no group'),
     ({"version": 1, "split": {"1": 2}, "merge": [[0, 1]]}, "group 1 is also merged"),
     ({"version": 1, "move": [["a/1.jpg"]]}, "move[0]: it is"),
     ({"version": 1, "move": [["d/1.jpg", 0]]}, 'move[0][0]: there is no image "d/1.jpg"'),

@@ -21,7 +21,8 @@ from sklearn.metrics import silhouette_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
-from spice_dist import SpiceClusterer
+from spice_dist import SpiceClusterer, estimator
+from spice_dist.cli import parser
 from spice_dist.errors import UserError
 
 TINY = {
@@ -44,6 +45,58 @@ def pixels(count: int = 80) -> np.ndarray:
 @pytest.fixture(scope="module")
 def fitted() -> SpiceClusterer:
     return SpiceClusterer(n_clusters=4, settings=TINY, seed=3).fit(pixels())
+
+
+def test_clusters_have_names(fitted, tmp_path):
+    assert fitted.names_ == ["group-00", "group-01", "group-02", "group-03"]
+    shutil.copytree(fitted.run_ / "model", tmp_path / "model")
+    (tmp_path / "model/names.json").write_text('{"2": "twos\\n"}')
+    named = SpiceClusterer.load(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert pickle.loads(pickle.dumps(named)).names_ == ["group-00", "group-01", "twos", "group-03"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"n_clusters": 1}, "^n_clusters is 1;"),
+        ({"seed": -1}, "^seed is -1;"),
+        ({"backbone": "resnet18", "weights": "timm", "recipe": "nothing"}, "nothing"),
+        ({"weights": "timm"}, "^weights needs the network that they belong to: give backbone NAME"),
+        ({"run": ""}, "^run is empty; give a path"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_python_names_the_parameter(parameters, words):
+    model = SpiceClusterer(**{"n_clusters": 4, "settings": TINY, **parameters})
+    with pytest.raises(UserError, match=words) as caught:
+        model.fit(pixels())
+    assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("raise the limit with --max-bad", 'raise the limit with settings={"data.max_bad": ...}'),
+        ("use --set reliable.rule=adaptive", "use settings={\"reliable.rule\": 'adaptive'}"),
+        ("(--set moco.batch=...)", '(settings={"moco.batch": ...})'),
+        ("give another --out", "give another run"),
+        ("is read by --trust-foreign-beton", "is read by the command's --trust-foreign-beton"),
+        ("a -- b, photos/--out/x--seed", "a -- b, photos/--out/x--seed"),
+    ],
+)
+def test_options_in_messages_become_parameters(text, expected):
+    with pytest.raises(UserError) as caught, estimator._in_python():
+        raise UserError(text)
+    assert str(caught.value) == expected
+
+
+def test_the_options_that_become_parameters_exist_and_so_do_the_parameters():
+    commands = parser()._actions[-1].choices
+    assert isinstance(commands, dict)
+    options = {name for command in commands.values() for action in command._actions for name in action.option_strings}
+    assert {f"--{name}" for name in estimator.PARAMETERS} <= options
+    assert {name for name in estimator.PARAMETERS.values() if "=" not in name} <= SpiceClusterer().get_params().keys()
 
 
 def unfitted(model: SpiceClusterer, **parameters: object) -> SpiceClusterer:

@@ -1,6 +1,7 @@
 """What users get wrong, in every sub-command: each is one line that says what to do, most before torch is loaded."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ BEFORE_TORCH = [
     ("fit {0}/photos --split split --out {0}/new", "for named data sets"),
     ("fit digits --clusters many --out {0}/new", "give auto, or a whole number of at least 2"),
     ("fit digits --workers 4:2 --out {0}/new", "is no range; give such as 2:8"),
+    ("fit digits --max-bad 7 --out {0}/new", "it is 7; give a share of the images, from 0 to 1; for 7 % give 0.07"),
+    ("pack {0}/photos {0}/new.beton --max-bad nan", "give a share of the images, from 0 to 1"),
     ("fit digits --workers two --out {0}/new", "give a number such as 4"),
     ("fit digits --seed x --out {0}/new", "invalid int value: 'x'"),
     ("fit digits --method kmeans --out {0}/new", "invalid choice: 'kmeans'"),
@@ -42,8 +45,14 @@ BEFORE_TORCH = [
     ("predict {0}/nowhere digits", "give the folder of a finished run"),
     ("predict {0}/photos digits", "holds no model"),
     ("predict {0}/run {0}/nowhere", "check the path"),
+    ("predict {0}/run ''", "the value after {0}/run is empty"),
+    ("fit digits --out=", "the value after --out is empty"),
+    ("report '' --out {0}/new", "the value after report is empty"),
     ("predict {0}/run digits --out {0}/new.xlsx", "ends with .csv or .parquet"),
     ("predict {0}/run digits --out {0}/nowhere/new.csv", "a folder that exists"),
+    ("predict {0}/run digits --out {0}/one.png/new.csv", "{0}/one.png is a file, no folder"),
+    ("export {0}/run {0}/one.png/new.csv --to csv", "{0}/one.png is a file, no folder; make it, or give another"),
+    ("export {0}/run {0}/nowhere/new.csv --to csv", "there is no folder {0}/nowhere"),
     ("predict {0}/run {0}/no-path.csv --out {0}/no-path.csv", "give another name"),
     ("predict {0}/run digits --unreadable ignore", "choose from"),
     ("predict {0}/run -", "give at least one path"),
@@ -59,6 +68,11 @@ LATER = [
     ("settings mocoo", "did you mean moco"),
     ("settings --recipe cifar", "cifar10"),
     ("suggest-k {0}/nowhere", "check the path"),
+    ("fit digits --set data.max_bad=7 --out {0}/new", "data.max_bad is 7.0; it must be between 0 and 1"),
+    (
+        "fit digits --config {0}/cut.json --out {0}/new",
+        "Expecting ',' delimiter: line 2 column 1 (char 13)",
+    ),
     ("fit digits --recipe digit --out {0}/new", "digits, photos"),
     ("fit digits --config {0}/nowhere.json --out {0}/new", "nowhere.json"),
     ("fit digits --set moco.lr --out {0}/new", "NAME=VALUE"),
@@ -100,6 +114,7 @@ def make(folder: Path) -> None:
     for name in ("texts/a.txt", "notes.pdf", "empty.txt"):
         (folder / name).touch()
     (folder / "no-path.csv").write_text("name,size\na,1\n")
+    (folder / "cut.json").write_text('{"config": 1\n')
     (folder / "foreign.beton").write_bytes(b"not ours")
     (folder / "run/model/model.json").write_text("{")
     (folder / "links/a.png").symlink_to(folder / "one.png")
@@ -118,13 +133,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
     folder = tmp_path_factory.mktemp("mistakes")
     make(folder)
     lines = [line for line, _ in [*BEFORE_TORCH, *LATER]]
-    arguments = json.dumps([line.format(folder).split() for line in lines])
+    arguments = json.dumps([shlex.split(line.format(folder)) for line in lines])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=arguments, capture_output=True, text=True, timeout=200, cwd=folder
     )
     assert done.returncode == 0, done.stderr
     assert not (folder / "new").exists(), "a mistake leaves nothing behind"
-    return dict(zip(lines, map(tuple, json.loads(done.stdout)), strict=True))
+    said = [(code, text.replace(str(folder), "{0}"), torch) for code, text, torch in json.loads(done.stdout)]
+    return dict(zip(lines, said, strict=True))
 
 
 @pytest.mark.parametrize(("line", "words"), [*BEFORE_TORCH, *LATER])

@@ -28,6 +28,12 @@ def test_clear_groups_are_strong():
         ({"agreement": 0.6}, "fair", "0.60"),
         ({"suggested": (2, 5)}, "fair", "suggest 2 to 5"),
         ({"agreement": None, "confidence": 0.4}, "weak", "one head"),
+        (
+            {"agreement": None, "corrected": True, "confidence": 0.74},
+            "fair",
+            "corrected by hand, with a mean confidence",
+        ),
+        ({"agreement": None, "corrected": True, "confidence": 0.4}, "weak", "0.40 of 1; look at the images"),
     ],
 )
 def test_what_lowers_trust_is_said(change, level, words):

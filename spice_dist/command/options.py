@@ -4,6 +4,7 @@ Functions import heavy modules when called, so that --help stays fast.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def add_cluster_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_ingest_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-bad", type=float, help="largest share of unreadable images to go on with (0.05)")
+    command.add_argument("--max-bad", type=share, help="largest share of unreadable images to go on with (0.05)")
     command.add_argument(
         "--drop-duplicates", action="store_true", help="leave out exact copies of earlier images, and list them"
     )
@@ -128,6 +129,18 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
         help="read links too that point to files within DATA, or within the folder of the list, as in a snapshot of "
         "Hugging Face",
     )
+
+
+def share(text: str) -> float:
+    """Parse a share of the images."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        percent = f"; for {value:g} % give {value / 100:g}" * (1 < value <= 100)
+        raise argparse.ArgumentTypeError(f"it is {text}; give a share of the images, from 0 to 1{percent}")
+    return value
 
 
 def number_of_clusters(text: str) -> int:

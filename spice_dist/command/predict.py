@@ -57,14 +57,16 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _check_out(out: Path | None, data: str) -> None:
-    from spice_dist.errors import UserError
+    from spice_dist.errors import UserError, no_folder
 
     if out is None:
         return
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out is {str(out)!r}; give a name that ends with {' or '.join(SUFFIXES)}")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{str(out)!r} cannot be written; give a file in a folder that exists")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{no_folder(out.parent)}; give a file in a folder that exists")
     if out.exists() and Path(data).is_file() and out.samefile(data):
         raise UserError(f"--out would replace {data!r}, from which the images are read; give another name")
 

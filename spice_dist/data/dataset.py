@@ -38,7 +38,7 @@ class DataConfig:
     max_megapixels: int = setting(
         MAX_MEGAPIXELS, "largest image, in millions of pixels; a JPEG may have five times as many", least=1, most=1000
     )
-    max_bad: float = setting(0.05, "share of unreadable images above which the run is refused")
+    max_bad: float = setting(0.05, "share of unreadable images above which the run is refused", least=0, most=1)
     drop_duplicates: bool = setting(False, "leave out exact copies of earlier images")
 
 

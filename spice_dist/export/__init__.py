@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spice_dist.errors import UserError
+from spice_dist.errors import UserError, no_folder
 
 Progress = Callable[[int, int], None]
 
@@ -67,7 +67,7 @@ def check(wish: Wish) -> None:
     if os.path.lexists(wish.out):
         raise UserError(f"{wish.out} exists; give an OUT that does not exist")
     if not wish.out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {wish.out.parent}; make it, or give another OUT")
+        raise UserError(f"{no_folder(wish.out.parent)}; make it, or give another OUT")
 
 
 def _export(wish: Wish, progress: Progress) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from spice_dist import artifacts
 from spice_dist.data.files import commit
 from spice_dist.errors import UserError
 from spice_dist.export.trained import Trained, cropping, largest_difference, preprocessing, trained
@@ -94,7 +95,7 @@ def converted(net: Deployed, task: Task) -> Any:
 def _about(run: Path, task: Task) -> dict[str, str]:
     """Return the metadata of the file: JSON texts by name."""
     return {
-        "clusters": json.dumps(labels_of(run, task.clusters)),
+        "clusters": json.dumps(labels_of(artifacts.model(run), task.clusters)),
         "preprocessing": json.dumps({**preprocessing(task), "layout": "NHWC, uint8", "normalisation": "inside"}),
     }
 

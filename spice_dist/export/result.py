@@ -51,7 +51,7 @@ def read_result(run: Path) -> Result:
     clusters = metrics.get("k")
     if not isinstance(clusters, int) or cluster.max() >= clusters or cluster.min() < OUTSIDE:
         raise DamagedFile(f"{run}: assignments.csv has other clusters than metrics.json ({clusters!r})")
-    labels = dict(enumerate(labels_of(run, clusters))) | {OUTSIDE: numbered(OUTSIDE, clusters)}
+    labels = dict(enumerate(labels_of(artifacts.model(run), clusters))) | {OUTSIDE: numbered(OUTSIDE, clusters)}
     return Result(run, clusters, cluster, confidence, reliable, labels)
 
 

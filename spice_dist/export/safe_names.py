@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from spice_dist import artifacts
 from spice_dist.group_names import OUTSIDE, labels_of, numbered, plain
 
 MAX_BYTES = 200  # of a safe name in UTF-8; most file systems take 255, and `distinct` adds a number
@@ -31,7 +32,7 @@ def safe_name(text: str, stem: str = "_") -> str:
 
 def folders_of(run: Path, clusters: int) -> dict[int, str]:
     """Return a folder name for each cluster and for OUTSIDE, different also where upper and lower case are one."""
-    labels = labels_of(run, clusters)
+    labels = labels_of(artifacts.model(run), clusters)
     taken: dict[str, int] = {}
     folders = {}
     for cluster in [*range(clusters), OUTSIDE]:

@@ -83,9 +83,10 @@ def learn(
     parts = {root: np.full(len(labels), UNRELIABLE) for root in corrections.parts}
     for root, of_images in parts.items():
         members = (before == root) & ~corrections.outside
-        if members.sum() < corrections.parts[root]:
+        if members.sum() < 2 * corrections.parts[root]:
             raise ValueError(
-                f"group {root} has {members.sum()} images left, too few for {corrections.parts[root]} groups"
+                f"group {root} has {members.sum()} images left, too few for {corrections.parts[root]} groups of two or "
+                "more; give fewer parts"
             )
         of_images[members] = divided(features[members], corrections.parts[root], seed)
     probs, groups = regrouped(probs, roots, parts, neighbors)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from spice_dist import artifacts
-from spice_dist.errors import UserError
+from spice_dist.errors import UserError, no_folder
 from spice_dist.report import attention, charts, confusion, payload, sections, sprites, words
 from spice_dist.report.evidence import Evidence, gather
 from spice_dist.report.gallery import (
@@ -79,7 +79,7 @@ def check_out(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"{out} is a folder; name the file to write")
     if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder; make it, or give another --out")
+        raise UserError(f"{no_folder(out.parent)}; make it, or give another --out")
 
 
 def write_page(out: Path, page: str) -> None:

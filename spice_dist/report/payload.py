@@ -15,9 +15,10 @@ from markupsafe import Markup
 from spice_dist import artifacts
 from spice_dist.assignments import read_names
 from spice_dist.report.evidence import Evidence
-from spice_dist.report.reading import Run
+from spice_dist.report.reading import Run, number
 from spice_dist.report.sprites import COLUMNS, Sheets
 from spice_dist.report.text import printable
+from spice_dist.report.words import outside_group
 
 FOLDER = Path(__file__).parent / "tool"
 PARTS = ("state.js", "pictures.js", "map.js", "page.js")  # joined in this order
@@ -97,13 +98,21 @@ def build(
         "top": evidence.candidates.shape[1],
         "reach": 0 if evidence.neighbors is None else evidence.neighbors.shape[1],
         "weights_are": evidence.weights_are,
-        "groups": [{"next": None if evidence.crossing is None else evidence.next[k]} for k in range(run.num_clusters)],
+        "next": [None] * run.num_clusters if evidence.crossing is None else evidence.next,
+        "sizes": np.bincount(run.labels[: grouped_images(run)], minlength=run.num_clusters).tolist(),
+        "outside": outside_group(run),
         "levels": {name: int(level.max()) + 1 for name, level in levels.items()},
         "classes": None if truth is None else class_names(truth[shown], paths),
         "outliers": [place_of[index] for index, _ in evidence.outliers if index in place_of],
         "duplicates": [[at for at in group if at >= 0] for group in copies],
         "sheets": _sheets(sheets, folder),
     }
+
+
+def grouped_images(run: Run) -> int:
+    """Return how many images are grouped; the others, which only train or are held out, come after."""
+    extra, held_out = (number(run.manifest.get(name)) or 0 for name in ("extra", "held_out"))
+    return len(run.labels) - int(extra + held_out)
 
 
 def _sheets(sheets: Sheets | None, folder: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from spice_dist.errors import DamagedFile, UserError
 
 LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
+RESULT = " (result)"  # after the name of the row that is the result
 MAX_QUARANTINED = 50  # images that are named
 
 
@@ -186,7 +187,7 @@ def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
     chosen = metrics["result"]
     # the result last, as `final_scores` expects
     ordered = sorted(rows.items(), key=lambda row: row[1][0] == chosen)
-    return {title + " (result)" * (name == chosen): scores for title, (name, scores) in ordered}
+    return {title + RESULT * (name == chosen): scores for title, (name, scores) in ordered}
 
 
 def read_scores(content: object) -> dict[str, float] | None:

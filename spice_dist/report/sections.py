@@ -13,7 +13,7 @@ from spice_dist.report import charts
 from spice_dist.report.evidence import Evidence
 from spice_dist.report.gallery import principal_axes
 from spice_dist.report.published import published
-from spice_dist.report.reading import LEARN_FROM_LABELS, SCORES, Run, mapping, number
+from spice_dist.report.reading import LEARN_FROM_LABELS, RESULT, SCORES, Run, mapping, number
 from spice_dist.report.text import duration, percent
 
 MAX_SMALL_CHARTS = 12  # per stage
@@ -57,9 +57,7 @@ def reliable_images(run: Run) -> tuple[int, float]:
 
 def final_scores(run: Run) -> tuple[str, dict[str, float]] | None:
     """Return the last row of the table that has scores, unless it is a baseline."""
-    rows = [
-        (name, row) for name, row in run.scores.items() if row and ("k-means" not in name or name.endswith("(result)"))
-    ]
+    rows = [(name, row) for name, row in run.scores.items() if row and ("k-means" not in name or name.endswith(RESULT))]
     return rows[-1] if rows else None
 
 

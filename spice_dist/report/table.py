@@ -9,8 +9,7 @@ import numpy as np
 
 from spice_dist import artifacts
 from spice_dist.data.files import printable
-from spice_dist.errors import UserError
-from spice_dist.report.reading import SCORES, load, mapping, number
+from spice_dist.report.reading import RESULT, SCORES, Run, load, mapping, number
 
 WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
 MOST_CLASSES = 12  # of which each is named
@@ -64,19 +63,30 @@ def format_classes(counts: Mapping[str, int], unlabelled: float) -> str:
 def format_seeds(runs: Sequence[Path]) -> str:
     """Format the mean ± standard deviation (of a sample) of every score over several runs, as in published tables.
 
-    Raises:
-        UserError: the runs are of different methods or images.
+    Runs are averaged that differ in the seed alone. The others stand alone, as corrected runs do.
     """
-    loaded = [load(run) for run in runs]
-    methods = sorted({run.metrics["method"] for run in loaded})
-    images = {run.manifest.get("fingerprint") for run in loaded}
-    if len(images) > 1:
-        raise UserError("these are runs of different images, which have no common mean; give runs of the same, or one")
-    if len(methods) > 1:
-        raise UserError(f"these are runs of {' and '.join(methods)}; give runs of one method, or one run at a time")
-    lines = [loaded[0].labels_note, ""] if loaded[0].labels_note else []
-    lines.append(f"{len(runs)} runs, mean ± standard deviation")
-    labelled = [run.scores for run in loaded if run.has_labels]
+    alike: dict[str, list[Run]] = {}
+    for run in map(load, runs):
+        alike.setdefault(_settings(run), []).append(run)
+    tables = [_format_alike(of_one) for of_one in alike.values()]
+    if len(alike) > 1:
+        tables.append("Only runs that differ in the seed alone are averaged.")
+    return "\n\n".join(tables)
+
+
+def _settings(run: Run) -> str:
+    """Return what the seeds of one experiment have in common: configuration and images."""
+    if "applied" in run.config:
+        return str(run.folder.resolve())
+    config = {name: value for name, value in mapping(run.config.get("config")).items() if name != "seed"}
+    images = [run.manifest.get(name) for name in ("fingerprint", "source", "n")]
+    return json.dumps([config, images, run.metrics.get("method")], sort_keys=True, default=str)
+
+
+def _format_alike(runs: Sequence[Run]) -> str:
+    lines = [runs[0].labels_note, ""] if runs[0].labels_note else []
+    lines.append(f"{len(runs)} runs, mean ± standard deviation" if len(runs) > 1 else str(runs[0].folder))
+    labelled = _rows([run for run in runs if run.has_labels])
     if labelled:
         lines.append(" " * WIDTH + "".join(f"{HEADINGS[name]:>15}" for name in SCORES))
         for method in labelled[0]:
@@ -85,9 +95,22 @@ def format_seeds(runs: Sequence[Path]) -> str:
             lines.append(f"{method:<{WIDTH}}{cells}")
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
-    selected = [run.metrics["select"] for run in loaded]
-    spreads = (f"{name} {_spread([values.get(name) for values in selected])}" for name in selected[0])
+    selected = [mapping(run.metrics.get("select")) for run in runs]
+    names = [name for name in selected[0] if all(name in values for values in selected)]
+    spreads = (f"{name} {_spread([number(values[name]) for values in selected])}" for name in names)
     return "\n".join([*lines, "", "without labels: " + ", ".join(spreads)])
+
+
+def _rows(runs: Sequence[Run]) -> list[dict[str, dict[str, float] | None]]:
+    """Return the score rows of each run under equal names, though the result of one may be what another's is not."""
+    if len({tuple(run.scores) for run in runs}) <= 1:
+        return [run.scores for run in runs]
+    plain = [{name.removesuffix(RESULT): scores for name, scores in run.scores.items()} for run in runs]
+    common = [name for name in plain[0] if all(name in rows for rows in plain)]
+    finals = [[*run.scores.values()][-1] for run in runs]  # the result is the last row
+    return [
+        {name: rows[name] for name in common} | {"Result": final} for rows, final in zip(plain, finals, strict=True)
+    ]
 
 
 def as_json(runs: Sequence[Path]) -> str:
@@ -117,4 +140,4 @@ def _numbers(run: Path) -> dict[str, Any]:
 
 def _spread(values: Sequence[float | None]) -> str:
     known = np.array([np.nan if value is None else value for value in values])
-    return f"{known.mean():.3f} ± {known.std(ddof=1) if len(known) > 1 else 0:.3f}"
+    return f"{known.mean():.3f}" + (f" ± {known.std(ddof=1):.3f}" if len(known) > 1 else "")

@@ -1,6 +1,7 @@
 """Copies and outliers: which edited copies of real images are found, and which foreign images stand out.
 
     python -m tests.bench.bench_duplicates RUN ... [--count 40]
+    python -m tests.bench.bench_duplicates --synthetic 70000        seconds of the search, without a run
 
 RUN is a run of `fit FOLDER` with a trained network that is on the neighbour graph and whose FOLDER is still there. Of
 each edit, `--count` other images get one copy each. The copies go the way of any file: encoded, packed, embedded. What
@@ -10,6 +11,7 @@ images are of the other runs.
 
 import argparse
 import io
+import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -198,12 +200,44 @@ def measure_outliers(run: Path, others: Sequence[Path]) -> dict[str, float]:
     return {name: float(roc_auc_score(is_foreign, way(features))) for name, way in ways.items()}
 
 
+def measure_time(count: int) -> str:
+    """The seconds of the search among synthetic images of ten kinds, of which a hundredth have a brighter copy."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 10, count)
+    waves = rng.normal(size=(10, 1, 5, 5))[kind] + 0.7 * rng.normal(size=(count, 1, 5, 5))
+    originals = torch.nn.functional.interpolate(torch.from_numpy(waves).float(), (28, 28), mode="bicubic")
+    images = (128 + 30 * originals).clamp(0, 255)
+    features = (2 * rng.normal(size=(10, 64))[kind] + rng.normal(size=(count, 64))).astype(np.float32)
+    copies = np.arange(count // 100)
+    images[copies + count // 2] = (1.1 * images[copies] + 8).clamp(0, 255)
+    features[copies + count // 2] = features[copies] + 0.02 * rng.normal(size=(len(copies), 64))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    neighbors = without_itself(nearest(torch.from_numpy(features), 31).numpy())
+    started = time.perf_counter()
+    batches = images.to(torch.uint8).split(1024)
+    small = np.concatenate([duplicates.pictures(batch) for batch in batches])
+    reduced = time.perf_counter() - started
+    found = duplicates.find_copies(np.arange(count), small, neighbors, features.astype(np.float16)).picture
+    seconds = time.perf_counter() - started
+    share = (found[copies] == found[copies + count // 2]).mean()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    groups = len(duplicates.groups(found))
+    return (
+        f"{count} images: {seconds:.1f} s, {reduced:.1f} of them to reduce the pictures; {groups} groups, "
+        f"{share:.1%} of {len(copies)} copies found; peak {peak:.1f} GB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="time the search among so many images instead")
     parser.add_argument("--count", type=int, default=40, help="images with a copy of each kind (40)")
     parser.add_argument("--only", type=Path, help="measure this one of the runs")
     options = parser.parse_args()
+    if options.synthetic:
+        print(measure_time(options.synthetic))
+        return
     for run in [options.only] if options.only else options.runs:
         print(f"\n{run}\n\n| edit | copies | and series | copies, no features | equal pHash |\n|---|---|---|---|---|")
         print("\n".join(measure_copies(run, options.count)))

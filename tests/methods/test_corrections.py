@@ -300,9 +300,9 @@ def test_a_group_that_loses_its_last_image_is_left_out():
 
 
 def test_too_few_images_to_divide_are_refused():
-    features, of_image, neighbors = clumps([20, 20, 2])
-    given = no_corrections(42, 3)
+    features, of_image, neighbors = clumps([20, 20, 4])
+    given = no_corrections(44, 3)
     given["parts"] = {2: 2}
     given["fixed"][41] = 0
-    with pytest.raises(ValueError, match="group 2 has 1 images left, too few for 2 groups"):
+    with pytest.raises(ValueError, match="group 2 has 3 images left, too few for 2 groups of two or more"):
         learn(features, posterior(of_image, 3), of_image, neighbors, Corrections(**given), seed=0)

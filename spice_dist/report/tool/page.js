@@ -117,7 +117,7 @@ function groupTools(k) {
     if (text && text !== changes.names.get(k)) change({ kind: "name", cluster: k, name: text });
   };
   name.addEventListener("change", rename);
-  const next = DATA.groups[k].next ?? (k ? 0 : Math.min(1, DATA.clusters - 1));
+  const next = DATA.next[k] ?? (k ? 0 : Math.min(1, DATA.clusters - 1));
   const other = clusterMenu(`Cluster to merge with cluster ${k}`, next);
   const parts = el("input", { type: "number", min: 2, max: 100, value: 2, "aria-label": `Number of parts of cluster ${k}` });
   const merge = () => {

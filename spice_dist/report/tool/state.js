@@ -142,17 +142,22 @@ function union(groups, clusters) {
 
 /** Say why an operation cannot be added, or return an empty text. */
 function refusal(o) {
+  const divides = o.kind === "split" || o.kind === "merge";
+  if (divides && DATA.outside !== null && (o.clusters ?? [o.cluster]).includes(DATA.outside)) {
+    return `Cluster ${DATA.outside} holds the images that belong to no group: move them one by one.`;
+  }
   const merged = (k) => changes.merge.some((group) => group.includes(k));
   if (o.kind === "split" && merged(o.cluster)) return `Cluster ${o.cluster} is being merged: undo that first.`;
   const split = o.kind === "merge" ? o.clusters.find((k) => changes.split.has(k)) : undefined;
   if (split !== undefined) return `Cluster ${split} is being split: undo that first.`;
   if (o.kind === "split") {
-    const size = membersOf(o.cluster, A.cluster).length;
-    if (N === DATA.total && o.parts > size) return `Cluster ${o.cluster} has ${plural(size, "image")}: give fewer parts.`;
+    const size = DATA.sizes[o.cluster];
+    if (2 * o.parts > size) return `Cluster ${o.cluster} has ${plural(size, "image")}: give fewer parts, of two or more each.`;
     if (!valid(o)) return "Give a number of parts from 2 to 100.";
   }
   if (o.kind === "name") {
     if (/^\p{Nd}+$/u.test(o.name)) return `“${o.name}” would be taken for a number: add a letter.`;
+    if (o.name.toLowerCase() === "outside" && o.cluster !== DATA.outside) return `“${o.name}” is the name of images that belong to no group: give another name.`;
     const together = changes.merge.find((group) => group.includes(o.cluster)) ?? [o.cluster];
     const owner = [...changes.names].find(([k, name]) => name === o.name && !together.includes(k));
     if (owner) return `“${o.name}” is the name of cluster ${owner[0]}: merge the two, or give another name.`;
