@@ -4,16 +4,21 @@ import csv
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from spice_dist import applying, artifacts
 from spice_dist.applying import new_names, unique
-from spice_dist.assignments import read_assignments
+from spice_dist.assignments import read_assignments, write_assignments
 from spice_dist.cli import main
+from spice_dist.config import read_config
+from spice_dist.data.manifest import read_paths
 from spice_dist.edits import fingerprint
+from spice_dist.methods import spice_graph
 from spice_dist.pseudo_labels import UNRELIABLE
 from tests.test_cli import TINY
 from tests.test_photos import FAST, crops, go_offline
@@ -135,14 +140,79 @@ def test_what_is_fixed_stays_fixed_in_later_corrections(run, tmp_path):
     assert labels[moved] in sources[after[moved]]
     assert artifacts.metrics(two)["baselines"]["before"] == artifacts.metrics(one)["eval"]
 
-    # names alone move no image, though the pairs and fixed images of before are corrections still
-    assert apply(one, {"names": {"0": "other"}}, tmp_path / "three") == 0
-    (_, sure, _), (kept, still, _) = (
-        read_assignments(artifacts.assignments_file(where)) for where in (one, tmp_path / "three")
-    )
-    np.testing.assert_array_equal(kept, labels)
-    np.testing.assert_allclose(still, sure, atol=2e-4)
-    np.testing.assert_array_equal(np.load(artifacts.fixed_groups_file(tmp_path / "three")), fixed)
+
+def test_corrections_that_are_made_already_change_nothing(run, tmp_path):
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert apply(run, some_edits(run), one) == 0
+    fixed, pairs = np.load(artifacts.fixed_groups_file(one)), np.load(artifacts.pairs_file(one))
+    outside = artifacts.metrics(one)["k"] - 1
+    again = {
+        "names": {"0": "other"},
+        "move": [[int(i), int(fixed[i])] for i in np.flatnonzero((fixed != UNRELIABLE) & (fixed != outside))],
+        "outside": np.flatnonzero(fixed == outside).tolist(),
+        "same": [[b, a] for a, b, kind in pairs.tolist() if kind],
+        "different": [[b, a] for a, b, kind in pairs.tolist() if not kind],
+    }
+    assert all(again.values())
+    assert apply(one, again, two) == 0
+    shown = {path: data for path, data in contents(two).items() if "report" not in path}
+    differ = {path for path, data in contents(one).items() if shown.get(path, data) != data}
+    assert differ == {"config.json", "edits.json", "model/names.json", "model/README.md", "corrections/summary.json"}
+    assert artifacts.names(two)[0] == "other"
+    assert main(["predict", str(two), str(two / "data/dataset.beton"), "--out", str(tmp_path / "new.csv")]) == 0
+
+    # among others they are no evidence a second time
+    image = int(np.flatnonzero((labels_of(two) == 0) & (fixed == UNRELIABLE))[0])
+    assert apply(two, {**again, "move": [*again["move"], [image, 1]]}, three) == 0
+    assert apply(two, {"move": [[image, 1]]}, tmp_path / "alone") == 0
+    expected = (tmp_path / "alone/assignments.csv").read_bytes()
+    assert (three / "assignments.csv").read_bytes() == expected
+    assert np.array_equal(np.load(artifacts.pairs_file(three)), pairs)
+
+
+def test_names_alone_change_only_names(run, tmp_path):
+    assert apply(run, {"names": {"0": "first"}}, tmp_path / "named") == 0
+    assert artifacts.names(tmp_path / "named") == {0: "first"}
+    before, after = contents(run), contents(tmp_path / "named")
+    assert {path for path, data in before.items() if after.get(path) not in (data, None)} == {
+        "config.json",
+        "model/README.md",
+        "report.html",
+    }
+    assert main(["fit", "digits", "--out", str(tmp_path / "named")]) == 1
+
+
+def test_a_corrected_run_claims_no_agreement_of_heads(run, tmp_path):
+    assert "agreement" in artifacts.metrics(run)["select"]
+    assert apply(run, {"merge": [[0, 1]]}, tmp_path / "out") == 0
+    metrics = artifacts.metrics(tmp_path / "out")
+    assert "agreement" not in metrics["select"]
+    assert metrics["verdict"]["why"].startswith("corrected by hand")
+    assert "heads" not in (tmp_path / "out/model/README.md").read_text().partition("## ")[0]
+
+
+def test_confidence_is_computed_as_in_the_run_before(run, tmp_path):
+    """Of a result that is k-means' or spectral clustering's it is that of a head trained on the groups."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(run, base)
+    config, features = read_config(artifacts.config_file(run)), torch.from_numpy(artifacts.features(run))
+
+    def of_head(labels: np.ndarray) -> np.ndarray:
+        task = replace(config, clusters=int(labels.max()) + 1)
+        head = spice_graph.head_of(task, config.spice_graph, features, labels)
+        return spice_graph.outputs(head, features)[0][np.arange(len(labels)), labels]
+
+    labels, paths = labels_of(run), read_paths(artifacts.data(run))
+    write_assignments(artifacts.assignments_file(base), paths, labels, of_head(labels), np.full(len(labels), False))
+    artifacts.metrics_file(base).write_text(json.dumps({**artifacts.metrics(run), "result": "spectral"}))
+    image = int(np.flatnonzero(labels == np.bincount(labels).argmax())[0])
+    for source in (base, out):
+        target = source.with_name("out" if source == base else "again")
+        assert apply(source, {"move": [[image, int(labels_of(source)[image] == 0)]]}, target) == 0
+        after, confidence, _ = read_assignments(artifacts.assignments_file(target))
+        expected = of_head(after)
+        expected[image] = 1
+        np.testing.assert_allclose(confidence, expected, atol=1e-4)
 
 
 def test_contradictions_with_earlier_corrections_are_one_line(run, tmp_path, capsys):

@@ -319,14 +319,47 @@ def test_numbers_of_workers_that_are_none_are_refused_in_one_line(tmp_path, caps
     )
 
 
-def test_runs_of_two_methods_have_no_common_table(digits_run, tmp_path, capsys):
-    assert run("evaluate", digits_run, digits_run) == 0
+def test_only_seeds_of_the_same_settings_are_averaged(digits_run, tmp_path, capsys):
+    def changed(name, config, metrics):
+        shutil.copytree(digits_run, tmp_path / name)
+        for file, change in (("config.json", config), ("metrics.json", metrics)):
+            content = json.loads((tmp_path / name / file).read_text())
+            (tmp_path / name / file).write_text(json.dumps(change(content)))
+        return tmp_path / name
+
+    def same(content):
+        return content
+
+    scores = json.loads((digits_run / "metrics.json").read_text())["eval"]
+    lower = {"eval": {**scores, "acc": scores["acc"] - 0.1}, "baselines": {"before": scores}}
+    other_seed = changed("seed", lambda c: {**c, "config": {**c["config"], "seed": 9}}, same)
+    alone = [
+        changed("method", same, lambda m: {**m, "method": "supervised"}),
+        changed("settings", lambda c: {**c, "config": {**c["config"], "clusters": 11}}, same),
+        changed("corrected", lambda c: {**c, "applied": {}}, lambda m: m | lower | {"result": "corrected"}),
+    ]
+    assert run("evaluate", digits_run, other_seed) == 0
     assert capsys.readouterr().out.startswith("2 runs, mean ± standard deviation")
-    other = tmp_path / "other"
-    shutil.copytree(digits_run, other)
-    metrics = json.loads((other / "metrics.json").read_text())
-    (other / "metrics.json").write_text(json.dumps({**metrics, "method": "supervised"}))
-    assert "runs of spice and supervised" in mistake(capsys, "evaluate", digits_run, other)
+    assert run("evaluate", alone[2], other_seed, *alone[:2], digits_run) == 0
+    table = capsys.readouterr().out
+    assert table.count("2 runs, mean ± standard deviation") == 1
+    assert table.endswith("Only runs that differ in the seed alone are averaged.\n")
+    assert "nan" not in table.partition("2 runs")[0]
+    assert f"{scores['acc'] - 0.1:.3f}  " in table.partition("2 runs")[0]
+    assert all(f"{run}\n" in table for run in alone)
+
+
+def test_the_mean_of_seeds_with_different_results_is_of_their_results(digits_run):
+    from dataclasses import replace
+
+    from spice_dist.report.reading import load
+    from spice_dist.report.table import _rows
+
+    good, bad = {"acc": 0.9}, {"acc": 0.3}
+    one = replace(load(digits_run), scores={"A": bad, "B (result)": good})
+    other = replace(one, scores={"B": bad, "A (result)": good})
+    assert _rows([one, one]) == [one.scores, one.scores]
+    assert _rows([one, other]) == [{"A": bad, "B": good, "Result": good}, {"A": good, "B": bad, "Result": good}]
 
 
 def test_too_many_bad_images_are_refused_with_the_option_that_allows_them(tmp_path, capsys):
