@@ -46,7 +46,7 @@ def pixels(index):
     return np.broadcast_to(np.array([index % 256, index // 256, 200], np.uint8), (SIZE, SIZE, 3))
 
 
-def read_pixels(run, indices):
+def read_pixels(run, indices, edge):
     return np.stack([pixels(int(i)) for i in indices])
 
 
@@ -335,7 +335,7 @@ def test_a_poor_run_still_gets_a_page(tmp_path):
 def test_images_that_cannot_be_read_are_named_not_hidden(tmp_path):
     write_run(tmp_path)
 
-    def gone(run, indices):
+    def gone(run, indices, edge):
         raise DamagedFile("images.npy <b>is gone</b>")
 
     parsed = Page(write_report(tmp_path, images=gone).read_text(encoding="utf-8"))
@@ -351,7 +351,7 @@ def test_many_clusters_fit_the_page(tmp_path):
     rows = [f"{i},{'long' * 50}{i}.png,{i % k},0.5,1" for i in range(k * 10)]
     (tmp_path / "assignments.csv").write_text("\n".join(["index,path,cluster,confidence,reliable", *rows]))
     noise = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)  # 40 px: kept as PNG, and it does not compress
-    out = write_report(tmp_path, images=lambda run, indices: np.broadcast_to(noise, (len(indices), 40, 40, 3)))
+    out = write_report(tmp_path, images=lambda run, indices, edge: np.broadcast_to(noise, (len(indices), 40, 40, 3)))
     text = out.read_text(encoding="utf-8")
     shown = text.count('id="cluster-299"'), re.search(r"at most (\d+) of its most typical images and (\d+)", text)
     assert shown[0] == 1
@@ -387,7 +387,7 @@ def test_an_old_page_survives_a_failure(tmp_path):
     write_run(tmp_path)
     (tmp_path / "report.html").write_text("old")
 
-    def fails(run, indices):
+    def fails(run, indices, edge):
         raise RuntimeError("the reader broke")
 
     with pytest.raises(RuntimeError, match="broke"):
@@ -502,7 +502,7 @@ def test_images_are_read_from_the_packed_data(tmp_path):
     stack = np.stack([pixels(i) for i in range(20)])
     np.save(tmp_path / "stack.npy", stack)
     ingest(open_source(str(tmp_path / "stack.npy")), tmp_path / "run" / "data", size=SIZE)
-    found = read_images(tmp_path / "run", np.array([7, 3, 19]))
+    found = read_images(tmp_path / "run", np.array([7, 3, 19]), 96)
     assert [image[0, 0].tolist() for image in found] == [[7, 0, 200], [3, 0, 200], [19, 0, 200]]
 
 

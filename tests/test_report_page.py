@@ -507,7 +507,12 @@ def many(tmp_path_factory):
     (folder / "assignments.csv").write_text("\n".join(["index,path,cluster,confidence,reliable", *rows, ""]))
     tiles = rng.integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
     smooth = (tiles.astype(float).mean(axis=(1, 2), keepdims=True) + 0.1 * tiles).clip(0, 255).astype(np.uint8)
-    write_report(folder, images=lambda run, indices: smooth[indices % 40])
+
+    def images(run, indices, edge):
+        found = smooth[indices % 40]
+        return found if edge < 200 else found.repeat(4, 1).repeat(4, 2)[:, :edge, :edge]
+
+    write_report(folder, images=images)
     return artifacts.report_file(folder)
 
 
@@ -554,3 +559,5 @@ def test_of_ten_thousand_images_what_is_far_from_the_screen_is_built_when_it_com
     assert page.locator("#results [data-image]").count() < 2000
     page.evaluate("document.querySelector('#results .live:last-child').scrollIntoView()")
     until(page, "document.querySelector('#results .live:last-child').childElementCount > 0")
+    page.evaluate("show(+document.querySelector('#cluster-7 img').dataset.image)")
+    until(page, "document.querySelector('#panel img.large').naturalWidth === 224")

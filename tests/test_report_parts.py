@@ -19,8 +19,10 @@ from spice_dist.report import (
     compare,
     confusion,
     evidence,
+    gallery,
     layout,
     payload,
+    previews,
     sprites,
     words,
     write_comparison,
@@ -184,6 +186,40 @@ def test_every_image_is_on_its_tile_in_the_page_or_beside_it(tmp_path):
     assert not beside.exists(), "sheets of an earlier page are removed"
 
 
+def large_pixels(run, indices, edge):
+    """As the pixels of a run that keeps squares of 240 px."""
+    return np.stack([np.broadcast_to(pixels(int(i))[0, 0], (min(edge, 240),) * 2 + (3,)) for i in indices])
+
+
+def test_images_of_the_galleries_have_a_sharper_picture(tmp_path):
+    write_run(tmp_path)
+    page = write_report(tmp_path, images=large_pixels).read_text(encoding="utf-8")
+    found = dict(re.findall(r'id="preview-(\d+)">(.*?)</script>', page))
+    assert set(found) == set(re.findall(r'<img data-index="(\d+)"', page))
+    for index, text in found.items():
+        picture = Image.open(io.BytesIO(base64.b64decode(text)))
+        assert (picture.format, picture.size) == ("WEBP", (224, 224))
+        np.testing.assert_allclose(np.asarray(picture)[100, 100], pixels(int(index))[0, 0], atol=4)
+    for options in ({"page_mb": 0, "images": large_pixels}, {"images": read_pixels}):
+        assert 'id="preview-' not in write_report(tmp_path, **options).read_text(encoding="utf-8")
+
+
+def test_sharper_pictures_stay_within_the_budget_and_every_group_has_some(tmp_path):
+    def row(*indices):
+        return [gallery.Thumbnail(i, "", "", 1.0, False) for i in indices]
+
+    shown = [
+        gallery.Gallery(0, 8, None, None, row(0, 1, 2), row(3, 1)),
+        gallery.Gallery(1, 8, None, None, row(4, 5, 6), row(7, 8)),
+    ]
+    assert previews.in_turn(shown) == [0, 3, 4, 7, 1, 5, 8, 2, 6]
+    whole = previews.make(tmp_path, shown, large_pixels, 1e6)
+    few = previews.make(tmp_path, shown, large_pixels, sum(map(len, whole.values())) / 2)
+    assert list(whole) == previews.in_turn(shown)
+    assert list(few) == list(whole)[: len(few)]
+    assert 3 < len(few) < 6
+
+
 def test_a_page_of_a_thousand_photos_stays_small_and_a_photo_keeps_its_look(tmp_path):
     rng = np.random.default_rng(0)
 
@@ -196,7 +232,7 @@ def test_a_page_of_a_thousand_photos_stays_small_and_a_photo_keeps_its_look(tmp_
     labels = np.zeros(1000, np.int64)
     seen = {}
 
-    def read(run, indices):
+    def read(run, indices, edge):
         return np.stack([seen.setdefault(int(i), photo(i)) for i in indices])
 
     sheets = sprites.make(tmp_path, np.arange(1000), sprites.places(labels), read, 20_000_000)

@@ -118,6 +118,6 @@ def _moved(
 
 def _thumbnails(run: Run, wanted: Int[np.ndarray, " W"], sure: np.ndarray, images: ReadImages) -> dict[int, Thumbnail]:
     paths = read_names(artifacts.assignments_file(run.folder), wanted)
-    pixels = zip(wanted.tolist(), images(run.folder, wanted), strict=True)
+    pixels = zip(wanted.tolist(), images(run.folder, wanted, EDGE), strict=True)
     encoded = ((i, *encode(image, EDGE)) for i, image in pixels)
     return {i: Thumbnail(i, uri, paths[i], float(sure[i]), hard) for i, uri, hard in encoded}

@@ -13,7 +13,7 @@ from spice_dist.assignments import read_names
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.report.reading import Run
 
-ReadImages = Callable[[Path, np.ndarray], np.ndarray]  # run folder, indices (n,) -> uint8 (n, H, W, 3)
+ReadImages = Callable[[Path, np.ndarray, int], np.ndarray]  # run folder, indices (n,), px -> uint8 (n, H, W, 3)
 
 PAGE_BUDGET = 12_000_000  # bytes of thumbnails with their captions; the rest of the page takes one or two million
 PIXELATED_BELOW = 48  # px; smaller images are kept as they are and shown with hard pixels
@@ -44,18 +44,18 @@ class Gallery:
     uncertain: list[Thumbnail] = field(default_factory=list)
 
 
-def read_images(run: Path, indices: np.ndarray) -> np.ndarray:
-    """Read images of the run in the order of `indices`, reduced to thumbnails: uint8 (n, H, W, 3)."""
+def read_images(run: Path, indices: np.ndarray, edge: int) -> np.ndarray:
+    """Read images of the run in the order of `indices`, of at most `edge` pixels a side: uint8 (n, H, W, 3)."""
     import torch
 
     from spice_dist.data.loaders import open_images
 
     order = np.asarray(indices, dtype=np.int64)
-    size = min(artifacts.manifest(run).size, 96)
+    size = min(artifacts.manifest(run).size, edge)
     images = open_images(artifacts.data(run), device=torch.device("cpu"), size=size, loader="torch", resident_bytes=0)
     try:
         batches = images.batches(order, 256)  # in exactly this order
-        return np.stack([_reduce(image, 96) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])
+        return np.stack([_reduce(image, edge) for batch, _ in batches for image in batch.permute(0, 2, 3, 1).numpy()])
     finally:
         images.close()
 
@@ -133,7 +133,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
     thumbnails: dict[int, Thumbnail] = {}
     try:
         for chunk in np.array_split(wanted, max(1, -(-len(wanted) // 5000))):
-            for index, image in zip(chunk.tolist(), images(run.folder, chunk), strict=True):
+            for index, image in zip(chunk.tolist(), images(run.folder, chunk, 96), strict=True):
                 uri, pixelated = encode(image, edge)
                 thumbnails[index] = Thumbnail(index, uri, paths[index], float(run.confidence[index]), pixelated)
     except (UserError, OSError) as error:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from spice_dist import artifacts
 from spice_dist.errors import UserError, no_folder
-from spice_dist.report import attention, charts, confusion, payload, sections, sprites, words
+from spice_dist.report import attention, charts, confusion, payload, previews, sections, sprites, words
 from spice_dist.report.evidence import Evidence, gather
 from spice_dist.report.gallery import (
     Gallery,
@@ -107,7 +107,14 @@ def render(
     shown, notes = galleries(run, similarity, images)
     evidence = gather(run, typical, centers, _indices(shown))
     place = sprites.places(run.labels[evidence.shown])
-    sheets = None if notes and not _indices(shown).size else _sheets(run, evidence, place, images, budget, shown)
+    sheets, sharp = None, {}
+    if _indices(shown).size or not notes:
+        taken = sum(thumbnail.bytes for gallery in shown for thumbnail in (*gallery.nearest, *gallery.uncertain))
+        left = max(0, budget - taken)
+        most = min(previews.SHARE * left, previews.BYTES_EACH * len(evidence.shown))
+        sharp = previews.make(run.folder, shown, images, most)
+        left -= sum(map(len, sharp.values()))
+        sheets = sprites.make(run.folder, evidence.shown, place, images, left)
     points, method = None, ""
     if run.features is not None and len(run.labels) >= 3:
         points, method = place_images(run.folder, run.features, evidence.shown, take_time)
@@ -121,6 +128,7 @@ def render(
         map_method=method,
         data=payload.embed(data),
         sheets=[payload.encoded(sheet) for sheet in sheets.inside] if sheets else [],
+        previews=sharp,
         beside_files=bool(sheets and sheets.outside),
         beside=_beside(run, evidence, sheets, folder),
         script=payload.script(),
@@ -172,14 +180,6 @@ def _context(run: Run, evidence: Evidence, shown: list[Gallery], notes: list[str
 
 def _indices(shown: list[Gallery]) -> Int[np.ndarray, " W"]:
     return np.unique(np.array([t.index for g in shown for t in (*g.nearest, *g.uncertain)], dtype=np.int64))
-
-
-def _sheets(
-    run: Run, evidence: Evidence, place: Int[np.ndarray, " S"], images: ReadImages, budget: int, shown: list[Gallery]
-) -> sprites.Sheets | None:
-    """Make the sheets, within what the galleries leave of the budget."""
-    taken = sum(thumbnail.bytes for gallery in shown for thumbnail in (*gallery.nearest, *gallery.uncertain))
-    return sprites.make(run.folder, evidence.shown, place, images, max(0, budget - taken))
 
 
 def _beside(run: Run, evidence: Evidence, sheets: sprites.Sheets | None, folder: str) -> list[str]:

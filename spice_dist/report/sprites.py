@@ -75,7 +75,7 @@ def _text_bytes(sheets: list[bytes]) -> int:
 
 def _tiles(run: Path, indices: Int[np.ndarray, " S"], images: ReadImages) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
     for start in range(0, len(indices), SHEETS_AT_ONCE * PER_SHEET):
-        pixels = images(run, indices[start : start + SHEETS_AT_ONCE * PER_SHEET])
+        pixels = images(run, indices[start : start + SHEETS_AT_ONCE * PER_SHEET], EDGES[0])
         yield from (pixels[first : first + PER_SHEET] for first in range(0, len(pixels), PER_SHEET))
 
 

@@ -213,11 +213,19 @@ function neighborsOf(image) {
   return [...A.neighbors.subarray(image * DATA.reach, (image + 1) * DATA.reach)].filter((other) => other >= 0);
 }
 
+/** The sharpest picture of an image that the page has. */
+function largest(image) {
+  const sharp = $("preview-" + A.index[image]);
+  if (sharp) return el("img", { class: "large", alt: DATA.paths[image], src: "data:image/webp;base64," + sharp.textContent });
+  const picture = el("div", { class: "large", role: "img", "aria-label": DATA.paths[image] });
+  paint(picture, image);
+  return picture;
+}
+
 function show(image, from = null) {
   const panel = $("panel");
   if (!panel.open) opener = from;
-  const picture = el("div", { class: "large", role: "img", "aria-label": DATA.paths[image] });
-  paint(picture, image);
+  const picture = largest(image);
   const menu = clusterMenu("Cluster to move this image to", A.candidates[image * DATA.top + Math.min(1, DATA.top - 1)]);
   const copies = DATA.duplicates.find((group) => group.includes(image))?.filter((other) => other !== image) ?? [];
   const facts = el("p", {}, `${nameOf(A.cluster[image], "cluster")} · confidence ${percent(A.confidence[image])}`);
