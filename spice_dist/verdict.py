@@ -56,14 +56,14 @@ def judge(evidence: Evidence) -> Verdict:
     if evidence.below:
         return Verdict(WEAK, f"{evidence.below} scores better without labels", "take another backbone")
     agreement = evidence.agreement
-    if evidence.corrected:
-        level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
-        why = f"corrected by hand, with a mean confidence of {evidence.confidence or 0:.2f} of 1"
-        return Verdict(level, why, "" if level == FAIR else "look at the images of low confidence")
     asked = _asked(evidence)
     if agreement is None:
-        level = FAIR if (evidence.confidence or 0) >= 0.7 else WEAK
-        return Verdict(level, "one head alone, whose stability is unknown", "" if level == FAIR else "train longer")
+        confidence = evidence.confidence or 0
+        level, remedy = (FAIR, "") if confidence >= 0.7 else (WEAK, "train longer")
+        if not evidence.corrected:
+            return Verdict(level, "one head alone, whose stability is unknown", remedy)
+        why = f"corrected by hand, with a mean confidence of {confidence:.2f} of 1"
+        return Verdict(level, why, remedy and "look at the images of low confidence")
     why = f"heads of different starts agree by {agreement:.2f} of 1"
     if agreement < 0.4:
         return Verdict(WEAK, why, asked or "take another backbone")
