@@ -11,6 +11,7 @@ import numpy as np
 
 from spice_dist import artifacts
 from spice_dist.assignments import read_assignments
+from spice_dist.data.decode import FITS
 from spice_dist.data.files import publish
 from spice_dist.data.manifest import Ingested
 from spice_dist.errors import UserError
@@ -111,9 +112,10 @@ def _trust(verdict: dict[str, Any]) -> str:
 def _data(manifest: Ingested, about: dict[str, Any]) -> str:
     data = mapping(about.get("data"))
     size, colour = data.get("size"), "grey" if data.get("channels") == 1 else "colour"
+    square = FITS[data.get("fit", "crop")]
     rows = {
         "images": f"{manifest.n:,}",
-        "as the network sees them": f"{size} x {size} pixels, {colour}: the central square, resized",
+        "as the network sees them": f"{size} x {size} pixels, {colour}: {square}, resized",
         "left out, unreadable": f"{manifest.bad:,}",
         "exact copies of others": f"{manifest.duplicates:,}",
         "held out, not learnt from": f"{manifest.held_out:,}",

@@ -256,14 +256,14 @@ def stl10(num_images: int = 113_000) -> Config:
 
 
 def imagenet_10(num_images: int = 13_000) -> Config:
-    """SPICE's settings for ImageNet-10 of 224 pixels, 5,000 epochs; the queue is not published.
+    """SPICE's settings for ImageNet-10, squashed to 224 pixels, 5,000 epochs; the queue is not published.
 
     SCAN publishes no settings for it: those are of STL-10. Not run here.
     """
     strong = replace(SCAN_STRONG, cutout=32 / 224)
     return Config(
         clusters=10,
-        data=DataConfig(size=224),
+        data=DataConfig(size=224, fit="squash"),
         backbone=BackboneConfig(name="resnet34", stem="native"),
         moco=MoCoConfig(epochs=5000),
         spice_self=SpiceSelfConfig(strong=strong),

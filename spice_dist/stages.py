@@ -19,6 +19,7 @@ from spice_dist.clustering import Clustering
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
 from spice_dist.data.files import Progress
+from spice_dist.data.ingest import require_fit
 from spice_dist.data.manifest import Ingested
 from spice_dist.data.sources import Source, content_of, listing
 from spice_dist.errors import UserError
@@ -271,6 +272,7 @@ def _fingerprint(labels: np.ndarray | None) -> str:
 def check_settings(config: Config, images: ImageList, data: str) -> None:
     """Raise a UserError for settings with which the run would fail after hours of training."""
     check_task(config)
+    require_fit(images, config.data.fit, data)
     if config.clusters != AUTO and config.clusters > images.clustered:
         raise UserError(
             f"--clusters is {config.clusters}, more than the {images.clustered} images of {data}; ask for fewer"

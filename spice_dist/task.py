@@ -46,7 +46,7 @@ def require_positive(group: str, **values: float) -> None:
 def check_task(task: Task) -> None:
     """UserError naming the first setting of these that is out of range."""
     check_ranges("", task, "bn_groups", "precision", "method", "pretext", "stage2", "stage3")
-    check_ranges("data", task.data, "grey_bits", "max_megapixels", "max_bad")
+    check_ranges("data", task.data, "fit", "grey_bits", "max_megapixels", "max_bad")
     if task.method == "imc_swav" != task.pretext:
         raise UserError(f'method "imc_swav" learns features by itself, not by pretext "{task.pretext}": leave that out')
     if task.seed < 0:

@@ -22,6 +22,12 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--format", choices=("auto", "jpg", "raw"), default="auto", help="raw squares or whole JPEG images"
     )
+    command.add_argument(
+        "--fit",
+        choices=("crop", "squash"),
+        default="crop",
+        help="crop: squares are central ones; squash: whole images, distorted; fit needs the same data.fit",
+    )
     command.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 (90)")
     command.add_argument("--processes", type=int, help="decoding processes (default: as many as cores)")
     add_ingest_options(command)
@@ -42,6 +48,7 @@ def pack(options: argparse.Namespace, given: list[str]) -> None:
             format=options.format,
             quality=options.quality,
             max_megapixels=MAX_MEGAPIXELS if options.max_megapixels is None else options.max_megapixels,
+            fit=options.fit,
             max_bad=0.05 if options.max_bad is None else options.max_bad,
             drop_duplicates=options.drop_duplicates,
             workers=options.processes,

@@ -5,10 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from spice_dist.data.decode import MAX_MEGAPIXELS, MIN_SIDE, Packing
+from spice_dist.data.decode import FITS, MAX_MEGAPIXELS, MIN_SIDE, Packing
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
-from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, stored_format
+from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, require_fit, stored_format
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
 from spice_dist.data.manifest import Ingested, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
@@ -39,6 +39,7 @@ class DataConfig:
         MAX_MEGAPIXELS, "largest image, in millions of pixels; a JPEG may have five times as many", least=1, most=1000
     )
     max_bad: float = setting(0.05, "share of unreadable images above which the run is refused", least=0, most=1)
+    fit: str = setting("crop", "crop: squares are central ones; squash: whole images, distorted", choices=tuple(FITS))
     drop_duplicates: bool = setting(False, "leave out exact copies of earlier images")
 
 
@@ -46,8 +47,9 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
     """Make `out_dir` the packed data set of `source`: a reference to a `.beton`, or its images ingested.
 
     Raises:
-        UserError: too many unreadable images, or a folder that cannot be written.
+        UserError: too many unreadable images, a folder that cannot be written, or a `.beton` of another `fit`.
     """
+    require_fit(source, config.fit, source.name)
     if is_beton(source.name) and manifest_path(Path(source.name)).exists():
         return adopt(Path(source.name), out_dir)
     return ingest(
@@ -59,6 +61,7 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
         quality=config.quality,
         grey_bits=config.grey_bits,
         max_megapixels=config.max_megapixels,
+        fit=config.fit,
         max_bad=config.max_bad,
         drop_duplicates=config.drop_duplicates,
         progress=progress,
@@ -69,7 +72,7 @@ def packing_of(config: DataConfig) -> Packing:
     """Return how `prepare` stores the images of a small set; each 16-bit grey by its own bits unless they are set."""
     format = stored_format(config.format, config.size, images=1)
     size = config.size if format == "raw" else _jpeg_side(config)
-    return Packing(format, size, config.quality, config.grey_bits, config.max_megapixels)
+    return Packing(format, size, config.quality, config.grey_bits, config.max_megapixels, config.fit)
 
 
 def _jpeg_side(config: DataConfig) -> int:

@@ -13,6 +13,8 @@ Animations and TIFFs give their first frame or page; EXIF orientation is applied
     raw     the central square, resized to size x size; one whose side is `size` is only cropped
     jpg     the whole image, its shorter side reduced to `size` if it is longer, as JPEG with 4:2:0 colour; a JPEG of
             three 8-bit components that is small enough and upright already is stored byte for byte
+So it is with fit "crop". With "squash" the whole image is resized to a square of side `size`, and a JPEG is never
+larger than its longer side: whoever reads the data set finds squares.
 A triangle filter reduces, as in torchvision's Resize; a bicubic one enlarges.
 A JPEG of four times the size needed or more is decoded at a half, a quarter or an eighth of it, as its format allows.
 One that is stored unchanged is decoded at an eighth, to check it: that reads all of its compressed data.
@@ -44,6 +46,8 @@ from spice_dist.data.sources import HEIC_HINT, BadImage, file_digest, read_file
 if TYPE_CHECKING:
     from PIL import Image
 
+# what becomes the square that a network sees
+FITS = {"crop": "the largest central square", "squash": "the whole image, its sides not kept in proportion"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # others have a long record of decoder holes
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_MEGAPIXELS = 50  # 200 MB decoded as RGBA; peak memory is about three times that
@@ -67,6 +71,7 @@ class Packing:
     quality: int = 90
     grey_bits: int = 16  # white is 2^bits - 1 in 16-bit greys; 0: as many bits as the image itself uses, LEAST_BITS up
     max_megapixels: int = MAX_MEGAPIXELS  # a larger image is refused, a JPEG from JPEG_FACTOR times as many on
+    fit: str = "crop"  # one of FITS
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _pack(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, bytes]:
         warnings.simplefilter("always")
         frames, is_tiff = _frames(image), image.format == "TIFF"
         grey_bits = 0
-        if packing.format == "jpg" and _is_fit(image, data, packing.size):
+        if packing.format == "jpg" and _is_fit(image, data, packing):
             packed, stored = _keep(image, data), data
         else:
             rgb, grey_bits = _decode(image, packing, is_negative)
@@ -143,10 +148,10 @@ def _pack(data: np.ndarray | bytes, packing: Packing) -> tuple[Packed, bytes]:
 def _store(image: "Image.Image", packing: Packing) -> tuple[Packed, bytes]:
     if packing.format == "raw":
         height = width = packing.size
-        square = _square(image, packing.size)
+        square = _square(image, packing)
         stored, faint = square.tobytes(), bool((np.ptp(square, axis=(0, 1)) < FAINT).all())
     else:
-        reduced = _reduced(image, packing.size)
+        reduced = _reduced(image, packing)
         width, height = reduced.size
         stored, faint = _jpeg(reduced, packing.quality), _is_faint(reduced)
     return Packed(height, width, zlib.crc32(stored), hashlib.sha256(stored).hexdigest(), faint=faint), stored
@@ -254,34 +259,40 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _square(image: "Image.Image", size: int) -> UInt8[np.ndarray, "size size 3"]:
+def _square(image: "Image.Image", packing: Packing) -> UInt8[np.ndarray, "size size 3"]:
     from PIL import Image
 
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == size:
+    side, size = min(image.size), packing.size
+    width, height = image.size if packing.fit == "squash" else (side, side)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    box = (left, top, left + width, top + height)
+    if width == height == size:
         return np.array(image.crop(box))
     resample = Image.Resampling.BICUBIC if side < size else Image.Resampling.BILINEAR
     return np.array(image.resize((size, size), resample, box=box))
 
 
-def _reduced(image: "Image.Image", size: int) -> "Image.Image":
-    """Reduce the image to a shorter side of at most `size` and a longer one of at most MAX_STORED_SIDE."""
+def _reduced(image: "Image.Image", packing: Packing) -> "Image.Image":
+    """Reduce the image to the size at which its JPEG is stored, sides of at most MAX_STORED_SIDE."""
     from PIL import Image
 
-    scale = min(1.0, size / min(image.size), MAX_STORED_SIDE / max(image.size))
-    if scale == 1:
+    if packing.fit == "squash":
+        width = height = min(packing.size, max(image.size))
+    else:
+        scale = min(1.0, packing.size / min(image.size), MAX_STORED_SIDE / max(image.size))
+        width, height = (max(MIN_SIDE, round(side * scale)) for side in image.size)
+    if (width, height) == image.size:
         return image
-    width, height = (max(MIN_SIDE, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
-def _is_fit(image: "Image.Image", data: bytes, size: int) -> bool:
+def _is_fit(image: "Image.Image", data: bytes, packing: Packing) -> bool:
     """Return whether the file can be stored as it is: an upright, small JPEG of three 8-bit components."""
     if image.format != "JPEG" or image.mode != "RGB" or jpeg_size(data) != (image.height, image.width):
         return False
-    if min(image.size) > size or max(image.size) > MAX_STORED_SIDE:
+    if min(image.size) > packing.size or max(image.size) > MAX_STORED_SIDE:
+        return False
+    if packing.fit == "squash" and image.width != image.height:
         return False
     try:
         return _is_upright(image)

@@ -61,6 +61,7 @@ def ingest(
     quality: int = 90,
     grey_bits: int = 0,
     max_megapixels: int = MAX_MEGAPIXELS,
+    fit: str = "crop",
     max_bad: float = 0.05,
     drop_duplicates: bool = False,
     workers: int | None = None,
@@ -79,14 +80,16 @@ def ingest(
         quality: of JPEG, 1 .. 100.
         grey_bits: white is 2^bits - 1 in 16-bit greys, 1 .. 16; 0: as many bits as those of the source use.
         max_megapixels: larger images are not read; JPEGs may have five times as many.
+        fit: "crop": squares are central ones; "squash": they are the whole images, distorted.
         max_bad: largest share of unusable images in [0, 1] with which a run may go on.
         drop_duplicates: leave out exact copies of earlier images; not held-out ones that equal a training image.
         workers: decoding processes; default: the cores that this process may use.
 
     Raises:
-        UserError: too many bad images or no good one (quarantine.csv says why), or the folder cannot be written.
+        UserError: too many bad images or no good one (quarantine.csv says why), the folder cannot be written, or the
+            source is a file that was packed with another `fit`.
     """
-    packing = _packing(source, size, jpeg_side or size, format, quality, grey_bits, max_megapixels)
+    packing = _packing(source, size, jpeg_side or size, format, quality, grey_bits, max_megapixels, fit)
     call_hash, quarantine = _call_hash(source, packing, drop_duplicates), out_dir / "quarantine.csv"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -114,8 +117,16 @@ def ingest(
 
 
 def _packing(
-    source: Source, size: int, jpeg_side: int, format: str, quality: int, grey_bits: int, max_megapixels: int
+    source: Source,
+    size: int,
+    jpeg_side: int,
+    format: str,
+    quality: int,
+    grey_bits: int,
+    max_megapixels: int,
+    fit: str,
 ) -> Packing:
+    require_fit(source, fit, source.name)
     for name, value in (("size", size), ("JPEG size", jpeg_side)):
         if not MIN_SIDE <= value <= MAX_SIZE:
             raise UserError(f"image {name} {value} is out of range: give {MIN_SIDE} .. {MAX_SIZE} pixels")
@@ -128,7 +139,16 @@ def _packing(
     if not 1 <= max_megapixels <= MOST_MEGAPIXELS:
         raise UserError(f"--max-megapixels is {max_megapixels}: give 1 .. {MOST_MEGAPIXELS} million pixels")
     format = stored_format(format, size, len(source.paths))
-    return Packing(format, size if format == "raw" else jpeg_side, quality, grey_bits, max_megapixels)
+    return Packing(format, size if format == "raw" else jpeg_side, quality, grey_bits, max_megapixels, fit)
+
+
+def require_fit(images: Source | Ingested, fit: str, data: str) -> None:
+    """Raise a UserError if the images are packed, and with another fit."""
+    if images.fit not in ("", fit):
+        raise UserError(
+            f"{data} was packed with --fit {images.fit}, but data.fit is {fit}: pack the images again with "
+            f"--fit {fit}, or train with --set data.fit={images.fit}"
+        )
 
 
 def stored_format(wanted: str, size: int, images: int) -> str:
@@ -285,6 +305,7 @@ def _publish_all(
         pages=int(records["pages"].sum()),
         faint=int(records["faint"].sum()),
         grey_bits=packing.grey_bits if records["grey_bits"].any() else 0,
+        fit=packing.fit,
     )
     publish_json(out_dir / "manifest.json", asdict(manifest))
     return manifest
@@ -332,7 +353,7 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
         raise UserError(f"{out} does not end with .beton: give a name such as {out.stem or 'images'}.beton")
     size = options["size"]
     kind = [options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90)]
-    kind += [options.get("grey_bits", 0), options.get("max_megapixels", MAX_MEGAPIXELS)]
+    kind += [options.get("grey_bits", 0), options.get("max_megapixels", MAX_MEGAPIXELS), options.get("fit", "crop")]
     if out.exists() and manifest_path(out).exists():
         finished, packing = manifest_beside(out), _packing(source, size, *kind)
         if finished.listing == _call_hash(source, packing, options.get("drop_duplicates", False)):
@@ -403,4 +424,5 @@ def packed_source(packed: Path) -> Source:
         stamps=lambda i: "" if crc32 is None else str(crc32[i]),
         extra=manifest.extra,
         held_out=manifest.held_out,
+        fit=manifest.fit,
     )

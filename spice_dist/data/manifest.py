@@ -38,6 +38,7 @@ class Ingested:
     pages: int = 0  # of TIFFs, after the first of each
     faint: int = 0  # images that are black, white or of one colour
     grey_bits: int = 16  # white is 2^bits - 1 in the 16-bit greys of the set; 0: it has none
+    fit: str = "crop"  # how the images became squares, or will when they are read: see `decode`
 
     def notes(self) -> list[str]:
         """Say what a user should know of the set, a line each."""

@@ -70,6 +70,7 @@ class Source:
     stamps: Callable[[int], str] | None = None
     extra: int = 0  # images after the clustered ones that only train stages 1 and 3
     held_out: int = 0  # images after those that train nothing and are scored
+    fit: str = ""  # of a packed file, with which it was packed (see `decode`); "": not packed yet
 
     @property
     def clustered(self) -> int:

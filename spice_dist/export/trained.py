@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from spice_dist import artifacts, inference
+from spice_dist.data.decode import FITS
 from spice_dist.data.images import Images
 from spice_dist.data.loaders import open_images
 from spice_dist.errors import UserError
@@ -66,8 +67,9 @@ def preprocessing(task: Task) -> dict[str, Any]:
     return {
         "input_size": (data.channels, data.size, data.size),
         "colour": "RGB" if data.channels == 3 else "grey, ITU-R 601 luma",
-        "crop": "the largest central square, EXIF orientation applied",
+        "crop": f"{FITS[data.fit]}, EXIF orientation applied",
         "crop_pct": 1.0,
+        "crop_mode": "squash" if data.fit == "squash" else "center",
         "interpolation": "bilinear, antialiased; bicubic where it enlarges",
         "mean": mean,
         "std": std,
