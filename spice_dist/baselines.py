@@ -1,18 +1,33 @@
-"""k-means of pixels and of features, the baseline of every run."""
+"""What every run is compared with: k-means of pixels, and k-means, spectral clustering and UMAP of its features."""
 
-from collections.abc import Callable
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Collection
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
 
+from spice_dist import graph
 from spice_dist.data.files import Progress
 from spice_dist.data.images import Images
 from spice_dist.data.manifest import Ingested
 from spice_dist.inference import CHUNK
+from spice_dist.methods import spice_graph
+from spice_dist.methods.spice_graph import SpiceGraphConfig
+from spice_dist.neighbors import nearest, search, without_itself
 from spice_dist.task import Task
 
 FITTED_BYTES = 256 << 20  # k-means is fitted on a random sample of this size
 STARTS = 10  # of k-means; the best is taken
+SPECTRAL_NEIGHBORS = 15  # of the graph of spectral clustering
+UMAP = {"n_neighbors": 10, "n_components": 10}
+UMAP_IMAGES = 10_000  # that UMAP sees, a minute or two; the others get the label that most of their nearest ones have
+VOTES = 5  # of these
+MOST = 500_000  # images up to which the features are kept in memory for spectral clustering and UMAP
 
 
 def kmeans(
@@ -44,6 +59,83 @@ def kmeans_of_features(
         models.append(model.fit(fitted))
         progress(start + 1, STARTS)
     return min(models, key=lambda model: model.inertia_).predict(features).astype(np.int64)
+
+
+def of_features(
+    task: Task,
+    features: Float[np.ndarray, "N D"],
+    clustered: int,
+    device: torch.device,
+    known: Collection[str] = (),
+) -> dict[str, Int[np.ndarray, " N"]]:
+    """Label all images by spectral clustering and, with `umap_baseline`, by k-means of UMAP's map, of unit features.
+
+    Both are left out of fewer images than spectral clustering can use. One line says what else is left out and why.
+
+    Args:
+        known: baselines that there are already, by name.
+    """
+    wanted = {"spectral", *(["umap_kmeans"] if task.umap_baseline else [])}.difference(known)
+    if not wanted or clustered < max(spice_graph.MIN_IMAGES, 2 * task.clusters):
+        return {}
+    if len(features) > MOST:
+        tqdm.write(f"spectral clustering and UMAP, baselines of up to {MOST:,} images, are left out", sys.stderr)
+        return {}
+    on_device = torch.tensor(features, device=device).float()
+    labels = {"spectral": spectral(task, on_device, clustered)} if "spectral" in wanted else {}
+    if "umap_kmeans" in wanted and has_umap():
+        labels["umap_kmeans"] = umap_kmeans(task, on_device, clustered)
+    elif "umap_kmeans" in wanted:
+        tqdm.write("UMAP and k-means, a baseline, is left out: pip install 'spice_dist[map]'", sys.stderr)
+    return labels
+
+
+def spectral(
+    task: Task, features: Float[Tensor, "N D"], clustered: int, neighbors: Int[np.ndarray, "M S"] | None = None
+) -> Int[np.ndarray, " N"]:
+    """Cluster the neighbour graph of the clustered images as Shi and Malik 2000; others join the nearest center.
+
+    Args:
+        neighbors: of each clustered image, nearest first; None: they are searched.
+    """
+    reference = features[:clustered]
+    if neighbors is None:
+        neighbors = np.empty((clustered, 0), np.int32)  # of more images those of landmarks are searched
+        if clustered <= graph.landmarks(task.clusters):
+            found = nearest(reference, min(SPECTRAL_NEIGHBORS + 1, clustered))
+            neighbors = without_itself(found.cpu().numpy().astype(np.int32))
+    settings = SpiceGraphConfig(counts=(SPECTRAL_NEIGHBORS,), walks=(0,))
+    labels = spice_graph.clusterings(task, settings, reference, neighbors)[0]
+    others = features[clustered:]
+    if not len(others):
+        return labels
+    one_hot = torch.eye(task.clusters, device=features.device)[torch.from_numpy(labels).to(features.device)]
+    centers = one_hot.T @ reference / one_hot.sum(0).clamp(min=1)[:, None]
+    return np.concatenate([labels, (others @ centers.T).argmax(1).cpu().numpy()])
+
+
+def umap_kmeans(task: Task, features: Float[Tensor, "N D"], clustered: int) -> Int[np.ndarray, " N"]:
+    """Label all images by k-means of UMAP's map of up to UMAP_IMAGES clustered ones; the same for the same seed."""
+    from sklearn.cluster import KMeans
+
+    chosen = np.sort(np.random.default_rng(task.seed).permutation(clustered)[:UMAP_IMAGES])
+    sample = features[torch.from_numpy(chosen).to(features.device)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fixed seed takes one thread
+        from umap import UMAP as Umap  # pyright: ignore[reportMissingImports]
+
+        places = np.asarray(Umap(**UMAP, random_state=task.seed).fit_transform(sample.cpu().numpy()))
+    model = KMeans(task.clusters, n_init=STARTS, random_state=task.seed)  # pyright: ignore[reportArgumentType]
+    labels = model.fit_predict(places)
+    near = search(sample, features, min(VOTES, len(chosen)))[1].cpu().numpy()
+    of_all = graph.neighbor_mean(np.eye(task.clusters, dtype=np.float32)[labels], near).argmax(1)
+    of_all[chosen] = labels
+    return of_all
+
+
+def has_umap() -> bool:
+    """Tell whether umap-learn is installed."""
+    return importlib.util.find_spec("umap") is not None
 
 
 def pixels(images: Images, index: np.ndarray) -> Float[np.ndarray, "M P"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from spice_dist import artifacts, metrics, objectives, verdict
 from spice_dist.assignments import write_assignments
-from spice_dist.baselines import kmeans, pixels
+from spice_dist.baselines import kmeans, of_features, pixels
 from spice_dist.catalog import USING_LABELS
 from spice_dist.clustering import Clustering, scored_images
 from spice_dist.config import Config
@@ -115,7 +115,10 @@ def _labels_and_baselines(
     """Return the cluster of every image, its probability, and the clusters of the baselines by name."""
     task, choice = clustering.task, clustering.choice
     if choice is not None:
-        return choice.labels, choice.confidence, choice.baselines
+        baselines = choice.baselines
+        if "spectral" in baselines:  # else it is compared with the groups before corrections
+            baselines |= of_features(task, artifacts.stored_features(run), manifest.clustered, device, baselines)
+        return choice.labels, choice.confidence, baselines
     images, _ = open_run_dataset(task, run, device)
     with closing(images):
         net = place(clustering.net, device)
@@ -124,6 +127,7 @@ def _labels_and_baselines(
     if clustering.given is None:  # features that have learned from labels are no baseline
         features = artifacts.stored_features(run)
         baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
+        baselines |= of_features(task, features, manifest.clustered, device)
     return probs.argmax(1), probs.max(1), baselines
 
 

@@ -22,6 +22,7 @@ from spice_dist.report.reading import mapping, number, read_json
 GROUPS_SHOWN = 200
 SCORES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI"}
 COMPARED = {"kmeans_pixels": "k-means of pixels", "kmeans_features": "k-means of features"}
+COMPARED |= {"spectral": "spectral clustering of features", "umap_kmeans": "UMAP and k-means of features"}
 LITERAL = re.compile(r"[!-+/:-@\[-`{-~]|\.(?!\d)")  # what Markdown or HTML could read; a comma or minus is none
 
 

@@ -168,6 +168,7 @@ def cifar10(num_images: int = 60_000) -> Config:
     """
     return Config(
         clusters=10,
+        umap_baseline=True,
         data=DataConfig(size=32),
         backbone=BackboneConfig(name="resnet34", stem="pooled"),
         spice_self=SpiceSelfConfig(epochs=30),
@@ -244,6 +245,7 @@ def stl10(num_images: int = 113_000) -> Config:
     strong = replace(SCAN_STRONG, cutout=32 / 96)
     return Config(
         clusters=10,
+        umap_baseline=True,
         data=DataConfig(size=96),
         backbone=BackboneConfig(name="resnet34", stem="pooled"),
         moco=MoCoConfig(queue=65_536),
@@ -263,6 +265,7 @@ def imagenet_10(num_images: int = 13_000) -> Config:
     strong = replace(SCAN_STRONG, cutout=32 / 224)
     return Config(
         clusters=10,
+        umap_baseline=True,
         data=DataConfig(size=224, fit="squash"),
         backbone=BackboneConfig(name="resnet34", stem="native"),
         moco=MoCoConfig(epochs=5000),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spice_dist import artifacts, cost
+from spice_dist import artifacts, baselines, cost
 from spice_dist.clustering import Clustering
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
@@ -200,7 +200,8 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
     """Return the settings that only evaluation reads, by their last name as in metrics.json; None: not of this run."""
     read, values = _concluding(config).evaluation, flatten(config)
     names = [name for stage in TABLE for name in stage.evaluation]
-    return {name.rpartition(".")[2]: values[name] if name in read else None for name in names}
+    settings = {name.rpartition(".")[2]: values[name] if name in read else None for name in names}
+    return settings | {"umap_baseline": config.umap_baseline and baselines.has_umap() or None}
 
 
 def _concluding(config: Config) -> Stage:

@@ -32,6 +32,9 @@ class Task:
     stage3: str = setting(
         "spice_semi", "of SPICE: the whole network, spice_tune: its last blocks, or none", choices=catalog.STAGES3
     )
+    umap_baseline: bool = setting(
+        False, "compare the result also with k-means of UMAP's map of the features: minutes, where UMAP is installed"
+    )
     data: DataConfig = setting(DataConfig(), "the images")
     backbone: BackboneConfig = setting(BackboneConfig(), "the network that makes features")
 

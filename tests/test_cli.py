@@ -71,7 +71,7 @@ def test_metrics_hold_the_keys_that_others_rely_on(digits_run):
     scores = {"acc", "nmi", "nmi_geometric", "ami", "ari"}
     assert (metrics["n"], metrics["k"]) == (1797, 10)
     assert set(metrics["eval"]) == scores
-    assert set(metrics["baselines"]) == {"kmeans_pixels", "kmeans_features"}
+    assert set(metrics["baselines"]) == {"kmeans_pixels", "kmeans_features", "spectral"}
     assert all(set(baseline) == scores for baseline in metrics["baselines"].values())
     assert all(set(head) == {"select_loss", "acc"} for head in metrics["heads"])
     assert set(metrics["reliable"]) == {"count", "fraction", "acc", "advice"}
@@ -175,7 +175,7 @@ def test_a_folder_with_a_corrupt_image_is_clustered_without_it(photo_run):
     metrics = json.loads((photo_run / "metrics.json").read_text())
     assert metrics["n"] == 24
     assert metrics["eval"] is None
-    assert metrics["baselines"] == {"kmeans_pixels": None, "kmeans_features": None}
+    assert metrics["baselines"] == {"kmeans_pixels": None, "kmeans_features": None, "spectral": None}
     report = (photo_run / "report.html").read_text()
     assert report.count("<script>") == 1  # the page's own
     assert "1 of 25 left out: 1 unreadable" in report

@@ -6,7 +6,7 @@ k-means and spectral clustering of the same features are always compared too.
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spice_dist import artifacts, objectives
-from spice_dist.baselines import STARTS, kmeans_of_features
+from spice_dist.baselines import SPECTRAL_NEIGHBORS, STARTS, kmeans_of_features, spectral
 from spice_dist.clustering import Choice, Clustering, Reliable
 from spice_dist.data.files import Progress
 from spice_dist.inference import probabilities
@@ -30,7 +30,6 @@ from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.task import Task
 
 SCORES = ("generalization", "consensus")  # without labels, higher is better
-SPECTRAL_NEIGHBORS = 15  # of the graph of the spectral baseline
 BASELINES = {"kmeans_features": "k-means on the same features", "spectral": "spectral clustering of the same features"}
 
 
@@ -124,7 +123,7 @@ def _groupings(
     starts_of_all = partial(_show_starts, progress)
     baselines = {
         "kmeans_features": kmeans_of_features(task, features.cpu().numpy(), clustered, starts_of_all),
-        "spectral": _spectral(task, config, neighbors, features),
+        "spectral": spectral(task, features, clustered, neighbors),
     }
     progress(STARTS + 1, STARTS + 2)
     groupings = {
@@ -164,20 +163,6 @@ def _posterior(run: Path, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "
         return clustered
     head = ClusterHeads.holding(finished(run / "spice_graph").tensors("best")).to(features.device)
     return np.concatenate([clustered, spice_graph.outputs(head, others)[0]])
-
-
-def _spectral(
-    task: Task, config: SpiceGraphConfig, neighbors: Int[np.ndarray, "M S"], features: Float[Tensor, "N D"]
-) -> Int[np.ndarray, " N"]:
-    """Cluster the graph as Shi and Malik 2000; images without neighbours get the label of the nearest center."""
-    settings = replace(config, counts=(SPECTRAL_NEIGHBORS,), walks=(0,))
-    labels = spice_graph.clusterings(task, settings, features[: len(neighbors)], neighbors)[0]
-    others = features[len(neighbors) :]
-    if not len(others):
-        return labels
-    one_hot = torch.eye(task.clusters, device=features.device)[torch.from_numpy(labels).to(features.device)]
-    centers = one_hot.T @ features[: len(neighbors)] / one_hot.sum(0).clamp(min=1)[:, None]
-    return np.concatenate([labels, (others @ centers.T).argmax(1).cpu().numpy()])
 
 
 def _learnt(

@@ -22,6 +22,12 @@ LEARN_FROM_LABELS = {"fixmatch": "FixMatch", "supervised": "Supervised"}
 SCORES = ("acc", "nmi", "ari", "nmi_geometric", "ami")
 RESULT = " (result)"  # after the name of the row that is the result
 MAX_QUARANTINED = 50  # images that are named
+# baselines by the name in metrics.json; runs lack some of them
+OF_FEATURES = {
+    "kmeans_features": "Features + k-means",
+    "spectral": "Features + spectral",
+    "umap_kmeans": "Features + UMAP + k-means",
+}
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,10 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
         return {"Before the corrections": read_scores(baselines.get("before")), "Corrected": final}
     rows = {
         "Pixels + k-means": read_scores(baselines.get("kmeans_pixels")),
-        "Features + k-means": read_scores(baselines.get("kmeans_features")),
+        **{title: read_scores(baselines[name]) for name, title in OF_FEATURES.items() if name in baselines},
     }
     if metrics.get("method") in LEARN_FROM_LABELS:
         count = number(mapping(metrics.get("given_labels")).get("count")) or 0
-        del rows["Features + k-means"]  # the features have learned from labels
         return rows | {f"{LEARN_FROM_LABELS[metrics['method']]} ({count:.0f} labels)": final}
     if metrics.get("method") == "scan":
         alone = read_scores(read_json(artifacts.stage_scores_file(folder, "scan")))
@@ -179,8 +184,7 @@ def score_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None
 def graph_rows(folder: Path, metrics: dict) -> dict[str, dict[str, float] | None]:
     """Return the rows of a run on the neighbour graph; the result, chosen by label-free scores, is marked."""
     baselines = mapping(metrics.get("baselines"))
-    names = {"kmeans_features": "Features + k-means", "spectral": "Features + spectral"}
-    rows = {title: (name, read_scores(baselines.get(name))) for name, title in names.items()}
+    rows = {title: (name, read_scores(baselines[name])) for name, title in OF_FEATURES.items() if name in baselines}
     for name, title in {"spice_graph": "SPICE-Graph", "spice_tune": "SPICE, fine-tuned"}.items():
         if name in mapping(metrics.get("compared")):
             rows[title] = (name, read_scores(read_json(artifacts.stage_scores_file(folder, name))))

@@ -9,10 +9,11 @@ import numpy as np
 
 from spice_dist import artifacts
 from spice_dist.data.files import printable
-from spice_dist.report.reading import RESULT, SCORES, Run, load, mapping, number
+from spice_dist.report.reading import OF_FEATURES, RESULT, SCORES, Run, load, mapping, number
 
 WIDTH = 28  # of the methods' names: "Supervised (250 labels)"
 MOST_CLASSES = 12  # of which each is named
+BASELINES = ("Pixels + k-means", *OF_FEATURES.values())
 HEADINGS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "nmi_geometric": "NMI geo", "ami": "AMI"}
 
 
@@ -26,6 +27,7 @@ def format_scores(run: Path) -> str:
         for method, scores in loaded.scores.items():
             cells = "".join(f"{(scores or {}).get(name, float('nan')):9.3f}" for name in SCORES)
             lines.append(f"{method:<{WIDTH}}{cells}")
+        lines += _better_baselines(loaded.scores)
     else:
         lines.append("No true labels, so no ACC, NMI or ARI.")
     metrics = loaded.metrics
@@ -58,6 +60,14 @@ def format_classes(counts: Mapping[str, int], unlabelled: float) -> str:
         shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())
     without = f"; {unlabelled:,.0f} images without a label are not scored" * (unlabelled > 0)
     return f"{len(counts):,} classes: {shown}{without}"
+
+
+def _better_baselines(scores: dict[str, dict[str, float] | None]) -> list[str]:
+    """Return a line that names the baselines of a higher ACC than the result, the last row, if there are any."""
+    accuracy = {method: row["acc"] for method, row in scores.items() if row and "acc" in row}
+    result = list(accuracy.values())[-1:]
+    better = [name for name in accuracy if name in BASELINES and [accuracy[name]] > result]
+    return [f"of a higher ACC than the result: {', '.join(better)}"] if better else []
 
 
 def format_seeds(runs: Sequence[Path]) -> str:
