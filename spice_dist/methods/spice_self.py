@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from spice_dist import artifacts
 from spice_dist.data.crops import Key
-from spice_dist.data.views import SCAN_STRONG, SCAN_WEAK, View
+from spice_dist.data.files import publish
+from spice_dist.data.images import Images
+from spice_dist.data.views import PLAIN, SCAN_STRONG, SCAN_WEAK, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker
@@ -40,7 +42,7 @@ from spice_dist.methods.plumbing import (
     place,
     view_features,
 )
-from spice_dist.models.backbone import Backbone, unit
+from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.pseudo_labels import Loss, Outputs, margins, prototype_labels, quotas, selection_loss
@@ -50,6 +52,7 @@ from spice_dist.task import Task
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
 ROUND = 512  # minibatches between two barriers of the workers
 MANY = 100  # clusters from which the entropy term is on by default: SPICE needed it for 200 clusters, not for 10
+FEATURES = ("unit", "raw")
 FOLLOWED = 4096  # images whose labels by every head and epoch are stored, for a curve of the report
 
 
@@ -89,6 +92,9 @@ class SpiceSelfConfig:
     score_view: str = setting("weak", "the view that confidence comes from", choices=("weak", "strong"))
     learn_view: str = setting("strong", "the view that the heads learn from", choices=("weak", "strong"))
     view_epochs: int = setting(0, "epochs after which earlier views come again, from memory; 0: never", least=0)
+    features: str = setting(
+        "unit", "that the heads see: of unit norm, or raw, as published; similarity is of unit ones", choices=FEATURES
+    )
     backbone_bn: str = setting(
         "eval", "BatchNorm of the backbone; train as in the published code", choices=("eval", "train")
     )
@@ -119,7 +125,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
-    heads = ClusterHeads(config.heads, backbone.dim, task.clusters, config.layers).to(worker.device)
+    heads = new_heads(task, config, backbone.dim).to(worker.device)
     selection = Selection(heads, config.epochs, min(num_images, FOLLOWED))
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection}
     saved = worker.resume()
@@ -131,9 +137,13 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     if saved:
         load_optimizer_tensors(optimizer, _rows_of_share(saved.tensors("optimizer"), share, config.heads))
 
-    encode = partial(encode_view, task, backbone)
+    encode = partial(encode_view, task, backbone, heads.inputs)
+    seen = features  # by the heads
+    if config.features == "raw":
+        write_features(images, task, encode, worker)
+        seen = torch.from_numpy(artifacts.head_features(worker.run)[:num_images].astype(np.float32)).to(worker.device)
     draw = partial(drawn_views, task, config)
-    repeated = stored_views.RepeatedViews(task, images, worker.run, draw, config.view_epochs, encode)
+    repeated = stored_views.RepeatedViews(task, images, worker.run, draw, config.view_epochs, encode, config.features)
     learning_loss = loss_of(task, config)
     followed = followed_images(task, num_images, selection.followed.shape[2])
     # steps after which the same views come again
@@ -166,9 +176,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
         if (step + 1) % steps_per_epoch == 0:
             with torch.no_grad():
-                outputs, plain = head_outputs(own_heads, features), plain_loss(config)
+                outputs, plain = head_outputs(own_heads, seen), plain_loss(config)
                 loss = selection_loss(features, outputs, sizes_of_all, config.center_fraction, plain)
-                labels = heads(features[followed]).argmax(2)
+                labels = heads(seen[followed]).argmax(2)
             selection.update(step // steps_per_epoch, heads, collectives.gather_shares(loss, config.heads), labels)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         moments = _of_all_heads(optimizer, config.heads)
@@ -249,7 +259,7 @@ def check(task: Task, config: SpiceSelfConfig, num_images: int) -> None:
     """Raise a UserError if these settings cannot train on so many images."""
     check_ranges("spice_self", config, "heads", "layers", "repeats", "minibatch", "epochs", "lr", "temperature")
     check_ranges("spice_self", config, "center_fraction", "assignment", "loss", "score_view", "learn_view")
-    check_ranges("spice_self", config, "backbone_bn")
+    check_ranges("spice_self", config, "features", "backbone_bn")
     if not math.isfinite(config.entropy_weight):
         raise UserError(f"spice_self.entropy_weight is {config.entropy_weight}; it must be finite")
     check_ranges("spice_self", config, "samples_per_cluster", "batch")
@@ -302,20 +312,41 @@ def drawn_views(task: Task, config: SpiceSelfConfig, epoch: int) -> list[tuple[V
     return [(view, (task.seed, epoch, stream)) for view, stream in zip((score, learn), streams, strict=True)]
 
 
-def encode_view(task: Task, backbone: Backbone, view: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-    """Compute features of unit norm, float32."""
+def new_heads(task: Task, config: SpiceSelfConfig, dim: int) -> ClusterHeads:
+    """Make heads of random weights for features of this width."""
+    return ClusterHeads(config.heads, dim, task.clusters, config.layers, raw=config.features == "raw")
+
+
+def encode_view(
+    task: Task, backbone: Backbone, inputs: Callable[[Tensor], Tensor], view: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B D"]:
+    """Compute what the heads see of a view, float32; `inputs` is `ClusterHeads.inputs`."""
     with autocast(view.device, task.precision):
-        return unit(backbone(view).float())
+        return inputs(backbone(view).float())
+
+
+def write_features(
+    images: Images, task: Task, encode: Callable[[Float[Tensor, "B C H W"]], Tensor], worker: Worker
+) -> None:
+    """Write `spice_self/features.npy`, (N, D) float16: what the heads see of all images without augmentation."""
+    (features,) = view_features(task, images, np.arange(images.n), [(PLAIN, (0, 0, 0))], [encode])
+    path = artifacts.stage2_features_file(worker.run)
+    if worker.rank == 0:
+        path.parent.mkdir(exist_ok=True)
+        with publish(path) as file:
+            np.save(file, features.half().cpu().numpy())
+    collectives.barrier()
 
 
 def store_views(task: Task, config: SpiceSelfConfig, worker: Worker, kinds: Sequence[str] = ("weak", "strong")) -> None:
     """Write `views/`, which `train` reads: features of all images' views of these kinds, of `view_epochs` epochs."""
     images, manifest = open_dataset(task, worker)
-    encode = partial(encode_view, task, place(load_backbone(task, worker.run), worker.device).eval())
+    backbone = place(load_backbone(task, worker.run), worker.device).eval()
+    encode = partial(encode_view, task, backbone, new_heads(task, config, backbone.dim).inputs)
     for epoch in range(config.view_epochs):
         drawn = zip(drawn_views(task, config, epoch), (config.score_view, config.learn_view), strict=True)
         views = [view for view, kind in drawn if kind in kinds]
-        stored_views.store(task, images, np.arange(manifest.clustered), views, encode, worker.run)
+        stored_views.store(task, images, np.arange(manifest.clustered), views, encode, worker.run, config.features)
         worker.progress(epoch + 1, config.view_epochs, None)
     images.close()
 

@@ -10,7 +10,6 @@ stage 1, in one process.
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist import artifacts
-from spice_dist.data.files import publish
-from spice_dist.data.images import Images
 from spice_dist.data.views import PLAIN
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -39,8 +36,10 @@ from spice_dist.methods.spice_self import (
     head_outputs,
     loss_of,
     m_step,
+    new_heads,
     plain_loss,
     shuffles,
+    write_features,
 )
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads
@@ -67,13 +66,13 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
-    heads = ClusterHeads(config.heads, backbone.dim, task.clusters, config.layers).to(worker.device)
+    heads = new_heads(task, config, backbone.dim).to(worker.device)
     selection = JointSelection(heads, backbone, config.epochs, min(num_images, FOLLOWED))
     optimizer = head_optimizer(task, config, [*heads.parameters(), *(backbone.parameters() if config.joint else ())])
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection, "backbone": backbone}
     start = resume(worker, parts, optimizer)
 
-    encode = partial(encode_view, task, backbone)
+    encode = partial(encode_view, task, backbone, heads.inputs)
     learning_loss = loss_of(task, config)
     followed = followed_images(task, num_images, selection.followed.shape[2])
     for step in range(start, total):
@@ -88,7 +87,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
             members, labels = prototype_labels(features[chosen], confidence, sizes, config.center_fraction, overlap)
 
         order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
-        inputs = partial(encode_again, task, config, backbone, strong_images)
+        inputs = partial(encode_again, encode, config, backbone, strong_images)
         losses = torch.zeros(len(heads), device=worker.device)
         for minibatches in order.split(ROUND):  # M-step
             loss = m_step(heads, optimizer, inputs, members, labels, minibatches, learning_loss, task.precision)
@@ -105,7 +104,8 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         mean = losses.sum() / len(order) / config.heads
         worker.report(step + 1, total, mean, lambda: state_of(parts, optimizer), probes=probes, every=1)
-    write_features(task, selection.backbone, images, artifacts.stage2_features_file(worker.run))
+    backbone.load_state_dict(selection.backbone.state_dict())
+    write_features(images, task, encode, worker)
     images.close()
 
 
@@ -144,28 +144,20 @@ class JointSelection(nn.Module):
 
 
 def encode_again(
-    task: Task,
+    encode: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B D"]],
     config: SpiceSelfConfig,
     backbone: Backbone,
     images: Float[Tensor, "M C H W"],
     rows: Int[Tensor, "heads B"],
 ) -> Float[Tensor, "heads B D"]:
-    """Encode each head's images by the current backbone; the images of all heads are one BatchNorm batch."""
+    """Encode each head's images by the current `backbone` of `encode`; those of all heads are one BatchNorm batch."""
     set_groups(backbone, 1)
     backbone.train(config.backbone_bn == "train")
     with torch.set_grad_enabled(config.joint):
-        features = encode_view(task, backbone, images[rows.flatten()])
+        features = encode(images[rows.flatten()])
     update_statistics(backbone)
     backbone.eval()
     return features.unflatten(0, rows.shape)
-
-
-def write_features(task: Task, backbone: Backbone, images: Images, path: Path) -> None:
-    """Write the features (N, D), float16, of all images without augmentation by this backbone."""
-    encode = partial(encode_view, task, backbone.eval())
-    (features,) = view_features(task, images, np.arange(images.n), [(PLAIN, (0, 0, 0))], [encode])
-    with publish(path) as file:
-        np.save(file, features.half().cpu().numpy())
 
 
 def loop_of(config: SpiceSelfConfig) -> Callable[[Task, SpiceSelfConfig, Worker], None]:

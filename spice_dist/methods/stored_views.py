@@ -36,9 +36,11 @@ class RepeatedViews:
         draw: Callable[[int], Sequence[tuple[View, Key]]],
         epochs: int,
         encode: Encode,
+        kind: str,
     ):
+        self.kind = kind
         self.task, self.images, self.run, self.draw, self.encode = task, images, run, draw, encode
-        self.all_stored = all(stored(run, view).exists() for epoch in range(epochs) for view in draw(epoch))
+        self.all_stored = all(stored(run, view, kind).exists() for epoch in range(epochs) for view in draw(epoch))
         self.in_memory: dict[int, list[Tensor]] = {}
 
     def features(self, number: int, epoch: int, index: Int[np.ndarray, " M"]) -> list[Float[Tensor, "M D"]]:
@@ -55,7 +57,7 @@ class RepeatedViews:
         return features
 
     def _read_or_encode(self, views: Sequence[tuple[View, Key]], index: Int[np.ndarray, " M"]) -> list[Tensor]:
-        paths = [stored(self.run, view) for view in views]
+        paths = [stored(self.run, view, self.kind) for view in views]
         on_disk = [path.exists() for path in paths]
         missing = [view for view, there in zip(views, on_disk, strict=True) if not there]
         encoded = iter(encode_all(self.task, self.images, index, missing, self.encode))
@@ -72,18 +74,23 @@ def store(
     views: Sequence[tuple[View, Key]],
     encode: Encode,
     run: Path,
+    kind: str,
 ) -> None:
     """Write a file in `views/` for each view: its features (N, D), float16. Existing files stay."""
     (run / "views").mkdir(exist_ok=True)
-    missing = [view for view in views if not stored(run, view).exists()]
+    missing = [view for view in views if not stored(run, view, kind).exists()]
     for features, view in zip(encode_all(task, images, index, missing, encode), missing, strict=True):
-        with publish(stored(run, view)) as file:
+        with publish(stored(run, view, kind)) as file:
             np.save(file, features.half().cpu().numpy())
 
 
-def stored(run: Path, view: tuple[View, Key]) -> Path:
-    """Return the file of this view, named by everything that it depends on beside images and backbone."""
-    return run / f"views/{sha256(repr(view).encode()).hexdigest()[:16]}.npy"
+def stored(run: Path, view: tuple[View, Key], kind: str) -> Path:
+    """Return the file of this view, named by everything that it depends on beside images and backbone.
+
+    Args:
+        kind: of features, "unit" or "raw".
+    """
+    return run / f"views/{kind}-{sha256(repr(view).encode()).hexdigest()[:16]}.npy"
 
 
 def encode_all(

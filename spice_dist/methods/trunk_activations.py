@@ -60,7 +60,7 @@ def ready(x: Tensor) -> Tensor:
 
 def logits_of(tail: Tail, head: ClusterHeads, activations: Tensor, task: Task) -> Float[Tensor, "B K"]:
     with autocast(activations.device, task.precision):
-        return head(unit(tail(ready(activations)).float()))[0]
+        return head(head.inputs(tail(ready(activations)).float()))[0]
 
 
 @torch.no_grad()

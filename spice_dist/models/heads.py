@@ -40,11 +40,15 @@ class ClusterHeads(nn.Module):
 
     Features have unit norm and are shared by the heads, (B, D), or different for each head, (H, B, D). The logits are
     (H, B, K), in float32 also under autocast, as losses of many clusters need. The initialisation is nn.Linear's, which
-    expects entries of size one: features are multiplied by the root of D first.
+    expects entries of size one: features of unit norm are multiplied by the root of D first. `raw` heads see the
+    backbone's features as they are.
     """
 
-    def __init__(self, heads: int, dim: int, clusters: int, layers: int = 2):
+    def __init__(self, heads: int, dim: int, clusters: int, layers: int = 2, raw: bool = False):
         super().__init__()
+        self.raw: Tensor | None
+        # a flag of every head, so that it is saved and selected with the weights
+        self.register_buffer("raw", torch.ones(heads, dtype=torch.bool) if raw else None)
         widths = [dim] * layers + [clusters]
         bound = 1 / math.sqrt(dim)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -60,12 +64,16 @@ class ClusterHeads(nn.Module):
         """Make heads of this state."""
         layers = len(tensors) // 2
         heads, dim, clusters = tensors[f"weights.{layers - 1}"].shape
-        module = cls(heads, dim, clusters, layers)
+        module = cls(heads, dim, clusters, layers, "raw" in tensors)
         module.load_state_dict(tensors)
         return module
 
+    def inputs(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Return what `forward` takes of the backbone's features: of unit norm, or as they are."""
+        return unit(features) if self.raw is None else features
+
     def forward(self, features: Float[Tensor, "*shared B D"]) -> Float[Tensor, "H B K"]:
-        x = features * math.sqrt(features.shape[-1])
+        x = features * math.sqrt(features.shape[-1]) if self.raw is None else features
         *hidden, (out_weight, out_bias) = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
             x = torch.relu(torch.matmul(x, weight) + bias)
@@ -95,7 +103,7 @@ class ClusterNet(nn.Module):
 
     def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Return the logits of images whose features the backbone has computed."""
-        return self.head(unit(features))[0]
+        return self.head(self.head.inputs(features))[0]
 
 
 class LinearNet(nn.Module):

@@ -36,16 +36,17 @@ class Scorer:
         self.reference = artifacts.stored_features(plan.base, self.num_images)
 
     def of_heads(
-        self, heads: ClusterHeads, loss: Float[Tensor, " H"], features: Float[np.ndarray, "N D"]
+        self, folder: Path, heads: ClusterHeads, loss: Float[Tensor, " H"], features: Float[np.ndarray, "N D"]
     ) -> tuple[Int[np.ndarray, " N"], Scores]:
-        """Return the clusters by the head of the lowest loss, and their scores.
+        """Return the clusters by the head of the lowest loss, and their scores; `folder` is that of the trial.
 
         `select_loss` uses the same loss and center fraction for all trials, whatever they were trained with.
         """
-        x = torch.from_numpy(features.astype(np.float32)).to(self.device)
+        seen = features if heads.raw is None else artifacts.head_features(folder)[: self.num_images]
+        x, inputs = (torch.from_numpy(rows.astype(np.float32)).to(self.device) for rows in (features, seen))
         heads = heads.to(self.device)
         with torch.no_grad():
-            by_head = torch.cat([heads(rows).argmax(2) for rows in x.split(inference.CHUNK)], 1).cpu().numpy()
+            by_head = torch.cat([heads(rows).argmax(2) for rows in inputs.split(inference.CHUNK)], 1).cpu().numpy()
         chosen = int(loss.argmin())
         scores = self._of_clusters(by_head[chosen])
         if len(by_head) > 1:
@@ -54,7 +55,7 @@ class Scorer:
             sizes = quotas(self.num_images, self.config.clusters, self.prior)
             head, share = heads.select(chosen), self.center_fraction
             with torch.no_grad():
-                comparable = selection_loss(x, head_outputs(head, x), sizes, share, double_softmax_cross_entropy)
+                comparable = selection_loss(x, head_outputs(head, inputs), sizes, share, double_softmax_cross_entropy)
             scores["select_loss"] = float(comparable)
         return by_head[chosen], scores
 
@@ -76,10 +77,10 @@ class Scorer:
         reliable = float(np.mean(labels != UNRELIABLE))
         return clusters, self._of_clusters(clusters) | {"agreement": agreement, "reliable": reliable}
 
-    def heads_at_rung(self, state: Tensors) -> Scores:
+    def heads_at_rung(self, folder: Path, state: Tensors) -> Scores:
         """Score stage 2 in the middle of its training, from the state of a checkpoint."""
         heads = ClusterHeads.holding(named(state["select"], "best."))
-        return self.of_heads(heads, state["select"]["loss"], self.reference)[1]
+        return self.of_heads(folder, heads, state["select"]["loss"], self.reference)[1]
 
     def backbone_at_rung(self, folder: Path, state: Tensors) -> Scores:
         """Score stage 1 in the middle of its training, by k-means on its features: a rough estimate for heads."""

@@ -137,12 +137,12 @@ def _run_stages(trial: Trial) -> Scores:
                 _train(trial, stage, partial(scorer.backbone_at_rung, folder))
         _train(trial, StageCall("features", embed, config, None))
     if plan.start.trains_heads:
-        at_rung = None if plan.start.trains_backbone else scorer.heads_at_rung
+        at_rung = None if plan.start.trains_backbone else partial(scorer.heads_at_rung, folder)
         train = spice_self_joint.loop_of(config.spice_self)
         _train(trial, StageCall("spice_self", train, config, config.spice_self), at_rung)
     features = artifacts.stored_features(folder, scorer.num_images)
     heads, loss = load_heads(folder)
-    clusters, scores = scorer.of_heads(heads, loss, features)
+    clusters, scores = scorer.of_heads(folder, heads, loss, features)
     if plan.reliable:
         _train(trial, StageCall("reliable", reliable.select, config, config.reliable))
         labels = artifacts.reliable_labels(folder)[: scorer.num_images]

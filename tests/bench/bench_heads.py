@@ -82,10 +82,18 @@ class Published:
         )  # the loss is a mean over heads; ours, with a sum, has no such factor
         self.optimizer = torch.optim.Adam(nn.ModuleList(self.heads).parameters(), self.settings.lr, eps=eps)
         self.loss = LOSSES[self.settings.loss]
+        self.raw = self.settings.features == "raw"
+
+    def inputs(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        return features if self.raw else unit(features)
+
+    def scaled(self, features: Tensor) -> Tensor:
+        return features if self.raw else features * math.sqrt(features.shape[-1])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        return torch.cat([unit(self.backbone(part)) for part in images.split(512)])
+        return torch.cat([self.inputs(part) for part in images.split(512)])
 
     @torch.no_grad()
     def labels(self, features: Tensor, scored: Tensor, disjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -94,7 +102,7 @@ class Published:
         confident = max(1, int(self.settings.center_fraction * per_cluster))
         found = []
         for head in self.heads:
-            probs = head(scaled(scored)).softmax(1)
+            probs = head(self.scaled(scored)).softmax(1)
             used = torch.zeros(len(features), dtype=torch.bool)
             labelled = used.clone()
             members = []
@@ -111,12 +119,12 @@ class Published:
     def minibatch(self, strong: Tensor, labelled: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
         rows = torch.cat([members[positions] for members, _ in labelled])
         with torch.no_grad():
-            features = unit(self.backbone(strong[rows])).chunk(len(self.heads))
+            features = self.inputs(strong[rows]).chunk(len(self.heads))
         self.step(features, [labels[positions] for _, labels in labelled])
 
     def step(self, features: tuple[Tensor, ...], labels: list[Tensor]) -> None:
         losses = [
-            self.loss(head(scaled(x))[None], y[None]).sum()
+            self.loss(head(self.scaled(x))[None], y[None]).sum()
             for head, x, y in zip(self.heads, features, labels, strict=True)
         ]
         self.optimizer.zero_grad()
@@ -129,7 +137,7 @@ class Published:
         labelled = self.labels(features, scored)
         return torch.stack(
             [
-                self.loss(head(scaled(scored[members]))[None], labels[None])[0]
+                self.loss(head(self.scaled(scored[members]))[None], labels[None])[0]
                 for head, (members, labels) in zip(self.heads, labelled, strict=True)
             ]
         )
@@ -157,10 +165,6 @@ def together(networks: Iterable[nn.Sequential]) -> ClusterHeads:
     )
 
 
-def scaled(features: Tensor) -> Tensor:
-    return features * math.sqrt(features.shape[-1])
-
-
 def published_epoch(config: Config, run: Path) -> tuple[ClusterHeads, Tensor]:
     """The heads after the first epoch on the features of a run, and their selection losses."""
     images, manifest = open_run_dataset(config, run, CPU)
@@ -178,8 +182,13 @@ def published_epoch(config: Config, run: Path) -> tuple[ClusterHeads, Tensor]:
         labelled = published.labels(features[chosen], published.encode(weak), disjoint)
         for positions in spice_self.shuffles(settings, len(labelled[0][0]), (config.seed, step, SHUFFLE)):
             published.minibatch(strong, labelled, positions)
+    plain = features
+    if published.raw:
+        every = np.arange(len(features))
+        ((view,), _), *_ = augment.view_batches(images, every, len(every), [(PLAIN, (0, 0, 0))])
+        plain = published.encode(view)
     images.close()
-    return together(published.heads), published.select(features, features)
+    return together(published.heads), published.select(features, plain)
 
 
 # ---------------------------------------------------------------- one epoch

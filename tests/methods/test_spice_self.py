@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spice_dist import artifacts
+from spice_dist import artifacts, inference
 from spice_dist.config import Config, override
 from spice_dist.data import augment
 from spice_dist.data.loaders import open_images
@@ -23,6 +24,7 @@ from spice_dist.methods.plumbing import finished, load_backbone, view_features
 from spice_dist.methods.spice_self import Selection, SpiceSelfConfig, check, m_step
 from spice_dist.methods.spice_self_joint import JointSelection
 from spice_dist.methods.stage2 import load_heads, stage2_network
+from spice_dist.model_folder import load_model, save_model
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.task import Task
@@ -44,6 +46,7 @@ CHOICES: list[dict[str, Any]] = [
     {"center_fraction": 1.0},
     {"prior": (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0)},
     {"view_epochs": 2},
+    {"features": "raw"},
     {"backbone_bn": "train"},
     {"joint": True, "heads": 1},
     {"joint": True, "backbone_bn": "train"},
@@ -71,7 +74,9 @@ def test_every_choice_of_the_ablations_trains_and_changes_the_heads(small_run, w
     assert not (same and torch.equal(heads.weights[-1], usual.weights[-1]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"assignment": "disjoint"}, {"loss": "cross_entropy"}], ids=name_of)
+@pytest.mark.parametrize(
+    "changes", [{}, {"assignment": "disjoint"}, {"loss": "cross_entropy"}, {"features": "raw"}], ids=name_of
+)
 def test_an_epoch_is_that_of_the_published_procedure(small_run, without_stage, changes):
     """Which encodes each head's strong images in every minibatch; here its BatchNorm is in eval mode too."""
     config = changed(changes, epochs=1)
@@ -79,7 +84,7 @@ def test_an_epoch_is_that_of_the_published_procedure(small_run, without_stage, c
     TRAIN["spice_self"](config, LocalWorker(run, "spice_self", CPU))
     expected, loss = published_epoch(config, small_run)
     heads = finished(run / "spice_self").tensors("heads")
-    for name, value in expected.state_dict().items():
+    for name, value in expected.state_dict().items():  # without the flag of raw heads, which the reference lacks
         torch.testing.assert_close(heads[name], value, atol=1e-4, rtol=0)
     torch.testing.assert_close(load_heads(run)[1], loss, atol=1e-4, rtol=0)
     torch.manual_seed(SMALL.seed)
@@ -87,7 +92,9 @@ def test_an_epoch_is_that_of_the_published_procedure(small_run, without_stage, c
     assert (expected.weights[1] - start.weights[1]).abs().max() > 0.02, "they learned, so the test can fail"
 
 
-@pytest.mark.parametrize(("workers", "changes"), [(2, {}), (3, {"heads": 2, "view_epochs": 1})], ids=str)
+@pytest.mark.parametrize(
+    ("workers", "changes"), [(2, {"features": "raw"}), (3, {"heads": 2, "view_epochs": 1})], ids=str
+)
 def test_workers_share_the_heads_and_equal_one(without_stage, tmp_path, workers, changes):
     """Two share three heads unevenly; with more workers than heads one only encodes views."""
     config = changed(changes, epochs=2)
@@ -113,6 +120,27 @@ def test_what_is_kept_between_steps_resumes_bit_for_bit(without_stage, tmp_path,
     TRAIN["spice_self"](config, LocalWorker(other, "spice_self", CPU))
     assert_same_bits(weights(other, "spice_self"), weights(run, "spice_self"))
     assert np.array_equal(artifacts.head_features(other), artifacts.head_features(run))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_raw_heads_predict_by_the_backbones_features_as_they_are(without_stage, tmp_path, joint):
+    """In the run, in its saved model and on new images alike, and not by features of unit norm."""
+    config = changed({"features": "raw", "joint": joint})
+    run = without_stage("spice_self")
+    TRAIN["spice_self"](config, LocalWorker(run, "spice_self", CPU))
+    save_model(stage2_network(config, run), config, tmp_path)
+    net, _ = load_model(tmp_path, CPU)
+    with closing(open_images(run / "data", device=CPU, size=8, channels=1)) as images:
+        logits = torch.cat(list(inference.outputs(net, images, np.arange(200), config.backbone.statistics)))
+        features = torch.cat(list(inference.outputs(net.backbone, images, np.arange(200), config.backbone.statistics)))
+    heads, loss = load_heads(run)
+    best = heads.select(int(loss.argmin()))
+    hidden = torch.relu(features @ best.weights[0][0] + best.biases[0][0])
+    expected = hidden @ best.weights[1][0] + best.biases[1][0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    of_run = best(torch.from_numpy(artifacts.head_features(run).astype(np.float32)))[0]
+    torch.testing.assert_close(of_run, expected, atol=2e-2, rtol=1e-2)
+    assert not torch.allclose(unit(features), features)
 
 
 def stop_at(step: int) -> Callable[[], bool]:
