@@ -356,14 +356,15 @@ def adapt_statistics(net: nn.Module, task: Task, config: ImcSwavConfig, images: 
 def result(
     task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
-    """Return the network with the selected classifier; heads are all classifiers of the task's K."""
+    """Return the network with the selected classifier; heads are all classifiers of the task's K, adapted as it is."""
     net = place(network(task, run), device)
     classifiers, loss = trained_classifiers(run)
     place(classifiers, device)
     images, manifest = open_run_dataset(task, run, device)
     with closing(images), torch.no_grad():
         if config.eval_bn == "adapt_on_test":
-            adapt_statistics(net, task, config, images, scored_images(manifest))
+            adapt_statistics(ClassifierNet(net.backbone, classifiers), task, config, images, scored_images(manifest))
+            net.head = place(classifiers.select(int(loss.argmin())), device).eval()
         every, statistics = np.arange(images.n), task.backbone.statistics
         chunks = outputs(net.backbone, images, every, statistics, precision=task.precision)
         by_head = torch.cat([classifiers(features).argmax(2).cpu() for features in chunks], 1).numpy()  # H N
