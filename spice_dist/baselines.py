@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,7 +83,12 @@ def of_features(
         tqdm.write(f"spectral clustering and UMAP, baselines of up to {MOST:,} images, are left out", sys.stderr)
         return {}
     on_device = torch.tensor(features, device=device).float()
-    labels = {"spectral": spectral(task, on_device, clustered)} if "spectral" in wanted else {}
+    labels: dict[str, Int[np.ndarray, " N"]] = {}
+    if "spectral" in wanted:
+        try:
+            labels["spectral"] = spectral(task, on_device, clustered)
+        except ArpackError as error:  # a baseline must not cost the result
+            tqdm.write(f"spectral clustering, a baseline, is left out: {error}", sys.stderr)
     if "umap_kmeans" in wanted and has_umap():
         labels["umap_kmeans"] = umap_kmeans(task, on_device, clustered)
     elif "umap_kmeans" in wanted:

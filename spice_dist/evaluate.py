@@ -115,10 +115,10 @@ def _labels_and_baselines(
     """Return the cluster of every image, its probability, and the clusters of the baselines by name."""
     task, choice = clustering.task, clustering.choice
     if choice is not None:
-        baselines = choice.baselines
-        if "spectral" in baselines:  # else it is compared with the groups before corrections
-            baselines |= of_features(task, artifacts.stored_features(run), manifest.clustered, device, baselines)
-        return choice.labels, choice.confidence, baselines
+        known, more = choice.baselines, {}
+        if "spectral" in known:  # else it is compared with the groups before corrections
+            more = of_features(task, artifacts.stored_features(run), manifest.clustered, device, known)
+        return choice.labels, choice.confidence, known | more
     images, _ = open_run_dataset(task, run, device)
     with closing(images):
         net = place(clustering.net, device)
