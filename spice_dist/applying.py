@@ -159,15 +159,21 @@ def _config_of(config: Config, folder: Path) -> Config:
 def link_tree(source: Path, target: Path, without: Sequence[str] = ()) -> None:
     """Give every file of a folder, if there is one, a second name below `target`: hard links, or copies elsewhere.
 
+    A link to a packed file, which is relative, becomes a hard link, or elsewhere an absolute link.
+
     Args:
         without: names of files and folders that are left out.
     """
 
     def link(old: str, new: str) -> None:
+        real = os.path.realpath(old)
         try:
-            os.link(old, new)
+            os.link(real, new)
         except OSError:  # another file system, or one without hard links
-            shutil.copyfile(old, new)
+            if os.path.islink(old):
+                os.symlink(real, new)
+            else:
+                shutil.copyfile(old, new)
 
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*without), copy_function=link, dirs_exist_ok=True)

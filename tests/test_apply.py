@@ -333,3 +333,11 @@ def test_where_no_hard_links_are_files_are_copied(tmp_path, monkeypatch):
     assert not (tmp_path / "c/b/file").samefile(tmp_path / "a/b/file")
     applying.link_tree(tmp_path / "missing", tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+def test_a_relative_link_to_a_packed_file_is_followed_from_another_depth(tmp_path):
+    (tmp_path / "x.beton").write_bytes(b"packed")
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/dataset.beton").symlink_to("../../x.beton")
+    applying.link_tree(tmp_path / "run/data", tmp_path / "a/b/c/data")
+    assert (tmp_path / "a/b/c/data/dataset.beton").read_bytes() == b"packed"
