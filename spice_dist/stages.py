@@ -5,6 +5,7 @@ A method is a file in `methods/` and a row of `TABLE`. Its name and title are in
 """
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +45,7 @@ from spice_dist.models.backbone import weights_fingerprint
 from spice_dist.stage_records import stage_record
 from spice_dist.task import AUTO, check_task
 
+TOLD = 10_000  # images; comparing more takes so long that it is told
 LEAST_IMAGES = 4  # two groups of two
 ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
@@ -263,6 +265,8 @@ def images_of(source: Source, run: Path | None = None) -> str:
     if then == now or then.split(" ")[0] != str(len(source.paths)):
         return now
     content = artifacts.manifest(run).content
+    if content and len(source.paths) > TOLD:
+        print("the images' files have other times than those of the run: their contents are compared", file=sys.stderr)
     return then if content and content == content_of(source) else now
 
 
