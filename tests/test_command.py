@@ -91,7 +91,7 @@ def test_a_broken_pipe_within_the_program_is_no_quiet_end(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("call", "code"), [("settings", 0), ("fit nowhere --out x", 1)])
+@pytest.mark.parametrize(("call", "code"), [("--version", 0), ("fit nowhere --out x", 1)])
 def test_closed_streams_change_neither_the_code_nor_the_files(tmp_path, call, code, closed):
     """What would be opened next would get the number of a closed stream, and what is printed."""
     program = f"{sys.executable} -m spice_dist {call} {closed}"
@@ -104,7 +104,7 @@ def test_closed_streams_change_neither_the_code_nor_the_files(tmp_path, call, co
 
 def test_an_output_without_room_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*MODULE, "settings"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(MODULE, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.stderr == "spice-dist: No space left on device; make room, then start the same command again\n"
     assert done.returncode == cli.MISTAKE
 
