@@ -304,10 +304,10 @@ def true_classes(run: Path) -> Int[np.ndarray, " N"] | None:
 def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | None:
     """Return the ACC of a clustering of the clustered images; None without true labels. For tables, never to choose."""
     y_true = artifacts.true_labels(run)
-    known = None if y_true is None else np.flatnonzero(y_true[: len(clusters)] != UNLABELLED)
-    return (
-        None if y_true is None or known is None or not len(known) else metrics.accuracy(y_true[known], clusters[known])
-    )
+    if y_true is None:
+        return None
+    known = np.flatnonzero(y_true[: len(clusters)] != UNLABELLED)
+    return metrics.accuracy(y_true[known], clusters[known]) if len(known) else None
 
 
 def relabel(run: Path, source: Source) -> bool:

@@ -53,7 +53,7 @@ class Ingested:
                 f"{self.faint:,} of {self.n:,} images are nearly black, white or of one colour: look at some of them"
             )
         if self.grey_bits not in (0, 16):
-            lines.append(f"16-bit greys are scaled as {self.grey_bits}-bit ones: the images use no more")
+            lines.append(f"16-bit greys have {self.grey_bits} bits: {(1 << self.grey_bits) - 1:,} is white")
         return lines
 
     @property

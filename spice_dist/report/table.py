@@ -1,5 +1,6 @@
 """Format the scores of finished runs for a terminal."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def _settings(run: Run) -> str:
     if "applied" in run.config:
         return str(run.folder.resolve())
     config = {name: value for name, value in mapping(run.config.get("config")).items() if name != "seed"}
-    images = [run.manifest.get(name) for name in ("fingerprint", "source", "n")]
+    images = _names_of_images(run.folder)
     return json.dumps([config, images, run.metrics.get("method")], sort_keys=True, default=str)
 
 
@@ -146,6 +147,14 @@ def _numbers(run: Path) -> dict[str, Any]:
         "without_labels": {name: number(value) for name, value in mapping(metrics.get("select")).items()},
         "seconds": mapping(metrics.get("seconds")),
     }
+
+
+def _names_of_images(run: Path) -> str:
+    """Hash the names of a run's images."""
+    try:
+        return hashlib.sha256(artifacts.paths_file(run).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _spread(values: Sequence[float | None]) -> str:
