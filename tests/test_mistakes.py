@@ -19,7 +19,7 @@ BEFORE_TORCH = [
     ("fit digits --out", "expected one argument"),
     ("fit {0}/nowhere --out {0}/new", "check the path"),
     ("fit {0}/empty --out {0}/new", "put images into it"),
-    ("fit {0}/texts --out {0}/new", "found 1 .txt, looked for bmp"),
+    ("fit {0}/texts --out {0}/new", "found 1 .txt, looked for avif"),
     ("fit {0}/links --out {0}/new", "give the folder they point to"),
     ("fit {0}/one.png --out {0}/new", "give the folder it is in"),
     ("fit {0}/notes.pdf --out {0}/new", "give 'digits', a folder of images"),
