@@ -129,7 +129,7 @@ class _Reader:
         self._check_run(content.get("run"), force)
         self.new_names = self._read_names(content.get("names", {}))
         for index, path in enumerate(self.known.paths[: self.known.clustered]):
-            for text in {path, path_cell(path)}:  # a name as it is, or as a table holds it
+            for text in {path, path_cell(path), printable(path)}:  # as it is, as in a table, as on a page
                 self.images.setdefault(text, []).append(index)
         roots = self._read_merge(content.get("merge", []))
         edits = Edits(

@@ -14,6 +14,7 @@ import pytest
 
 from spice_dist import artifacts
 from spice_dist.assignments import read_assignments
+from spice_dist.data.files import path_of_cell
 from spice_dist.data.manifest import read_paths
 from spice_dist.data.sources import from_array
 from spice_dist.errors import DamagedFile, UserError
@@ -34,7 +35,8 @@ def test_csv_has_the_rows_of_the_run_and_no_formula(hostile_run: Path, tmp_path:
     np.testing.assert_allclose([float(row["confidence"]) for row in rows], confidence, atol=1e-4)
     assert [row["reliable"] == "1" for row in rows] == reliable.tolist()
     assert {row["name"] for row in rows} == {"../../escaped [31m", "CON", "con"}
-    assert [row["path"] for row in rows if not row["path"].isprintable() or row["path"].startswith("=")] == []
+    assert [path_of_cell(row["path"]) for row in rows] == read_paths(artifacts.data(hostile_run))
+    assert [row["path"] for row in rows if row["path"].startswith(("=", "+", "-", "@"))] == []
 
 
 @pytest.mark.parametrize("rows", [4, 4_096])
