@@ -25,7 +25,13 @@ from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import new_backbone
 from spice_dist.ownership import owned
-from spice_dist.stage_records import forget_other_clusters, refuse_changes, stage_record, write_stage_record
+from spice_dist.stage_records import (
+    forget_other_clusters,
+    images_of_run,
+    refuse_changes,
+    stage_record,
+    write_stage_record,
+)
 from spice_dist.stages import Stage, check_settings, evaluation_settings, stage_settings, stages_of
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
@@ -125,7 +131,7 @@ def _opened(
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
     with owned(folder), StopSignal() as stop:
-        settings = stage_settings(config, source, folder)
+        settings = stage_settings(config, source, images_of_run(folder, source))
         run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
         forget_other_clusters(folder, run.settings)
         for stage, settings in run.settings.items():

@@ -5,7 +5,6 @@ A method is a file in `methods/` and a row of `TABLE`. Its name and title are in
 """
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from spice_dist import artifacts, baselines, cost
+from spice_dist import baselines, cost
 from spice_dist.clustering import Clustering
 from spice_dist.config import Config, flatten
 from spice_dist.counting import Cost, Counting
 from spice_dist.data.files import Progress
 from spice_dist.data.ingest import require_fit
 from spice_dist.data.manifest import Ingested
-from spice_dist.data.sources import Source, content_of, listing
+from spice_dist.data.sources import Source, listing
 from spice_dist.errors import UserError
 from spice_dist.methods import (
     byol,
@@ -42,10 +41,8 @@ from spice_dist.methods import (
     suggested,
 )
 from spice_dist.models.backbone import weights_fingerprint
-from spice_dist.stage_records import stage_record
 from spice_dist.task import AUTO, check_task
 
-TOLD = 10_000  # images; comparing more takes so long that it is told
 LEAST_IMAGES = 4  # two groups of two
 ImageList = Source | Ingested  # the images before and after packing
 # settings that change no pixel, and files of weights, whose SHA-256 counts instead
@@ -227,11 +224,11 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
     }
 
 
-def stage_settings(config: Config, source: Source, run: Path | None = None) -> dict[str, dict[str, Any]]:
+def stage_settings(config: Config, source: Source, images: str = "") -> dict[str, dict[str, Any]]:
     """Collect for each stage what its result depends on: its own settings and those of the stages before it.
 
     Args:
-        run: the folder of the run, as for `images_of`.
+        images: what identifies the images; default: `images_of`.
     """
     evaluation = {name for stage in TABLE for name in stage.evaluation}
     values = {name: value for name, value in flatten(config).items() if name not in HARMLESS and name not in evaluation}
@@ -239,7 +236,7 @@ def stage_settings(config: Config, source: Source, run: Path | None = None) -> d
     def under(*fields: str) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name.split(".")[0] in fields}
 
-    depends = {"images": images_of(source, run)} | under("data")
+    depends = {"images": images or images_of(source)} | under("data")
     settings = {"data": dict(depends)}
     depends["weights"] = weights_fingerprint(config.backbone)
     for stage in stages_of(config):
@@ -250,24 +247,9 @@ def stage_settings(config: Config, source: Source, run: Path | None = None) -> d
     return settings
 
 
-def images_of(source: Source, run: Path | None = None) -> str:
-    """Identify a list of images by their number and the first digits of their digest.
-
-    Args:
-        run: a folder with a run. Images of the names and contents of its own are the same, whatever the times of their
-            files are, which change with every copy.
-    """
-    now = f"{len(source.paths)} images, {listing(source)[:16]}"
-    record = None if run is None else stage_record(run, "data")
-    if run is None or record is None or not record["done"]:
-        return now
-    then = record["settings"].get("images", now)
-    if then == now or then.split(" ")[0] != str(len(source.paths)):
-        return now
-    content = artifacts.manifest(run).content
-    if content and len(source.paths) > TOLD:
-        print("the images' files have other times than those of the run: their contents are compared", file=sys.stderr)
-    return then if content and content == content_of(source) else now
+def images_of(source: Source) -> str:
+    """Identify a list of images by their number and the first digits of their digest."""
+    return f"{len(source.paths)} images, {listing(source)[:16]}"
 
 
 def _fingerprint(labels: np.ndarray | None) -> str:

@@ -32,8 +32,8 @@ from spice_dist.methods import spice_self
 from spice_dist.objectives import COMBINED, OBJECTIVES, SHOWN
 from spice_dist.ownership import owned
 from spice_dist.pipeline import fit_until
-from spice_dist.stage_records import refuse_changes, stage_record
-from spice_dist.stages import check_settings, images_of, pretext_stages, stage_settings
+from spice_dist.stage_records import images_of_run, refuse_changes, stage_record
+from spice_dist.stages import check_settings, pretext_stages, stage_settings
 from spice_dist.sweep import ray_tune
 from spice_dist.sweep.ray_tune import Round, Search
 from spice_dist.sweep.records import FINISHED, RUNNING, Plan, Record, Scores, Settings, complete_record, trial_folder
@@ -189,7 +189,7 @@ def _check_base(base: Path, sweep: Sweep) -> None:
     if not (stage_record(base, "features") or {}).get("done"):
         raise UserError(f"--base {base} has no features yet: give the folder of a run that is past stage 1")
     config = sweep.plan.config
-    settings = stage_settings(config, sweep.source, base)
+    settings = stage_settings(config, sweep.source, images_of_run(base, sweep.source))
     remedy = f"give its images, and its settings by --config {base / 'config.json'}, or leave --base out"
     for stage in _shared_stages(config):
         refuse_changes(base, stage, settings[stage], remedy)
@@ -212,7 +212,7 @@ def _begin(sweep: Sweep, resume: bool) -> None:
         "config": asdict(plan.config),
         "start": plan.start,
         "reliable": plan.reliable,
-        "images": images_of(sweep.source, plan.base),
+        "images": images_of_run(plan.base, sweep.source),
         "command": sweep.command,
     }
     contents = json.loads(json.dumps(contents))
