@@ -9,5 +9,5 @@ launch/setup.sh test
 .venv/bin/pyright
 export OMP_NUM_THREADS=1          # each process has a core
 unset PYTHONDONTWRITEBYTECODE     # the tests start Python often, which would compile the package each time
-[ $# -gt 0 ] || set -- -n 2 --dist loadgroup --no-loadscope-reorder
+[ $# -gt 0 ] || set -- -n 2 --no-loadscope-reorder
 exec .venv/bin/python -m pytest "$@"

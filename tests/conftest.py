@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 multiprocessing.set_forkserver_preload(["tests.methods.workers"])
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests, let one take a whole folder or file: its tests share fixtures."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(Path(__file__).parent).parts[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where processes share the tests, let one take a whole folder, or a file outside of them, with its fixtures.
+
+    Both places whose tests start Ray are one, so that one Ray runs at a time.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = Path(nodeid.split("::")[0]).relative_to("tests").parts[0]
+            return "sweep" if place == "test_ray.py" else place
+
+    return ByPlace(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from spice_dist.errors import UserError
 from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 SETTINGS = ["--workers", "2", *LONGER[2:]]
 
 

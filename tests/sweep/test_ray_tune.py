@@ -19,7 +19,6 @@ def plan_of(threads: int, workers: int) -> Plan:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.xdist_group("ray")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the seats of a machine without GPUs")
 def test_trials_and_all_their_workers_have_room_at_once():
     eight, five = Search(8), Search(8, max_concurrent=5)
