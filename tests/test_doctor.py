@@ -35,6 +35,12 @@ def packed(tmp_path_factory, digits_folder) -> Path:
     return out
 
 
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Without the check that imports FFCV in another Python, for seconds."""
+    monkeypatch.setattr(doctor, "ffcv", lambda run: iter(()))
+
+
 def test_a_healthy_machine_and_run_are_fit_and_leave_no_trace(tmp_path, capsys):
     out = tmp_path / "a/b/run"
     assert cli.main(["doctor", "digits", "--out", str(out), "--workers", "1:2"]) == 0
@@ -47,6 +53,7 @@ def test_a_healthy_machine_and_run_are_fit_and_leave_no_trace(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_would_fail_is_one_line_with_its_remedy_and_exit_code_1(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "no photos"), "--clusters", "3", "--out", "/proc/run"]) == 1
     shown = capsys.readouterr()
@@ -56,6 +63,7 @@ def test_what_would_fail_is_one_line_with_its_remedy_and_exit_code_1(tmp_path, c
     assert shown.err == "spice-dist: 2 of these would make a run fail\n"
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("driver and library\ndiffer")
@@ -66,6 +74,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch):
     assert {"python", "slurm", "ray"} <= set(found)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_packed_file_is_verified_to_its_last_pixel(packed, tmp_path):
     assert doctor._of_beton(packed).state == OK
     for file in packed.parent.iterdir():
