@@ -30,7 +30,7 @@ from spice_dist.recipes import RECIPES
 from spice_dist.report.reading import Run, load
 from spice_dist.report.sections import label_free
 from spice_dist.task import Task
-from tests.test_cli import DIGITS, run
+from tests.test_cli import TINY, run
 
 CPU = torch.device("cpu")
 
@@ -282,7 +282,7 @@ def test_labels_of_too_little_probability_leave_the_official_set_empty(selected)
 
 def test_a_run_without_reliable_labels_ends_with_the_result_of_stage_2(tmp_path, capsys):
     out = tmp_path / "run"
-    assert run("fit", "digits", "--out", out, *DIGITS, "--set", "reliable.rule=official") == 0
+    assert run("fit", "digits", "--out", out, *TINY, "--set", "reliable.rule=official") == 0
     assert "no label is reliable" in (line := capsys.readouterr()).err
     assert "stage 3 cannot start, and the result is that of stage 2" in line.out
     assert "stage 3 cannot start" in (out / "report.html").read_text()
@@ -294,7 +294,7 @@ def test_a_run_without_reliable_labels_ends_with_the_result_of_stage_2(tmp_path,
     assert run("predict", out, "digits", "--out", tmp_path / "new.csv") == 0
     assignments = (out / "assignments.csv").read_bytes()
     (out / "assignments.csv").unlink()
-    assert run("fit", "digits", "--out", out, *DIGITS, "--set", "reliable.rule=official") == 0
+    assert run("fit", "digits", "--out", out, *TINY, "--set", "reliable.rule=official") == 0
     assert (out / "assignments.csv").read_bytes() == assignments
 
 
