@@ -76,6 +76,8 @@ def apply(run: Path, edits: Path, out: Path | None, command: list[str], force: b
     """
     run = run.resolve()
     out = (out or run.with_name(f"{run.name}-edited")).resolve()
+    if run in out.parents:
+        raise UserError(f"{out} is inside the run that is corrected; give another --out")
     base = read_base(run)
     assignments = artifacts.assignments_file(run)
     known = Known(

@@ -272,6 +272,14 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run, tmp_path, capsys, edits
     assert [path.name for path in tmp_path.iterdir()] == ["out.edits.json"]
 
 
+def test_a_corrected_run_is_not_written_into_the_run_itself(run, tmp_path, capsys):
+    file = tmp_path / "edits.json"
+    file.write_text('{"version": 1, "names": {"0": "first"}}')
+    assert main(["apply", str(run), str(file), "--out", str(run / "inside")]) == 1
+    assert "is inside the run that is corrected" in capsys.readouterr().err
+    assert not (run / "inside").exists()
+
+
 def test_force_goes_on_with_corrections_of_another_assignments_file(run, tmp_path):
     assert apply(run, {"run": "0" * 16, "merge": [[0, 1]]}, tmp_path / "out", "--force") == 0
 
