@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from spice_dist import artifacts
 from spice_dist.data.files import Progress, publish_json, temporary_path
-from spice_dist.errors import UserError
+from spice_dist.errors import UserError, no_folder
 from spice_dist.export.originals import Originals, find_originals
 from spice_dist.export.packed_files import PackedFiles, open_packed
 from spice_dist.export.result import read_result, utf8
@@ -113,6 +113,8 @@ def _check_out(plan: Plan) -> list[Item]:
     out, files = plan.out, plan.files
     if isinstance(files, Originals) and not files.listed and out.resolve().is_relative_to(files.root.resolve()):
         raise UserError(f"{out} is inside of the images' folder {files}; give another OUT")
+    if any(os.path.isfile(place) for place in (out, *out.parents)):
+        raise UserError(f"{no_folder(out)}; give another OUT")
     if os.path.lexists(out) and _record(out) != _fingerprint(plan):
         raise UserError(f"{out} exists and holds other files than this export; give an OUT that does not exist")
     to_do = [item for item in plan.items if not _is_there(plan, item)]

@@ -154,6 +154,9 @@ def test_nothing_is_overwritten(make: Make, tmp_path: Path):
         export(run, tmp_path / "other")
     with pytest.raises(UserError, match="holds other files"):
         export(run, out, link=True)
+    for place in (changed, changed / "below/it"):
+        with pytest.raises(UserError, match=f"^{changed} is a file, no folder; give another OUT"):
+            export(run, place)
 
 
 def test_files_that_are_gone_are_refused_or_left_out(make: Make, tmp_path: Path):
