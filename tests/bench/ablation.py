@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[dict[str, object], tuple[float, float, float]]] = {
     "Strong, weak": ({"score_view": "strong", "learn_view": "weak"}, (0.883, 0.799, 0.781)),
     "Strong, strong": ({"score_view": "strong"}, (0.902, 0.812, 0.803)),
     "BatchNorm in train mode": ({"backbone_bn": "train"}, (math.nan, math.nan, math.nan)),
+    "Raw features": ({"features": "raw"}, (math.nan, math.nan, math.nan)),
 }
 JOINT_ROWS: dict[str, dict[str, object]] = {
     "SPICE": {},
