@@ -1,6 +1,8 @@
 """What a run is compared with: spectral clustering and UMAP of its features, on samples where images are many."""
 
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ NAMES = ["Pixels + k-means", "Features + UMAP + k-means", "SPICE-Self", "SPICE"]
 def blobs(count: int) -> tuple[Tensor, np.ndarray]:
     """Unit features (count, 8) of three groups of unequal size that are far apart, and the groups."""
     rng = np.random.default_rng(0)
-    groups = rng.choice(3, count, p=(0.6, 0.3, 0.1))
+    groups = rng.choice(3, count, p=(0.5, 0.3, 0.2))
     rows = np.eye(8)[groups] + 0.1 * rng.standard_normal((count, 8))
     return torch.nn.functional.normalize(torch.from_numpy(rows).float()), groups
 
@@ -46,7 +48,7 @@ def of_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, 
             calls.append((len(rows), self.settings))
             return rows[:, :3]
 
-    monkeypatch.setitem(__import__("sys").modules, "umap", type("umap", (), {"UMAP": Projection}))
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Projection))
     return calls
 
 

@@ -97,10 +97,10 @@ def test_images_on_the_way_are_those_of_a_packed_file_bit_for_bit(tmp_path, phot
 
 def test_a_model_of_squashed_images_squashes_what_it_is_given(tmp_path, photos):
     """It answers as if Pillow had squashed the images before; one that crops answers otherwise."""
-    folders = {fit: saved_model(tmp_path / fit, DataConfig(size=16, fit=fit), photos) for fit in ("squash", "crop")}
+    folders = {fit: saved_model(tmp_path / fit, DataConfig(size=32, fit=fit), photos) for fit in ("squash", "crop")}
     (tmp_path / "squares").mkdir()
     for path in photos.iterdir():
-        square = Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+        square = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
         square.save(tmp_path / f"squares/{path.stem}.png")
     given, by_hand = open_source(str(photos)), open_source(str(tmp_path / "squares"))
     answers = {fit: predicting.predict(run / "model", given) for fit, run in folders.items()}
