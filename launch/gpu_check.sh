@@ -11,5 +11,5 @@ if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python
 export GPU_CHECK_FOLDER=${GPU_CHECK_FOLDER:-runs/gpu_check}
 case ${1:-} in pack | unpack) exec "$python" tests/gpu/travel.py "$@" ;; esac
 case $GPU_CHECK_FOLDER in /*) site=$GPU_CHECK_FOLDER/site ;; *) site=$PWD/$GPU_CHECK_FOLDER/site ;; esac
-export PYTHONPATH="$PWD:$site" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 # which deterministic products need
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 exec "$python" -m tests.gpu.check "$@"

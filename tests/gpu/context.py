@@ -5,11 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic
 
+import psutil
 import torch
 
 from spice_dist.data.dataset import open_data
@@ -75,17 +77,13 @@ def apart(function: Callable[..., None], *args: object, deadline: float) -> str:
     theirs.close()
     message = None
     if ours.poll(max(0.0, deadline - monotonic()) + GRACE):
-        try:
+        with suppress(EOFError):  # it died without a word
             message = ours.recv()
-        except EOFError:  # it died without a word
-            message = None
     else:
-        message = f"killed: it did not end {GRACE:.0f} s after its time"
-        process.kill()
-    process.join(GRACE)
-    if process.is_alive():
-        process.kill()
-        process.join()
+        message = f"killed: it did not end {GRACE:g} s after its time"
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):
+            each.kill()
+    process.join()
     return f"ended with exit code {process.exitcode}" if message is None else message
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spice_dist import artifacts, metrics
 from spice_dist.clustering import scored_images
-from spice_dist.config import Config, override
+from spice_dist.config import Config, flatten, override
 from spice_dist.data.dataset import prepare
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Tensors
@@ -44,15 +44,16 @@ ROWS = {row.name: row for row in TABLE}
 
 def cluster(context: Context) -> None:
     """Train stages 1, 2 and 3, and score each."""
+    context.require_time()
     folder = context.folder / "runs" / CLUSTER
     config = SMALL if context.tiny else cifar10_short()
     manifest = prepare(context.source(), config.data, artifacts.data(folder))
-    config = override(config, {"moco.queue": min(config.moco.queue, manifest.training // 2), "spice_self.epochs": 10})
+    at_most = {"moco.queue": manifest.training // 2, "spice_self.epochs": 10}
+    config = override(config, {name: min(flatten(config)[name], most) for name, most in at_most.items()})
     steps_of_epoch = manifest.training // config.moco.batch
     epochs = planned(context, "moco", STAGE1_MINUTES, steps_of_epoch)
-    config = override(
-        config, {"moco.epochs": epochs, "spice_semi.steps": planned(context, "spice_semi", STAGE3_MINUTES)}
-    )
+    steps = planned(context, "spice_semi", STAGE3_MINUTES)
+    config = override(config, {"moco.epochs": epochs, "spice_semi.steps": steps})
     for stage in ("moco", "features", "spice_self", "reliable", "spice_semi"):
         name = f"{stage} of {epochs} epochs of stage 1"
         if is_done(folder, stage) and context.results.row(CLUSTER, name):
@@ -74,6 +75,7 @@ def from_labels(context: Context) -> None:
     folder = context.folder / "runs" / LABELS
     config = SMALL if context.tiny else cifar10()
     given = reliable_labels(context)
+    context.require_time()
     manifest = prepare(context.source("split"), config.data, artifacts.data(folder))
     if len(given) > manifest.n or given.max() >= config.clusters:
         raise UserError(

@@ -28,6 +28,7 @@ PART_BYTES = 56 << 20
 PACKAGES = (  # that a machine with PyTorch and torchvision may lack: what the program and its tests import
     *("timm", "huggingface-hub", "safetensors", "jaxtyping", "wadler-lindig", "beartype", "tensorboardX", "protobuf"),
     *("psutil", "tqdm", "pyyaml", "packaging", "pytest", "pluggy", "iniconfig", "pygments"),
+    *("httpx2", "httpcore2", "h11", "anyio", "idna", "truststore", "hf-xet", "click", "filelock", "typing-extensions"),
     *("scikit-learn", "scipy", "joblib", "threadpoolctl", "numpy", "pillow", "jinja2", "markupsafe", "fsspec"),
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
