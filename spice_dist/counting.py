@@ -88,7 +88,10 @@ class Counting:
 
     @property
     def images(self) -> float:
-        """Count the bytes of images on the device: they stay there if they are raw and take RESIDENT_BYTES at most."""
+        """Count the bytes of images on the device: raw ones of RESIDENT_BYTES at most.
+
+        More stay there only where a GPU has three times the room.
+        """
         data, count = self.task.data, max(self.training, self.clustered)
         size = count * data.channels * data.size**2
         return size if stored_format(data.format, data.size, count) == "raw" and size <= RESIDENT_BYTES else 0

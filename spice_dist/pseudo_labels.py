@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spice_dist.transfer import send
+
 UNRELIABLE = -100  # the label of an image that has no reliable one; torch's cross-entropy ignores it by default
 NUMBERS = 1 << 26  # probabilities held at once, 256 MB
 ROWS = 1 << 16  # images whose neighbours are looked up at once
@@ -60,9 +62,7 @@ def prototype_labels(
     if min(wanted) < 1:
         raise ValueError(f"{len(features)} images cannot give {len(wanted)} clusters one image each")
     confident = [max(1, int(center_fraction * count)) for count in wanted]
-    labels = torch.arange(len(wanted), device=features.device).repeat_interleave(
-        torch.tensor(wanted, device=features.device)
-    )
+    labels = send(torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)), features.device)
     if not len(confidence(slice(0, 1))):  # this worker has no head: there are more workers than heads
         return labels[None][:0], labels[None][:0]
     choose = _overlapping if overlap else _disjoint
@@ -75,7 +75,7 @@ def _overlapping(
 ) -> Int[Tensor, "H P"]:
     members: dict[int, Int[Tensor, "H n"]] = {}
     for group in _alike(wanted):
-        of = slice(None) if len(group) == len(wanted) else group
+        of = slice(None) if len(group) == len(wanted) else send(torch.tensor(group), features.device)
         columns = (block[:, :, of].transpose(1, 2) for block in _blocks(confidence, features, len(wanted)))
         counts = [confident[k] for k in group]
         centers = cluster_centers(features, largest(columns, max(counts)), counts)
@@ -118,7 +118,7 @@ def cluster_centers(
     features: Float[Tensor, "M D"], confident: Int[Tensor, "H K C"], counts: Sequence[int]
 ) -> Float[Tensor, "H K D"]:
     """Average the features of the first counts[k] images of every cluster's list: SPICE eq. (3)."""
-    weight = _first(counts, confident) / torch.tensor(counts, device=features.device)[:, None]
+    weight = _first(counts, confident) / send(torch.tensor(counts), features.device)[:, None]
     weights = weight.expand(len(confident), -1, -1).flatten(0, 1)
     centers = F.embedding_bag(confident.flatten(0, 1), features, mode="sum", per_sample_weights=weights)
     return centers.unflatten(0, confident.shape[:2])
@@ -166,7 +166,7 @@ def _blocks(outputs: Outputs, features: Float[Tensor, "M D"], clusters: int) -> 
 
 def _first(counts: Sequence[int], lists: Int[Tensor, "H K C"]) -> Bool[Tensor, "K C"]:
     """Mark the first counts[k] entries of cluster k's list."""
-    limit = torch.tensor(counts, device=lists.device)
+    limit = send(torch.tensor(counts), lists.device)
     return torch.arange(lists.shape[2], device=lists.device) < limit[:, None]
 
 

@@ -17,7 +17,7 @@ class Task:
     clusters: int = setting(10, "K; from 2 up, or 0: as many as the features suggest, with stage2 spice_graph", least=0)
     seed: int = setting(0, "of all random numbers", least=0)
     bn_groups: int = setting(4, "BatchNorm groups of the global batch; the number of workers divides it", above=0)
-    precision: str = setting("auto", "of the networks; auto: bf16 on a GPU, fp32 on a CPU", choices=PRECISIONS)
+    precision: str = setting("auto", "of the networks; auto: bf16 on a GPU that has it, else fp32", choices=PRECISIONS)
     method: str = setting(
         "spice",
         "imc_swav is one stage, its pretext; fixmatch and supervised learn from some true labels",

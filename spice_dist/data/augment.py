@@ -31,6 +31,7 @@ from spice_dist.data.operations import (
     brighten,
     change_contrast,
     column,
+    identity,
     luma,
     matrix,
     resample,
@@ -39,6 +40,7 @@ from spice_dist.data.operations import (
     turn_hue,
 )
 from spice_dist.data.views import IMAGENET, Statistics, View
+from spice_dist.transfer import constant, send
 
 GREY = (125 / 255, 123 / 255, 114 / 255)  # what `erase` paints
 BLOCK = 64  # random numbers made at once for each image; a view takes about 40
@@ -88,7 +90,7 @@ def apply(
         with torch.inference_mode(inference), torch.autocast(images.device.type, enabled=False):
             _draw(view, images[rows], index[rows], key, cropped, statistics, out[rows])
 
-    if images.is_cuda:
+    if images.device.type != "cpu":
         draw(slice(None))
     else:
         threads = torch.get_num_threads()
@@ -177,19 +179,16 @@ def normalize(
     x: Float[Tensor, "B C H W"], statistics: Statistics = IMAGENET, out: Tensor | None = None
 ) -> Float[Tensor, "B C H W"]:
     """Return (x - mean) / std of each channel; grey images take the mean of the three."""
-    shift, scale = _on_device(statistics, x.shape[1], x.device)
+    shift, scale = _of_channels(statistics, x.shape[1], x.device)
     return torch.sub(x, shift, out=out).mul_(scale)
 
 
-@cache
-def _on_device(statistics: Statistics, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and 1 / deviation, (C, 1, 1) each; cached, since a copy to a GPU would wait for it."""
+def _of_channels(statistics: Statistics, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and 1 / deviation, (C, 1, 1) each."""
     mean, std = statistics
     if channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    shift, scale = (
-        torch.tensor(values, device=device)[:, None, None] for values in (mean, [1 / value for value in std])
-    )
+    shift, scale = (constant(values, device)[:, None, None] for values in (mean, tuple(1 / value for value in std)))
     return shift, scale
 
 
@@ -207,19 +206,24 @@ class _Draws:
         draws, self.block = self.block[:, :count], self.block[:, count:]
         return draws
 
+    def between(self, low: float, high: float) -> Float[Tensor, " B"]:
+        return self.on_host(1)[:, 0] * (high - low) + low
+
     def uniform(self, low: float, high: float, count: int = 1) -> Float[Tensor, "count B"]:
-        draws = self.on_host(count).T * (high - low) + low
-        return draws.contiguous().to(self.device, non_blocking=True)
+        """Draw on the host and send; `count` above BLOCK, a number for each pixel, on the device."""
+        if count <= BLOCK:
+            return send((self.on_host(count).T * (high - low) + low).contiguous(), self.device)
+        self.streams += 1
+        self.block = self.block[:, :0]
+        draws = uniform((*self.key, self.streams), send(self.index, self.device), count)
+        return (draws.T * (high - low) + low).contiguous()
 
     def rows(self, probability: float) -> Int64[Tensor, " b"]:
         """Draw rows on the host, where their number is known without a wait for the device."""
         return self.on_device((self.on_host(1)[:, 0] < probability).nonzero()[:, 0])
 
-    def on_device(self, rows: Tensor) -> Tensor:
-        return rows.to(self.device, non_blocking=True)
-
-    def chance(self, probability: float) -> Bool[Tensor, " B"]:
-        return self.uniform(0, 1)[0] < probability
+    def on_device(self, values: Tensor) -> Tensor:
+        return send(values, self.device)
 
 
 def _geometry(view: View, x: Tensor, draws: _Draws) -> Tensor:
@@ -258,21 +262,22 @@ def _affine(view: View, height: int, width: int, draws: _Draws) -> Float[Tensor,
 
 def _color_jitter(view: View, x: Tensor, draws: _Draws) -> None:
     """Apply torchvision's ColorJitter with a probability: four adjustments, in a random order for each image."""
-    applied = draws.on_host(1)[:, 0] < view.jitter
-    order = draws.on_host(4).argsort(dim=1)
-    factors = [
-        draws.uniform(max(0.0, 1 - strength), 1 + strength)[0]
-        for strength in (view.brightness, view.contrast, view.saturation)
-    ]
-    factors.append(draws.uniform(-view.hue, view.hue)[0])
+    applied = (draws.on_host(1)[:, 0] < view.jitter).nonzero()[:, 0]
+    order = draws.on_host(4).argsort(dim=1)[applied].T  # 4 b
+    strengths = (view.brightness, view.contrast, view.saturation)
+    factors = [draws.between(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
+    factors.append(draws.between(-view.hue, view.hue))
     colour = x.shape[1] == 3
     active = [view.brightness > 0, view.contrast > 0, view.saturation > 0 and colour, view.hue > 0 and colour]
     adjust = (brighten, change_contrast, saturate, turn_hue)
-    for place in range(4):
-        for number in range(4):
-            rows = draws.on_device((applied & (order[:, place] == number)).nonzero()[:, 0])
-            if active[number]:
-                _change(x, rows, adjust[number], factors[number][rows])
+    counts = (order[:, :, None] == torch.arange(4)).sum(1).flatten().tolist()
+    number, place = order.sort(dim=1, stable=True)
+    rows = applied[place]
+    factor = torch.stack(factors)[number, rows]
+    parts = zip(*(draws.on_device(values.flatten()).split(counts) for values in (rows, factor)), strict=True)
+    for part, (rows_of_part, factor_of_part) in enumerate(parts):
+        if active[part % 4]:
+            _change(x, rows_of_part, adjust[part % 4], factor_of_part)
 
 
 def _drop_colour(x: Tensor) -> Tensor:
@@ -359,17 +364,19 @@ def _erase(view: View, x: Tensor, draws: _Draws) -> Tensor:
         return (position >= first) & (position <= (first + side).clamp(max=size))
 
     painted = inside(middle[1], height)[:, None, :, None] & inside(middle[0], width)[:, None, None, :]
-    paint = torch.tensor(GREY, device=x.device)[:, None, None]
+    paint = constant(GREY, x.device)[:, None, None]
     return torch.where(painted, paint if x.shape[1] == 3 else paint.mean(0, keepdim=True), x)
 
 
 def _random_operation(x: Tensor, draws: _Draws, reach: float) -> Tensor:
     """Apply one of OPERATIONS to each image, drawn uniformly, with a uniform magnitude and a sign."""
     chosen = (draws.on_host(1)[:, 0] * len(OPERATIONS)).long()
-    magnitude = draws.uniform(0, 1)[0]
-    sign = torch.where(draws.chance(0.5), 1.0, -1.0)
-    for number, operation in enumerate(OPERATIONS):
-        rows = draws.on_device((chosen == number).nonzero()[:, 0])
-        if len(rows):
-            x[rows] = operation(x[rows], magnitude[rows], sign[rows], reach)
+    magnitude = draws.between(0, 1)
+    sign = torch.where(draws.on_host(1)[:, 0] < 0.5, 1.0, -1.0)
+    rows = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=len(OPERATIONS)).tolist()
+    of_rows = (draws.on_device(values).split(counts) for values in (rows, magnitude[rows], sign[rows]))
+    for operation, here, magnitude_here, sign_here in zip(OPERATIONS, *of_rows, strict=True):
+        if len(here) and operation is not identity:
+            x[here] = operation(x[here], magnitude_here, sign_here, reach)
     return x

@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, time, stream, index): no state to save, the same on any number of workers.
 
-SplitMix64 (Steele, Lea and Flood 2014) hashes the counter. Draws are made on the CPU, where the index of a batch is
-known, so that nothing waits for the device to say which sample drew which operation.
+SplitMix64 (Steele, Lea and Flood 2014) hashes the counter, in whole numbers, so every device draws the same. Where a
+draw decides what is computed, it is made on the CPU: nothing then waits for the device to say which sample drew what.
 """
 
 import torch
@@ -37,14 +37,15 @@ def _mix_int(x: int) -> int:
 
 
 def uniform(key: tuple[int, ...], index: Int[Tensor, " B"], count: int) -> Float[Tensor, "B count"]:
-    """Draw `count` numbers in [0, 1) for every index; `key` is (seed, epoch or step, stream, ...), any integers.
+    """Draw `count` numbers in [0, 1) for every index, on its device.
 
+    `key` is (seed, epoch or step, stream, ...), any integers.
     Two calls agree exactly where key and index agree, whatever else is in the batch.
     """
     state = 0
     for part in key:
         state = _mix_int(state + _GOLDEN + int(part))
-    rows = _mix(index.cpu().long() * _signed(_GOLDEN) + _signed(state))
-    counters = torch.arange(1, count + 1) * _signed(_GOLDEN)
+    rows = _mix(index.long() * _signed(_GOLDEN) + _signed(state))
+    counters = torch.arange(1, count + 1, device=index.device) * _signed(_GOLDEN)
     bits = _mix(rows[:, None] + counters[None, :])
     return _shift_right(bits, 40).float() * 2.0**-24

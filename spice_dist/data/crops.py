@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from spice_dist.data.counter_rng import uniform
+from spice_dist.transfer import send
 
 TRIES = 10  # torchvision draws as often before it falls back to the centre
 Key = tuple[int, ...]
@@ -68,9 +69,8 @@ def cut(x: Float[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], height: int,
     Resizing is linear and separable: rows @ x @ columns, with a matrix of weights for each image. Pixels
     beyond a box count nothing, as if it had been cut out before.
     """
-    left, top, box_width, box_height = torch.from_numpy(box).float().T
-    rows = _weights(top, box_height, x.shape[2], height).to(x.device, non_blocking=True)
-    columns = _weights(left, box_width, x.shape[3], width).to(x.device, non_blocking=True)
+    left, top, box_width, box_height = send(torch.from_numpy(box).float().T.contiguous(), x.device)
+    rows, columns = _weights(top, box_height, x.shape[2], height), _weights(left, box_width, x.shape[3], width)
     return torch.matmul(rows[:, None], torch.matmul(x, columns.mT[:, None]))
 
 
@@ -84,10 +84,13 @@ def cut_bytes(images: UInt8[Tensor, "B C H W"], box: Int64[np.ndarray, "B 4"], h
 
 
 def _weights(start: Float[Tensor, " B"], length: Float[Tensor, " B"], before: int, after: int) -> Tensor:
-    """Return the weight (B, after, before) of each pixel in each pixel of the resized stretch from start."""
+    """Return the weight (B, after, before) of each pixel in each pixel of the resized stretch from start.
+
+    They are computed where `start` is: four numbers of an image cross to a GPU, not its matrices.
+    """
     scale = (length / after)[:, None, None]
-    middle = start[:, None, None] + (torch.arange(after)[:, None] + 0.5) * scale
-    position = torch.arange(before) + 0.5
+    middle = start[:, None, None] + (torch.arange(after, device=start.device)[:, None] + 0.5) * scale
+    position = torch.arange(before, device=start.device) + 0.5
     weights = (1 - (position - middle).abs() / scale.clamp(min=1)).clamp(min=0)
     inside = (position > start[:, None, None]) & (position < (start + length)[:, None, None])
     weights = weights * inside

@@ -13,6 +13,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from spice_dist.data.crops import Crop, Key
+from spice_dist.transfer import send_beside
 
 
 @runtime_checkable
@@ -50,9 +51,9 @@ class Images(Protocol):
         ...
 
 
-def to_device(pixels: UInt8[np.ndarray, "b h w 3"], device: torch.device, channels: int) -> UInt8[Tensor, "b c h w"]:
+def to_device(pixels: UInt8[Tensor, "b h w 3"], device: torch.device, channels: int) -> UInt8[Tensor, "b c h w"]:
     """Bring a batch to the device, channels first."""
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    images = send_beside(pixels, device).permute(0, 3, 1, 2)
     return to_grey(images) if channels == 1 else images.contiguous()
 
 

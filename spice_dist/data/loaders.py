@@ -1,9 +1,10 @@
-"""Opening a packed data set: verify it, choose what decodes it, and keep a small one on the device."""
+"""Opening a packed data set: verify it, choose what decodes it, and keep it on the device if it fits."""
 
 import logging
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from spice_dist.data import beton
@@ -16,7 +17,8 @@ from spice_dist.data.resident import load_resident
 from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.errors import DamagedFile, UserError
 
-RESIDENT_BYTES = 2 << 30
+RESIDENT_BYTES = 2 << 30  # of images that stay in a CPU's memory
+RESIDENT_SHARE = 1 / 3  # of the free memory, of a GPU or beside it, that images may take
 FULL_CHECK_BYTES = 8 << 30  # larger files: the structure is checked whole, the samples of SPREAD_CHECK images
 SPREAD_CHECK = 4_096
 
@@ -30,7 +32,7 @@ def open_images(
     size: int,
     channels: int = 3,
     loader: str = "auto",
-    resident_bytes: int = RESIDENT_BYTES,
+    resident_bytes: int | None = None,
     threads: int | None = None,
 ) -> Images:
     """Open data_dir/dataset.beton after verifying it.
@@ -40,7 +42,8 @@ def open_images(
         channels: 3, or 1 for luma (ITU-R 601).
         loader: decoder: "auto" takes FFCV where it is installed, "ffcv" forces it, "torch" does without. Raw
             squares of `size` need no decoder.
-        resident_bytes: a set of raw squares of at most this size is read once and stays on the device.
+        resident_bytes: a set of raw squares of at most this size is read once and stays on the device; default:
+            `resident_limit`.
         threads: number of decoding threads; default: torch's, the share of this worker.
 
     Raises:
@@ -55,12 +58,49 @@ def open_images(
     needs_no_decoder = info.format == "raw" and (info.heights[0], info.widths[0]) == (size, size)
     decoder = _decoder("torch" if needs_no_decoder and loader == "auto" else loader)  # importing FFCV takes seconds
     images = PackedImages(info, decoder, device, size, channels, threads or torch.get_num_threads())
-    if images.decodes or images.n * size * size * channels > resident_bytes:
+    limit = resident_limit(device) if resident_bytes is None else resident_bytes
+    if images.decodes or _bytes(images) > limit:
         return images
     try:
         return load_resident(images, device)
     finally:
         images.close()
+
+
+def resident_limit(device: torch.device) -> int:
+    """Return how many bytes of images may stay on the device: RESIDENT_BYTES, or a share of a GPU's free memory."""
+    if device.type != "cuda":
+        return RESIDENT_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(RESIDENT_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+
+
+def as_squares(images: Images, device: torch.device, reads: int, processes: int = 1) -> Images:
+    """Return the same central squares, decoded once, if more than all of them will be read and memory suffices.
+
+    They stay on the device, or on the host of a GPU that has no room. `images` is closed if it is not returned.
+
+    Args:
+        reads: images that will be read, with repetitions.
+        processes: how many of them may do the same on this host.
+    """
+    if not images.decodes or reads <= images.n:
+        return images
+    on_host = int(RESIDENT_SHARE * psutil.virtual_memory().available / processes)
+    if _bytes(images) <= resident_limit(device):
+        kept = device
+    elif device.type == "cuda" and _bytes(images) <= on_host:
+        kept = torch.device("cpu")
+    else:
+        return images
+    try:
+        return load_resident(images, kept, device)
+    finally:
+        images.close()
+
+
+def _bytes(images: Images) -> int:
+    return images.n * images.channels * images.size**2
 
 
 def _verified(data_dir: Path) -> beton.BetonInfo:

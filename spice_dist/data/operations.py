@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from spice_dist.transfer import constant
+
+SMOOTH = (1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0)  # times 1/13: Pillow's filter of 3 x 3
+
 # ---------------------------------------------------------------- colour
 
 
@@ -209,7 +213,7 @@ def _smooth(x: Tensor) -> Tensor:
     """Apply Pillow's SMOOTH filter, which its sharpness blends with; the border stays."""
     if min(x.shape[2:]) < 3:
         return x
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
+    kernel = constant(SMOOTH, x.device).view(3, 3) / 13
     inner = F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
     smooth = x.clone()
     smooth[:, :, 1:-1, 1:-1] = inner

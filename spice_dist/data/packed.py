@@ -23,6 +23,7 @@ from spice_dist.data.handover import Handover
 from spice_dist.data.images import to_device
 from spice_dist.data.order import check_order, global_batches
 from spice_dist.errors import DamagedFile
+from spice_dist.transfer import page_locked
 
 BATCHES_AHEAD = 2
 # indices of a batch -> the pixels of each crop, (B, size, size, 3) uint8
@@ -84,7 +85,8 @@ class PackedImages:
     def _prepare_all(self, batches: list[np.ndarray], prepare: Prepare, handover: Handover) -> None:
         try:
             for index in batches:
-                if not handover.put(prepare(index)):
+                crops = [page_locked(torch.from_numpy(crop), self._device) for crop in prepare(index)]
+                if not handover.put(crops):
                     return
         except BaseException as error:  # noqa: BLE001  the consumer raises it
             handover.put(error)

@@ -1,4 +1,4 @@
-"""Small data sets that stay on the device: a batch is one indexing, without a loader."""
+"""Data sets that stay in memory, decoded: a batch is one indexing, without a loader."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,17 +10,18 @@ from torch import Tensor
 from spice_dist.data.crops import Crop, Key, boxes, cut
 from spice_dist.data.images import Images
 from spice_dist.data.order import check_order, global_batches
+from spice_dist.transfer import send, send_beside
 
 READ_BATCH = 1_024
 
 
 class ResidentImages:
-    """`Images` of one tensor on its device."""
+    """`Images` of one tensor, served on the device that it is on, or on another."""
 
-    def __init__(self, images: UInt8[Tensor, "n c h w"]):
+    def __init__(self, images: UInt8[Tensor, "n c h w"], device: torch.device | None = None):
         self.n, self.channels, self.size, _ = images.shape
         self.decodes = False
-        self._images = images
+        self._images, self._device = images, device or images.device
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Images.batches`."""
@@ -30,7 +31,8 @@ class ResidentImages:
     def _serve(self, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:
             index = torch.from_numpy(batch.copy())
-            yield self._images[index.to(self._images.device, non_blocking=True)], index
+            chosen = self._images[send(index, self._images.device)]
+            yield chosen if chosen.device == self._device else send_beside(chosen, self._device), index
 
     def crops(
         self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]
@@ -47,9 +49,11 @@ class ResidentImages:
         self._images = self._images[:0]
 
 
-def load_resident(images: Images, device: torch.device) -> ResidentImages:
-    """Read every image once, in order, into n * c * h * w bytes of the device."""
-    resident = torch.empty((images.n, images.channels, images.size, images.size), dtype=torch.uint8, device=device)
-    for pixels, index in images.batches(np.arange(images.n), READ_BATCH):
-        resident[index] = pixels
-    return ResidentImages(resident)
+def load_resident(images: Images, kept: torch.device, device: torch.device | None = None) -> ResidentImages:
+    """Read every image once, in order, into n * c * h * w bytes of `kept`; serve them on `device`, or there."""
+    resident = torch.empty((images.n, images.channels, images.size, images.size), dtype=torch.uint8, device=kept)
+    start = 0
+    for pixels, _ in images.batches(np.arange(images.n), READ_BATCH):
+        resident[start : start + len(pixels)] = pixels
+        start += len(pixels)
+    return ResidentImages(resident, device)

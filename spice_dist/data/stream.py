@@ -42,7 +42,7 @@ def stream(
         while chunk := list(islice(images, batch)):
             numbers, stored = zip(*chunk, strict=True)
             squares = threads.map(partial(_central, config.size), stored) if packing.format == "jpg" else stored
-            yield to_device(np.stack(list(squares)), device, config.channels), torch.tensor(numbers)
+            yield to_device(torch.from_numpy(np.stack(list(squares))), device, config.channels), torch.tensor(numbers)
 
 
 def _usable(

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spice_dist.transfer import send
+
 _apart = False
 
 
@@ -71,8 +73,8 @@ def exchange(x: Tensor, order: np.ndarray) -> Tensor:
 
 
 def _index(rows: np.ndarray, x: Tensor) -> Tensor:
-    """Put row numbers on the device of `x`, without waiting for it."""
-    return torch.from_numpy(rows).to(x.device, non_blocking=True)
+    """Put row numbers on the device of `x`."""
+    return send(torch.from_numpy(rows), x.device)
 
 
 def share(total: int) -> range:

@@ -57,14 +57,16 @@ class StageCall:
         Raises:
             UserError: the GPU's memory does not suffice.
         """
-        before = torch.get_num_threads()
+        before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
         torch.set_num_threads(threads if self.shared else usable_cores())
+        torch.backends.cudnn.benchmark = True  # the batches of a stage have the same shapes, whose best kernels pay
         try:
             self.train(self.task, self.config, worker)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.name, error) from error
         finally:
             torch.set_num_threads(before)
+            torch.backends.cudnn.benchmark = benchmark
 
 
 def usable_cores() -> int:

@@ -18,6 +18,7 @@ from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import (
     autocast,
+    black_images,
     check_batch,
     in_passes,
     new_backbone,
@@ -31,7 +32,7 @@ from spice_dist.methods.plumbing import (
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import MLP
 from spice_dist.models.momentum import follow, slow_copy
-from spice_dist.models.split_batch_norm import set_groups, update_statistics
+from spice_dist.models.split_batch_norm import update_statistics
 from spice_dist.optim import cosine, set_lr, sgd, warm_up
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
@@ -74,8 +75,14 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
 
     online.train()
     target.train()
-    passes = passes_that_fit(task, online, 2 * config.batch, config.view, worker)
-    set_groups(target, task.bn_groups // worker.world // passes)
+
+    def trial(passes: int) -> Tensor:
+        views = black_images(task, 2 * config.batch // worker.world // passes, config.view.size, worker)
+        with torch.no_grad():
+            targets = unit(target(views))
+        return losses.byol(unit(online(views)), targets)
+
+    passes = passes_that_fit(task, [online, target], 2 * config.batch, trial, optimizer, worker)
     model = worker.wrap(online)
     views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
     for step, (one, other) in enumerate(views, start):

@@ -32,6 +32,7 @@ from spice_dist.inference import outputs
 from spice_dist.methods.known_images import Bank, known_images, shares
 from spice_dist.methods.plumbing import (
     autocast,
+    black_images,
     check_batch,
     finished,
     in_passes,
@@ -39,7 +40,7 @@ from spice_dist.methods.plumbing import (
     new_backbone,
     open_dataset,
     open_run_dataset,
-    passes_per_step,
+    passes_that_fit,
     place,
     resume,
     state_of,
@@ -204,7 +205,16 @@ def train(task: Task, config: ImcSwavConfig, worker: Worker) -> None:
 
     net.train()
     classifiers.train()
-    passes = passes_per_step(net, groups, worker.device)
+
+    def trial(passes: int) -> Tensor:
+        of_pass = config.batch // worker.world // passes
+        views = [black_images(task, of_pass, view.size, worker) for view in crop_views]
+        # the large crops of all passes wait for the assignments
+        encoded = [encode(net, net, views[:GLOBAL], groups // passes) for _ in range(passes)]
+        encoded.append(encode(net, net, views[GLOBAL:], groups // passes))
+        return torch.stack([out.float().sum() for outs in encoded for out in outs]).sum()
+
+    passes = passes_that_fit(task, [net], len(crop_views) * config.batch, trial, optimizer, worker)
     set_groups(classifiers, len(crop_views) * groups // passes)
     model, classify = worker.wrap(net), worker.wrap(classifiers)
     stream = view_lists(task, images, manifest.training, config.batch, config.epochs, crop_views, start, worker)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spice_dist.data.order import epoch_order
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
+from spice_dist.transfer import send
 
 
 class Bank(nn.Module):
@@ -39,7 +40,8 @@ class Bank(nn.Module):
         size, first = self.rows.shape[1], worker.rank * rows.shape[1]
         in_share = (positions >= first) & (positions < first + rows.shape[1])
         new = rows.new_zeros(len(rows), len(positions), rows.shape[2])
-        new[:, torch.from_numpy(in_share.nonzero()[0])] = rows[:, torch.from_numpy(positions[in_share] - first)]
+        to, of = (send(torch.from_numpy(x), rows.device) for x in (in_share.nonzero()[0], positions[in_share] - first))
+        new[:, to] = rows[:, of]
         new = collectives.total(new)  # a row is zero in all workers but one
         start = before % size
         room = min(size - start, new.shape[1])

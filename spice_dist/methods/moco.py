@@ -19,6 +19,7 @@ from spice_dist.distributed.worker import Probes, Worker
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import (
     autocast,
+    black_images,
     check_batch,
     in_passes,
     new_backbone,
@@ -32,10 +33,11 @@ from spice_dist.methods.plumbing import (
 from spice_dist.models.backbone import unit
 from spice_dist.models.heads import Projection
 from spice_dist.models.momentum import Queue, follow, slow_copy
-from spice_dist.models.split_batch_norm import forget_statistics, set_groups, update_statistics
+from spice_dist.models.split_batch_norm import forget_statistics, update_statistics
 from spice_dist.optim import cosine, lars, set_lr, sgd, warm_up
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 KEY, QUERY = 2, 3  # streams of random numbers that shuffle a view's images; 0 and 1 draw the views
 
@@ -92,8 +94,14 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
 
     query_net.train()
     key_net.train()
-    passes = passes_that_fit(task, query_net, config.new_keys, config.view, worker)
-    set_groups(key_net, task.bn_groups // worker.world // passes)
+
+    def trial(passes: int) -> Tensor:
+        views = black_images(task, config.new_keys // worker.world // passes, config.view.size, worker)
+        with torch.no_grad():
+            keys = unit(key_net(views))
+        return losses.info_nce(unit(query_net(views)), keys, queue.keys, config.temperature)
+
+    passes = passes_that_fit(task, [query_net, key_net], config.new_keys, trial, optimizer, worker)
     model = worker.wrap(query_net)
     staleness = Staleness(config.queue // config.new_keys)
     views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
@@ -142,7 +150,7 @@ def shuffled_keys(
     with autocast(worker.device, task.precision):
         keys = torch.cat([unit(key_net(of_pass)).float() for of_pass in shuffled.chunk(passes)])
     keys = collectives.all_gather(keys)
-    return torch.empty_like(keys).index_copy_(0, torch.from_numpy(order).to(view.device, non_blocking=True), keys)
+    return torch.empty_like(keys).index_copy_(0, send(torch.from_numpy(order), view.device), keys)
 
 
 def _by_pass(view: Tensor, keys: Tensor, passes: int, worker: Worker) -> list[tuple[Tensor, Tensor]]:

@@ -64,8 +64,13 @@ def place(module: M, device: torch.device) -> M:
 
 def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager:
     """Enter mixed precision; `precision` is that of `Task`."""
-    low = device.type == "cuda" if precision == "auto" else precision == "bf16"
+    low = _multiplies_bf16(device) if precision == "auto" else precision == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16) if low else nullcontext()
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Return whether a GPU has bf16 itself: older ones, such as a T4, imitate it more slowly than they do float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int:
@@ -79,42 +84,74 @@ def passes_per_step(module: nn.Module, groups: int, device: torch.device) -> int
     return passes
 
 
-def passes_that_fit(task: Task, module: nn.Module, batch: int, view: View, worker: Worker) -> int:
-    """Return `passes_per_step`, or twice as many if a GPU's memory does not suffice for `batch` images of all workers.
+def passes_that_fit(
+    task: Task,
+    networks: Sequence[nn.Module],
+    images: int,
+    trial: Callable[[int], Tensor],
+    optimizer: torch.optim.Optimizer,
+    worker: Worker,
+) -> int:
+    """Return `passes_per_step`, or twice as many if a GPU's memory does not suffice; set the networks' groups.
 
-    Smaller passes keep the global batch and its BatchNorm groups, so the result is the same up to rounding. The test is
-    a forward and a backward pass over black images, whose effects are undone.
+    Smaller passes keep the global batch and its BatchNorm groups, so the result is the same up to rounding. The trial
+    is a forward and a backward pass over black images, beside the optimizer's moments; its effects are undone.
+
+    Args:
+        networks: all that a step runs.
+        images: in a step of all workers, for the message.
+        trial: runs what one pass of so many holds in memory; returns a scalar for the backward pass.
 
     Raises:
         UserError: half of the images are still too many for a pass, or there is only one group.
     """
-    groups, side = task.bn_groups // worker.world, view.size or task.data.size
-    passes = passes_per_step(module, groups, worker.device)
+    groups = task.bn_groups // worker.world
+    passes = [passes_per_step(network, groups, worker.device) for network in networks][0]
     if worker.device.type == "cpu":
         return passes  # a CPU raises no error when memory is exhausted, and each group is a pass already
-    size = (task.data.channels, side, side)
     for tried in (passes, 2 * passes):
         if groups % tried == 0:
-            set_groups(module, groups // tried)
-            shape = (batch // worker.world // tried, *size)
-            if not collectives.largest_int(_exhausts_memory(module, shape, task, worker.device), worker.device):
+            for network in networks:
+                set_groups(network, groups // tried)
+            exhausted = _exhausts_memory(task, networks, lambda count=tried: trial(count), optimizer, worker.device)
+            if not collectives.largest_int(exhausted, worker.device):
                 return tried
     raise UserError(
-        f"out of memory with {batch // worker.world // passes} images of {'x'.join(map(str, size))} in one pass, and "
+        f"out of memory with {images // worker.world // passes} images of {task.data.size} pixels in one pass, and "
         f"half of them; set a smaller batch, or more bn_groups (now {task.bn_groups}): a pass holds one at least"
     )
 
 
-def _exhausts_memory(module: nn.Module, shape: tuple[int, ...], task: Task, device: torch.device) -> int:
-    training = module.training
+def black_images(task: Task, count: int, size: int, worker: Worker) -> Float[Tensor, "B C H W"]:
+    """Make images for a trial; `size` in pixels, 0: the data set's."""
+    side = size or task.data.size
+    return torch.zeros((count, task.data.channels, side, side), device=worker.device)
+
+
+def _exhausts_memory(
+    task: Task,
+    networks: Sequence[nn.Module],
+    trial: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> int:
+    training = [network.training for network in networks]
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments: list[Tensor] = []
     try:
+        for _ in range(2 if "betas" in optimizer.defaults else 1):
+            moments += [torch.empty_like(parameter) for parameter in learned]
+        for network in networks:
+            network.train()
         with autocast(device, task.precision):
-            module.train()(torch.zeros(shape, device=device)).float().sum().backward()
+            loss = trial()
+        loss.backward()
     except torch.OutOfMemoryError:
         return 1
     finally:
-        module.train(training).zero_grad()
-        forget_statistics(module)
+        for network, before in zip(networks, training, strict=True):
+            network.train(before).zero_grad()
+            forget_statistics(network)
     return 0
 
 

@@ -41,6 +41,7 @@ from spice_dist.errors import UserError
 from spice_dist.inference import outputs
 from spice_dist.methods.plumbing import (
     autocast,
+    black_images,
     by_group,
     check_batch,
     finished,
@@ -50,7 +51,7 @@ from spice_dist.methods.plumbing import (
     open_dataset,
     open_run_dataset,
     own_positions,
-    passes_per_step,
+    passes_that_fit,
     place,
     resume,
     state_of,
@@ -58,12 +59,14 @@ from spice_dist.methods.plumbing import (
 )
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.heads import ClusterHeads, ClusterNet
+from spice_dist.models.momentum import copy_where
 from spice_dist.models.split_batch_norm import update_statistics
 from spice_dist.neighbors import nearest
 from spice_dist.optim import adam
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 NEIGHBOR, VIEW = 40, 41  # streams of random numbers
 SELECTED_BY = 6  # an image and its five nearest others, by which epochs and heads are compared
@@ -117,9 +120,9 @@ class Selection(nn.Module):
         self.register_buffer("loss", torch.full_like(net.heads.biases[0][:, 0, 0].detach(), torch.inf))
 
     def update(self, net: ScanNet, loss: Float[Tensor, " heads"]) -> None:
-        if loss.min() < self.loss.min():
-            self.net.load_state_dict(net.state_dict())
-            self.loss.copy_(loss)
+        better = loss.min() < self.loss.min()
+        copy_where(better, self.net, net)
+        self.loss.copy_(loss.where(better, self.loss))
 
 
 def train(task: Task, config: ScanConfig, worker: Worker) -> None:
@@ -141,7 +144,13 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     model = worker.wrap(net)
 
     net.train()
-    passes = passes_per_step(net, groups, worker.device)
+
+    def trial(passes: int) -> Tensor:
+        views = black_images(task, 2 * config.batch // worker.world // passes, config.view.size, worker)
+        # the entropy is of the whole batch: all passes wait for it
+        return torch.stack([net(views).sum() for _ in range(passes)]).sum()
+
+    passes = passes_that_fit(task, [net], 2 * config.batch, trial, optimizer, worker)
     position = own_positions([config.batch, config.batch], worker)
     for step, (image, _) in enumerate(pairs(images, neighbors, config, task.seed, start, worker), start):
         view = augment.apply(config.view, image, position, (task.seed, step, VIEW), task.backbone.statistics)
@@ -185,7 +194,10 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
     start = resume(worker, {"net": net}, optimizer)
     model = worker.wrap(net)
 
-    passes = passes_per_step(net, task.bn_groups // worker.world, worker.device)
+    def trial(passes: int) -> Tensor:
+        return net(black_images(task, config.batch // worker.world // passes, config.view.size, worker)).sum()
+
+    passes = passes_that_fit(task, [net], config.batch, trial, optimizer, worker)
     kinds = [PLAIN, config.view]
     stream = view_lists(task, images, manifest.clustered, config.batch, config.epochs, kinds, start, worker)
     for step, (plain, strong) in enumerate(stream, start):
@@ -254,7 +266,7 @@ def selection_loss(
     chunks = outputs(net, images, index, task.backbone.statistics, precision=task.precision)
     by_image = torch.cat([logits.transpose(0, 1) for logits in chunks])
     logits = collectives.gather_shares(by_image, len(neighbors)).transpose(0, 1)
-    columns = torch.from_numpy(neighbors).to(worker.device).long().unbind(1)
+    columns = send(torch.from_numpy(neighbors), worker.device).long().unbind(1)
     consistency = torch.stack([losses.neighbor_consistency(logits, logits[:, column]) for column in columns]).mean(0)
     return consistency - losses.entropy(logits.softmax(-1).mean(1))
 

@@ -35,6 +35,7 @@ from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.neighbors import distinct, nearest, nearest_by_index, search, without_itself
 from spice_dist.settings import allowed, check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
 CHUNK = 65_536  # images of a head's forward pass
@@ -208,7 +209,7 @@ def m_step(
     labels = torch.from_numpy(targets).to(features.device)
     sums, count = torch.zeros((), device=features.device), 0
     for rows in _minibatches(task, config, len(features), step):
-        at = rows.to(features.device)
+        at = send(rows, features.device)
         logits = F.log_softmax(heads(features[at]), 2)
         loss = -(labels[:, at] * logits).sum(2).mean(1).sum()  # heads share no weight: each gets its own gradient
         optimizer.zero_grad()

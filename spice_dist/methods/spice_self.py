@@ -48,6 +48,7 @@ from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.pseudo_labels import Loss, Outputs, margins, prototype_labels, quotas, selection_loss
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams of random numbers
 ROUND = 512  # minibatches between two barriers of the workers
@@ -145,25 +146,25 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     draw = partial(drawn_views, task, config)
     repeated = stored_views.RepeatedViews(task, images, worker.run, draw, config.view_epochs, encode, config.features)
     learning_loss = loss_of(task, config)
-    followed = followed_images(task, num_images, selection.followed.shape[2])
+    followed = torch.from_numpy(followed_images(task, num_images, selection.followed.shape[2])).to(worker.device)
     # steps after which the same views come again
     period = config.view_epochs * steps_per_epoch or total
     for step in range(saved.step if saved else 0, total):
         number = step % period
         chosen = drawn_images(task, number, num_images)[:batch]
-        epoch = number // steps_per_epoch
+        rows, epoch = send(torch.from_numpy(chosen), worker.device), number // steps_per_epoch
         if config.view_epochs:
             views = repeated.features(number, epoch, chosen)
         else:
             views = view_features(task, images, chosen, draw(epoch), [encode, encode])
-        scored, learned = (view.to(worker.device).float() for view in views)
+        scored, learned = (send(view, worker.device).float() for view in views)
 
         with torch.no_grad():  # E-step
             confidence = head_outputs(own_heads, scored, margins)
             overlap = config.assignment == "overlap"
-            members, labels = prototype_labels(features[chosen], confidence, sizes, config.center_fraction, overlap)
+            members, labels = prototype_labels(features[rows], confidence, sizes, config.center_fraction, overlap)
 
-        order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
+        order = send(shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)), worker.device)
         losses = torch.zeros(len(own_heads), device=worker.device)
         for minibatches in order.split(ROUND):  # M-step
             loss = m_step(
@@ -245,9 +246,9 @@ class Selection(nn.Module):
     def update(self, epoch: int, heads: ClusterHeads, loss: Float[Tensor, " H"], labels: Int[Tensor, "H S"]) -> None:
         self.losses[epoch], self.followed[epoch] = loss, labels
         better = loss < self.loss
-        self.loss[better] = loss[better]
+        self.loss.copy_(loss.where(better, self.loss))
         for best, current in zip(self.best.parameters(), heads.parameters(), strict=True):
-            best[better] = current[better]
+            best.copy_(current.where(better[:, None, None], best))
 
 
 def followed_images(task: Task, num_images: int, count: int) -> Int[np.ndarray, " S"]:

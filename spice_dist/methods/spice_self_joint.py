@@ -43,9 +43,11 @@ from spice_dist.methods.spice_self import (
 )
 from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads
+from spice_dist.models.momentum import copy_where
 from spice_dist.models.split_batch_norm import set_groups, update_statistics
 from spice_dist.pseudo_labels import margins, prototype_labels, quotas, selection_loss
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 
 def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
@@ -74,19 +76,20 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     encode = partial(encode_view, task, backbone, heads.inputs)
     learning_loss = loss_of(task, config)
-    followed = followed_images(task, num_images, selection.followed.shape[2])
+    followed = torch.from_numpy(followed_images(task, num_images, selection.followed.shape[2])).to(worker.device)
     for step in range(start, total):
         epoch = step // steps_per_epoch
         chosen = drawn_images(task, step, num_images)[:batch]
+        rows = send(torch.from_numpy(chosen), worker.device)
         views = view_features(task, images, chosen, drawn_views(task, config, epoch), [encode, lambda view: view])
-        scored, strong_images = (view.to(worker.device).float() for view in views)
+        scored, strong_images = (view.float() for view in views)
 
         with torch.no_grad():  # E-step
             confidence = head_outputs(heads, scored, margins)
             overlap = config.assignment == "overlap"
-            members, labels = prototype_labels(features[chosen], confidence, sizes, config.center_fraction, overlap)
+            members, labels = prototype_labels(features[rows], confidence, sizes, config.center_fraction, overlap)
 
-        order = shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)).to(worker.device)
+        order = send(shuffles(config, members.shape[1], (task.seed, step, SHUFFLE)), worker.device)
         inputs = partial(encode_again, encode, config, backbone, strong_images)
         losses = torch.zeros(len(heads), device=worker.device)
         for minibatches in order.split(ROUND):  # M-step
@@ -137,10 +140,10 @@ class JointSelection(nn.Module):
         labels: Int[Tensor, "H S"],
     ) -> None:
         self.losses[epoch], self.followed[epoch] = loss, labels
-        if loss.min() < self.loss.min():
-            self.loss.copy_(loss)
-            self.best.load_state_dict(heads.state_dict())
-            self.backbone.load_state_dict(backbone.state_dict())
+        better = loss.min() < self.loss.min()
+        self.loss.copy_(loss.where(better, self.loss))
+        copy_where(better, self.best, heads)
+        copy_where(better, self.backbone, backbone)
 
 
 def encode_again(

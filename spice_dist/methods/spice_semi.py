@@ -23,6 +23,7 @@ from spice_dist import artifacts, losses
 from spice_dist.catalog import USING_LABELS
 from spice_dist.data import augment
 from spice_dist.data.images import Images
+from spice_dist.data.loaders import as_squares
 from spice_dist.data.views import FIXMATCH_STRONG, FIXMATCH_WEAK, View
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -31,13 +32,14 @@ from spice_dist.methods.label_refresh import ReliableLabels, refreshed_labels
 from spice_dist.methods.labelled_draw import groups_of_teachers, images_of_steps
 from spice_dist.methods.plumbing import (
     autocast,
+    black_images,
     by_group,
     finished,
     in_passes,
     new_backbone,
     open_dataset,
     own_positions,
-    passes_per_step,
+    passes_that_fit,
     place,
     resume,
     state_of,
@@ -54,6 +56,7 @@ from spice_dist.optim import decay_kernels_only, fixmatch_cosine, set_lr
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 WEAK, STRONG = 21, 22  # streams of random numbers; drawing has 20, calibration 23
 
@@ -128,6 +131,8 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     if not (labels != UNRELIABLE).any():
         return
     images, manifest = open_dataset(task, worker)
+    images_per_step = config.labelled * (1 + config.ratio)
+    images = as_squares(images, worker.device, config.steps * images_per_step // worker.world, worker.world)
     task = network_task(task, config)
 
     torch.manual_seed(task.seed)
@@ -136,7 +141,9 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
         assert isinstance(net, ClusterNet)
         calibrate(task, config.strong, net, images, labels)
     ema = slow_copy(net).eval()
-    optimizer = torch.optim.SGD(decay_kernels_only(net, config.weight_decay), config.lr, momentum=0.9, nesterov=True)
+    groups_of_weights = decay_kernels_only(net, config.weight_decay)
+    on_gpu = worker.device.type == "cuda"
+    optimizer = torch.optim.SGD(groups_of_weights, config.lr, momentum=0.9, nesterov=True, fused=on_gpu)
     threshold = new_threshold(task, config).to(worker.device)
     reliable = ReliableLabels(labels)
     parts = trained_parts(config, net, ema, threshold, reliable)
@@ -145,10 +152,20 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
 
     net.train()
     groups = task.bn_groups // worker.world  # on this worker
-    passes = passes_per_step(net, groups, worker.device)
+
+    def trial(passes: int) -> Tensor:
+        labelled, others = (
+            black_images(task, count // worker.world // passes, 0, worker)
+            for count in (config.labelled, config.labelled * config.ratio)
+        )
+        apart = config.weak_apart and config.ratio > 0
+        with torch.no_grad():
+            first = [net(others)] if apart else []
+        return net(torch.cat([labelled, others] + [others] * (not apart))).float().sum() + sum(x.sum() for x in first)
+
+    passes = passes_that_fit(task, [net], images_per_step, trial, optimizer, worker)
     position = own_positions([config.labelled, config.labelled * config.ratio], worker)
     labelled = config.labelled // worker.world
-    images_per_step = config.labelled * (1 + config.ratio)
     warning = partial(collapse_warning, task, config)
     monitor = PredictionMonitor(task, config.steps, images_per_step, warning, worker)
     refreshed = partial(refreshed_labels, task, config.refresh_agreement, ema, images, manifest.clustered, worker)
@@ -156,7 +173,7 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     for step, (image, index) in enumerate(stream, start):
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak, strong = views_of_step(task, config, image, position, labelled, step)
-        label = reliable.labels[index[:labelled]].to(worker.device, non_blocking=True)
+        label = send(reliable.labels[index[:labelled]], worker.device)
         eta = threshold.of_classes()
 
         optimizer.zero_grad()

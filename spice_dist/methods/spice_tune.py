@@ -47,6 +47,7 @@ from spice_dist.optim import cosine, warm_up
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.settings import check_ranges, setting
 from spice_dist.task import Task
+from spice_dist.transfer import send
 
 DRAW, WEAK, STRONG, HEAD = 50, 51, 52, 54  # streams of random numbers
 SMOOTHED = 3  # rounds in which soft labels are averaged with those of the neighbours
@@ -135,7 +136,8 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
     features = [features_of(tail, of_view, task) for of_view in activations]
     fit_head(task, config, net.head, features, soft_labels(net.head, features[0], labels, config))
     net.requires_grad_(False)
-    optimizer = torch.optim.AdamW(layer_groups(tail, net.head, config), config.lr)
+    on_gpu = worker.device.type == "cuda"
+    optimizer = torch.optim.AdamW(layer_groups(tail, net.head, config), config.lr, fused=on_gpu)
     ema = slow_copy(net)
     start_weights = deepcopy(net.state_dict())
     assert isinstance(ema.backbone, Backbone)
@@ -158,6 +160,7 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate
         view, taught, any_rows = draw(task.seed, step, teachers, len(chosen), labelled, others, config.strong_views)
+        taught, any_rows = (send(rows, worker.device) for rows in (taught, any_rows))
         half = labelled // 2
         x = torch.cat([activations[0][taught[:half]], activations[1 + view][torch.cat([taught[half:], any_rows])]])
 
@@ -176,7 +179,7 @@ def train(task: Task, config: SpiceTuneConfig, worker: Worker) -> None:
         step += 1
 
         last = step == guard.begun + steps
-        alarm = guard.see(float(loss.detach()), last, predicted_by_average)
+        alarm = guard.see(loss.detach(), step, last, predicted_by_average)
         if alarm and guard.retried == config.retries:
             net.load_state_dict(stage2)
             leave_stage2(net, alarm, worker, step)
@@ -281,7 +284,7 @@ def fit_head(
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, config.head_lr)
     for step in range(config.head_steps):
-        rows = drawn_rows(len(targets), FITTED, (task.seed, step, HEAD)).to(targets.device)
+        rows = send(drawn_rows(len(targets), FITTED, (task.seed, step, HEAD)), targets.device)
         logits = head(views[step % len(views)][rows])[0]
         for group in optimizer.param_groups:
             group["lr"] = config.head_lr * cosine(step / config.head_steps)

@@ -45,7 +45,7 @@ class Guard(nn.Module):
         self.counters: Tensor  # first step of this attempt, number of attempts before it
         self.register_buffer("counters", torch.zeros(2, dtype=torch.long))
         self.sums: Tensor  # sum and number of the losses of the first steps, then of those since the last look
-        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=before.device))
 
     @property
     def begun(self) -> int:
@@ -60,17 +60,24 @@ class Guard(nn.Module):
         self.counters.copy_(torch.tensor([step, self.retried + 1]))
         self.sums.zero_()
 
-    def see(self, loss: float, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
-        """Return why this attempt has failed, "" if it has not. `predicted` gives the clusters of rows."""
+    def see(self, loss: Tensor, step: int, last: bool, predicted: Callable[[Tensor], Tensor]) -> str:
+        """Return why this attempt has failed after `step`, "" if it has not. `predicted` gives the clusters of rows.
+
+        The host reads the sums every `limits.steps` steps only: each reading waits for a GPU.
+        """
         if not self.limits.steps:
             return ""
-        if not math.isfinite(loss):
-            return "the loss is not finite"
-        first = self.sums[1] < self.limits.steps
-        self.sums += torch.tensor([loss, 1, 0, 0] if first else [0, 0, loss, 1], dtype=torch.float64)
-        if not last and self.sums[3] < self.limits.steps:
+        done = step - self.begun  # steps of this attempt
+        sums = self.sums[:2] if done <= self.limits.steps else self.sums[2:]
+        sums[0] += loss.double()
+        sums[1] += 1
+        if not last and done % self.limits.steps:
             return ""
         start, now = (self.sums[::2] / self.sums[1::2]).tolist()  # NaN without a step since the last look
+        if not (math.isfinite(start) and (done <= self.limits.steps or math.isfinite(now))):
+            return "the loss is not finite"
+        if not last and done == self.limits.steps:
+            return ""
         self.sums[2:] = 0
         if now > self.limits.max_rise * start:
             return f"the loss has risen from {start:.2g} to {now:.2g}"

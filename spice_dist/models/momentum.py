@@ -4,7 +4,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,8 +25,18 @@ def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
 @torch.no_grad()
 def copy_buffers(slow: nn.Module, fast: nn.Module) -> None:
-    for target, source in zip(slow.buffers(), fast.buffers(), strict=True):
-        target.copy_(source)
+    """Set the buffers of one network to those of another, as one fused operation for each type of number."""
+    pairs = list(zip(slow.buffers(), fast.buffers(), strict=True))
+    for kind in {target.dtype for target, _ in pairs}:
+        targets, sources = zip(*(pair for pair in pairs if pair[0].dtype == kind), strict=True)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def copy_where(better: Bool[Tensor, ""], kept: nn.Module, now: nn.Module) -> None:
+    """Copy the state of `now` into `kept` if `better` is true, which no host reads."""
+    for target, source in zip(kept.state_dict().values(), now.state_dict().values(), strict=True):
+        target.copy_(source.where(better, target))
 
 
 class Queue(nn.Module):

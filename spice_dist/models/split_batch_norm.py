@@ -93,15 +93,16 @@ def update_statistics(module: nn.Module, times: int = 1) -> None:
     if not norms:
         return
     # gathered, not reduced: the mean adds the groups up in the same order with any number of workers
-    here = torch.cat([torch.stack(norm.pending) for norm in norms], dim=2)
+    here = torch.stack([torch.cat(of_group, 1) for of_group in zip(*(norm.pending for norm in norms), strict=True)])
     everywhere = collectives.all_gather(here).mean(0).split([norm.num_features for norm in norms], dim=1)
-    for norm, (mean, var) in zip(norms, everywhere, strict=True):
-        momentum = 0.1 if norm.momentum is None else norm.momentum
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        share = momentum if times == 1 else 1 - (1 - momentum) ** times
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(var, share)
+    for momentum in {norm.momentum for norm in norms}:
+        of_momentum = [(norm, new) for norm, new in zip(norms, everywhere, strict=True) if norm.momentum == momentum]
+        known = 0.1 if momentum is None else momentum
+        share = known if times == 1 else 1 - (1 - known) ** times
+        running = [tensor for norm, _ in of_momentum for tensor in (norm.running_mean, norm.running_var)]
+        new = [tensor for _, mean_and_var in of_momentum for tensor in mean_and_var]
+        torch._foreach_lerp_(running, new, share)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+    for norm in norms:
         norm.pending.clear()
 
 

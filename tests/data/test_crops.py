@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from spice_dist.data.crops import Crop, boxes, central_squares
+from spice_dist.data.crops import Crop, boxes, central_squares, cut
 
 KEY = (5, 2, 1)
 
@@ -52,3 +52,22 @@ def test_where_nothing_fits_the_centre_is_taken_as_torchvision_does(height: int,
 def test_central_squares_are_the_largest_and_in_the_middle():
     found = central_squares(np.array([5, 10, 7]), np.array([9, 4, 7]))
     assert found.tolist() == [[2, 0, 5, 5], [0, 3, 4, 4], [0, 0, 7, 7]]
+
+
+@pytest.mark.parametrize("side", [8, 20, 33])
+def test_cuts_are_those_of_the_triangle_filter_in_float64(side: int):
+    """Pixel j of n counts max(0, 1 - |j + 1/2 - m_i| / max(1, s)) in output i, of s = box / side, m_i = (i + 1/2) s."""
+    rng = np.random.default_rng(0)
+    x = rng.random((6, 3, 20, 24)).astype(np.float32)
+    box = boxes(Crop((0.08, 1.0), 0), KEY, np.arange(6), np.full(6, 20), np.full(6, 24))
+
+    def weights(length: int) -> np.ndarray:
+        scale = length / side
+        middle = (np.arange(side)[:, None] + 0.5) * scale
+        weight = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - middle) / max(1, scale))
+        return weight / weight.sum(1, keepdims=True)
+
+    found = cut(torch.from_numpy(x), box, side, side)
+    for image, (left, top, width, height), out in zip(x.astype(np.float64), box, found.numpy(), strict=True):
+        inside = image[:, top : top + height, left : left + width]
+        assert np.abs(weights(height) @ inside @ weights(width).T - out).max() < 1e-5

@@ -31,11 +31,12 @@ from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
 from spice_dist.data.packed import PackedImages
 from spice_dist.data.pillow_decoder import PillowDecoder
-from spice_dist.data.resident import ResidentImages
+from spice_dist.data.resident import ResidentImages, load_resident
 from spice_dist.data.sources import Source, from_array
 from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.data.views import MOCO_V2, View
 from spice_dist.errors import DamagedFile, UserError
+from tests.pretend_gpu import DEVICE, OnDevice, pretend_gpu
 
 CPU = torch.device("cpu")
 ORDERS = {
@@ -514,3 +515,42 @@ def test_a_set_is_kept_on_the_device_exactly_when_it_fits(packed: Path):
         opened = open_images(packed, device=CPU, size=24, loader="torch", resident_bytes=resident_bytes)
         assert type(opened) is kind
         opened.close()
+
+
+def test_a_gpu_keeps_what_a_third_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch):
+    """Free is also what PyTorch has reserved and not given out."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    assert loaders.resident_limit(torch.device("cuda")) == 3_000
+    assert loaders.resident_limit(CPU) == loaders.RESIDENT_BYTES
+
+
+def test_photographs_that_are_read_again_and_again_are_decoded_once(jpg: Images, monkeypatch: pytest.MonkeyPatch):
+    order = np.random.default_rng(0).integers(0, jpg.n, 30)
+    decoded = [batch.clone() for batch, _ in jpg.batches(order, 7)]
+    assert loaders.as_squares(jpg, CPU, reads=jpg.n) is jpg, "each is read once at most"
+    with monkeypatch.context() as small:
+        small.setattr(loaders, "RESIDENT_BYTES", jpg.n * 3 * 48**2 - 1)
+        assert loaders.as_squares(jpg, CPU, reads=30) is jpg, "memory does not suffice"
+    kept = loaders.as_squares(jpg, CPU, reads=jpg.n + 1)
+    assert isinstance(kept, ResidentImages)
+    assert not kept.decodes
+    for (batch, index), before, wanted in zip(kept.batches(order, 7), decoded, range(0, 30, 7), strict=True):
+        assert torch.equal(batch, before)
+        assert np.array_equal(index.numpy(), order[wanted : wanted + 7])
+
+
+def test_squares_that_a_gpu_has_no_room_for_stay_on_its_host(jpg: Images, monkeypatch: pytest.MonkeyPatch):
+    """A device that only pretends to be one shows where images are and that nothing waits for it."""
+    order = np.random.default_rng(0).integers(0, jpg.n, 30)
+    expected = [batch.clone() for batch, _ in jpg.batches(order, 7)]
+    with pretend_gpu(monkeypatch) as gpu:
+        kept = load_resident(jpg, CPU, DEVICE)
+        gpu.reset()
+        served = [batch for batch, _ in kept.batches(order, 7)]
+        assert gpu.waits == []
+        assert gpu.sent == 30 * 3 * 48**2
+    for batch, wanted in zip(served, expected, strict=True):
+        assert isinstance(batch, OnDevice)
+        assert torch.equal(batch.values, wanted)

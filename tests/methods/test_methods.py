@@ -288,7 +288,7 @@ def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, smooth, mo
     TRAIN[stage](config, LocalWorker(run, stage, CPU))
     apart = weights(run, stage)
     shutil.rmtree(run / stage)
-    monkeypatch.setattr(plumbing if stage in ("moco", "byol") else spice_semi, "passes_per_step", one_pass)
+    monkeypatch.setattr(plumbing, "passes_per_step", one_pass)
     TRAIN[stage](config, LocalWorker(run, stage, CPU))
     together = weights(run, stage)
     for name in apart:

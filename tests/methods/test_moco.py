@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -209,6 +210,7 @@ def test_byol_options_out_of_range_are_one_line():
 def test_a_batch_that_exhausts_memory_is_halved_once_and_then_told(monkeypatch, tmp_path):
     config = override(SMALL, {"bn_groups": 4})
     net = nn.Sequential(nn.Conv2d(1, 2, 3), SplitBatchNorm2d(2)).to("meta")  # all of a GPU but the computing
+    optimizer = torch.optim.Adam(net.parameters())
     worker = LocalWorker(tmp_path, "none", torch.device("meta"))
     seen: list[int] = []
 
@@ -221,16 +223,29 @@ def test_a_batch_that_exhausts_memory_is_halved_once_and_then_told(monkeypatch, 
 
         return forward
 
+    def trial(passes: int) -> Tensor:
+        return net(plumbing.black_images(config, 64 // passes, config.moco.view.size, worker)).sum()
+
     monkeypatch.setattr(nn.Conv2d, "forward", limited(32))
-    assert plumbing.passes_that_fit(config, net, 64, config.moco.view, worker) == 2
+    assert plumbing.passes_that_fit(config, [net], 64, trial, optimizer, worker) == 2
     assert seen == [64, 32]
     norm = net[1]
     assert isinstance(norm, SplitBatchNorm2d)
     assert (norm.groups, norm.pending) == (2, [])
     assert net[0].weight.grad is None
     monkeypatch.setattr(nn.Conv2d, "forward", limited(16))
-    with pytest.raises(UserError, match="out of memory with 64 images of 1x8x8 in one pass, and half of them"):
-        plumbing.passes_that_fit(config, net, 64, config.moco.view, worker)
+    with pytest.raises(UserError, match="out of memory with 64 images of 8 pixels in one pass, and half of them"):
+        plumbing.passes_that_fit(config, [net], 64, trial, optimizer, worker)
+
+
+def test_bf16_is_for_gpus_that_have_it(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert isinstance(plumbing.autocast(cuda), nullcontext), "an older GPU only imitates it"
+    assert isinstance(plumbing.autocast(CPU), nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: (kind, dtype))
+    assert plumbing.autocast(cuda) == ("cuda", torch.bfloat16)
 
 
 def test_a_loss_that_is_not_finite_stops_in_one_line_and_is_never_saved(without_stage):

@@ -1,6 +1,7 @@
 """Tuning the last blocks: what stays as it was, what is learnt, and when the result of stage 2 is kept."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -130,9 +131,9 @@ def test_after_an_alarm_training_begins_again_at_a_third_of_the_rate(run, monkey
     """The attempt after a false alarm is the run whose rates are a third, but for the numbers that it draws."""
     real, rates, calls = Guard.see, [], iter(range(1000))
 
-    def see(self: Guard, loss: float, last: bool, predicted) -> str:
+    def see(self: Guard, loss: torch.Tensor, step: int, last: bool, predicted) -> str:
         rates.append(self.retried)
-        return "a test" if next(calls) == 6 else real(self, loss, last, predicted)
+        return "a test" if next(calls) == 6 else real(self, loss, step, last, predicted)
 
     monkeypatch.setattr(Guard, "see", see)
     train(run)
@@ -204,11 +205,23 @@ def test_the_guard_sees_what_goes_wrong():
     assert "cluster 1 has shrunk from 20 to 3" in one.changed(everything, torch.tensor([0] * 37 + [1] * 3 + [2] * 4))
     swapped = torch.tensor([1] * 20 + [0] * 20 + [2] * 4)
     assert "0% of the reliable labels are predicted, 100% were" in one.changed(everything, swapped)
-    assert one.see(float("nan"), False, lambda rows: rows) == "the loss is not finite"
-    for loss, expected in ((1.4, ""), (1.6, "the loss has risen from 1 to 1.6")):
+    rising, nan = "the loss has risen from 1 to 1.6", "the loss is not finite"
+    for losses, expected in (
+        ([1.0] * 5 + [1.4] * 5, [""] * 10),
+        ([1.0] * 5 + [1.6] * 5, [""] * 9 + [rising]),
+        ([1.0] * 5 + [1.4] * 5 + [1.6] * 5, [""] * 14 + [rising]),
+        ([1.0] * 2 + [math.nan] * 3, [""] * 4 + [nan]),
+        ([1.0] * 6 + [math.nan] * 4, [""] * 9 + [nan]),
+    ):
         one = guard(labels, before)
-        said = [one.see(value, False, lambda rows: torch.tensor(before)[rows]) for value in [1.0] * 5 + [loss] * 5]
-        assert said == [""] * 9 + [expected]
+        predicted = torch.tensor(before).__getitem__
+        said = [one.see(torch.tensor(loss), step, False, predicted) for step, loss in enumerate(losses, 1)]
+        assert said == expected
+    for losses, expected in (([1.0] * 3, ""), ([1.0] * 2 + [math.nan], nan), ([1.0] * 5 + [1.6] * 2, rising)):
+        one = guard(labels, before)
+        for step, loss in enumerate(losses, 1):
+            last = one.see(torch.tensor(loss), step, step == len(losses), torch.tensor(before).__getitem__)
+        assert last == expected, "the end of an attempt is looked at, whenever it is"
     one.go_back(10)
     assert (one.begun, one.retried) == (10, 1)
 
