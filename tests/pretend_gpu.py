@@ -36,6 +36,7 @@ WAITING = {  # the host needs a value, or a size that follows from values
     "_linalg_svd",
     "_linalg_eigh",
 }
+INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 VIEWS = {  # start no kernel
     *("view", "_unsafe_view", "_reshape_alias", "as_strided", "expand", "permute", "transpose", "t", "select", "slice"),
     *("split", "split_with_sizes", "unbind", "unsqueeze", "squeeze", "detach", "alias", "unfold", "lift_fresh"),
@@ -111,11 +112,8 @@ class PretendGPU(TorchDispatchMode):
             self._copied(on_host[0], not blocking, f"{name} between host and device")
         elif here and name in WAITING:
             self._waits(name)
-        elif here and name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:]):
-            if name in ("index", "index_put", "index_put_", "_index_put_impl_", "index_put_impl"):
-                indices = [x for x in args[1] if isinstance(x, Tensor)]
-                if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
-                    self._waits(f"{name} by a mask")
+        elif here and name in INDEXED and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1]):
+            self._waits(f"{name} by a mask")
         elif here and on_host:
             self._waits(f"{name} with a tensor of the host")
         if here or (to is not None and to.type == DEVICE.type):
@@ -157,11 +155,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_device = bool(known) if to is None else to.type == DEVICE.type
     kwargs = {**kwargs, "device": CPU} if to is not None else kwargs
     args, kwargs = tree_map(lambda x: x.values if isinstance(x, OnDevice) else x, (tuple(args), kwargs))
-    with torch.utils._python_dispatch._disable_current_modes():
-        out = func(*args, **kwargs)
+    out = func(*args, **kwargs)
     if not on_device:
         return out
-    return tree_map(lambda x: known.get(id(x)) or OnDevice(x) if isinstance(x, Tensor) else x, out)
+    # what an operation in place returns is the tensor that it changed
+    return tree_map(lambda x: known.get(id(x), x) if id(x) in known or not isinstance(x, Tensor) else OnDevice(x), out)
 
 
 class _Autocast(torch.autocast):
@@ -177,5 +175,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     monkeypatch.setattr(torch, "autocast", _Autocast)
     for name in ("sgd", "adam", "optimizer"):
         monkeypatch.setattr(sys.modules[f"torch.optim.{name}"], FUSED, lambda: ["cpu", DEVICE.type], raising=False)
+    # modules get new parameters on DEVICE: the old ones cannot change into tensors of another class
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     with PretendGPU() as watch, _Lists(watch):
         yield watch
