@@ -1,8 +1,12 @@
-"""No step of any method makes the host wait for the device: counted on a pretended GPU, and by CUDA on a real one."""
+"""What a step does on a GPU: no method waits for it, and the trial of its memory holds what a step holds.
+
+Counted on a pretended GPU; with the marker `gpu` CUDA looks for waits itself.
+"""
 
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,10 @@ from torch import Tensor
 from spice_dist.config import override
 from spice_dist.data import augment, views
 from spice_dist.distributed.worker import LocalWorker, Worker
-from spice_dist.methods import spice_graph, spice_tune
+from spice_dist.methods import plumbing, spice_graph, spice_tune
 from spice_dist.methods.known_images import Bank
 from spice_dist.methods.spice_tune import SpiceTuneConfig
+from spice_dist.models.backbone import Backbone
 from spice_dist.models.heads import ClusterHeads
 from spice_dist.transfer import constant, send
 from tests.methods.conftest import CPU, SMALL, TRAIN
@@ -126,6 +131,33 @@ def test_cuda_finds_no_synchronisation_in_a_step(method, before):
         train(method, WatchedWorker(before(method), METHODS[method][0], torch.device("cuda"), watch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][0] not in ("spice_self", "spice_tune")])
+def test_the_trial_of_memory_learns_from_as_many_images_as_a_pass(method, before, gpu, monkeypatch):
+    images: Counter[str] = Counter()  # that a backward pass follows; a GPU takes one pass
+    when = "before"
+    forward, exhausts = Backbone.forward, plumbing._exhausts_memory
+
+    def counted(self: Backbone, batch: Tensor) -> Tensor:
+        images[when] += len(batch) * torch.is_grad_enabled()
+        return forward(self, batch)
+
+    def trial(*args: Any) -> int:
+        nonlocal when
+        when = "trial"
+        exhausted = exhausts(*args)
+        when = "step"
+        return exhausted
+
+    def watch(step: int, loss: Tensor) -> None:
+        nonlocal when
+        when = "after"
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    monkeypatch.setattr(plumbing, "_exhausts_memory", trial)
+    train(method, WatchedWorker(before(method), METHODS[method][0], DEVICE, watch))
+    assert images["trial"] == images["step"] > 0
 
 
 def test_heads_on_the_neighbour_graph_do_not_wait_for_their_minibatches(gpu):
