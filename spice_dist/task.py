@@ -18,6 +18,7 @@ class Task:
     seed: int = setting(0, "of all random numbers", least=0)
     bn_groups: int = setting(4, "BatchNorm groups of the global batch; the number of workers divides it", above=0)
     precision: str = setting("auto", "of the networks; auto: bf16 on a GPU that has it, else fp32", choices=PRECISIONS)
+    compile_views: bool = setting(False, "a GPU runs the operations of views fused by torch.compile")
     method: str = setting(
         "spice",
         "imc_swav is one stage, its pretext; fixmatch and supervised learn from some true labels",

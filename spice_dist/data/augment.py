@@ -9,6 +9,7 @@ Why not kornia: CPU time of a MoCo view in ms, ours / kornia 0.9.0 / torchvision
 0.10 / 0.17 / 0.60 at 32 pixels, 2.0 / 13.2 / 9.0 at 224; and it draws from torch's generator, batch by batch.
 """
 
+import logging
 import math
 import os
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ from spice_dist.transfer import constant, send
 GREY = (125 / 255, 123 / 255, 114 / 255)  # what `erase` paints
 BLOCK = 64  # random numbers made at once for each image; a view takes about 40
 LARGE = 64  # pixels, side from which a CPU cuts image by image
+log = logging.getLogger("spice_dist.data")
 CHUNK = 1 << 21  # numbers that a CPU thread works on at once: with fewer, calls cost more than a cache saves
 
 
@@ -152,6 +155,31 @@ def _draw(
         _cutout(view, out, draws)
 
 
+_compiles = False
+
+
+def set_compiled(on: bool) -> None:
+    """Choose whether a GPU runs the operations of views fused by torch.compile: fewer kernels, other rounding."""
+    global _compiles
+    _compiles = on
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)  # the number of images that an operation is drawn for varies
+
+
+def _run(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """Call the function, compiled if that is wanted and possible."""
+    if _compiles and x.device.type == "cuda":
+        try:
+            return _compiled(function)(x, *args)
+        except Exception as error:  # a compiler is missing, or fails: before anything is computed
+            set_compiled(False)
+            log.warning("views are not compiled, which is slower only: %s", str(error).partition("\n")[0])
+    return function(x, *args)
+
+
 def _by_image(x: Float[Tensor, "B C H W"]) -> bool:
     """Return whether images are so large that a CPU is faster on one at a time."""
     return x.device.type == "cpu" and max(x.shape[2:]) >= LARGE
@@ -168,7 +196,7 @@ def _change(
         for i, row in enumerate(rows.tolist()):
             function(x[row : row + 1], *(arg[i : i + 1] for arg in args))
     elif len(rows):
-        x[rows] = function(x[rows], *args)
+        x[rows] = _run(function, x[rows], *args)
 
 
 def _crop_key(key: Key) -> Key:
@@ -378,5 +406,5 @@ def _random_operation(x: Tensor, draws: _Draws, reach: float) -> Tensor:
     of_rows = (draws.on_device(values).split(counts) for values in (rows, magnitude[rows], sign[rows]))
     for operation, here, magnitude_here, sign_here in zip(OPERATIONS, *of_rows, strict=True):
         if len(here) and operation is not identity:
-            x[here] = operation(x[here], magnitude_here, sign_here, reach)
+            x[here] = _run(operation, x[here], magnitude_here, sign_here, reach)
     return x

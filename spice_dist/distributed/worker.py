@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from spice_dist.data import augment
 from spice_dist.data.files import publish
 from spice_dist.distributed import checkpoint, collectives, trackers
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
@@ -59,6 +60,7 @@ class StageCall:
         """
         before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
         torch.set_num_threads(threads if self.shared else usable_cores())
+        augment.set_compiled(self.task.compile_views)
         torch.backends.cudnn.benchmark = True  # the batches of a stage have the same shapes, whose best kernels pay
         try:
             self.train(self.task, self.config, worker)

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from spice_dist.data import augment, operations
 from spice_dist.data.augment import apply
 from spice_dist.data.counter_rng import uniform
 from spice_dist.data.crops import Crop, boxes
-from spice_dist.data.operations import OPERATIONS
+from spice_dist.data.operations import OPERATIONS, turn_hue
 from spice_dist.data.views import FIXMATCH_STRONG, IMAGENET_MEAN, IMAGENET_STD, PLAIN, View
 
 LEVEL = 1 / 255
@@ -659,3 +660,65 @@ def test_reach_scales_shears_and_translations():
     for name in ("shear_x", "shear_y", "translate_x", "translate_y"):
         far = getattr(operations, name)(x / 255, torch.full((8,), 0.25), torch.ones(8), 0.3)
         close(far, operated(name, x, 0.75), 1e-6)
+
+
+# compiled operations
+
+
+class OnCUDA(Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    device = torch.device("cuda")  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+
+
+def turned(images: Tensor, turn: Tensor) -> Tensor:
+    return augment._run(turn_hue, images.clone().as_subclass(OnCUDA), turn).as_subclass(Tensor)
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    augment.set_compiled(True)
+    augment._compiled.cache_clear()
+    yield
+    augment.set_compiled(False)
+    augment._compiled.cache_clear()
+
+
+def test_an_operation_is_compiled_where_that_is_asked_for(compiled, monkeypatch):
+    seen = []
+
+    def compile(function: Any, dynamic: bool) -> Any:
+        seen.append((function, dynamic))
+        return lambda x, turn: function(x, turn) * 0.5
+
+    monkeypatch.setattr(torch, "compile", compile)
+    images, turn = torch.rand(5, 3, 4, 4), torch.rand(5)
+    expected = turn_hue(images.clone(), turn)
+    for _ in range(2):
+        assert torch.equal(turned(images, turn), expected * 0.5)
+    assert seen == [(turn_hue, True)], "compiled once"
+    assert torch.equal(augment._run(turn_hue, images.clone(), turn), expected), "a CPU does not compile"
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(compiled, monkeypatch, caplog):
+    def failing(function: Any, dynamic: bool) -> Any:
+        def call(x: Tensor, turn: Tensor) -> Tensor:
+            raise RuntimeError("no working C++ compiler\nand many lines more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    images, turn = torch.rand(5, 3, 4, 4), torch.rand(5)
+    for _ in range(2):
+        assert torch.equal(turned(images, turn), turn_hue(images.clone(), turn))
+    assert [record.message for record in caplog.records] == [
+        "views are not compiled, which is slower only: no working C++ compiler"
+    ]
+
+
+@pytest.mark.slow
+def test_compiled_operations_give_the_same_up_to_rounding():
+    images, turn = torch.rand(5, 3, 8, 8), torch.rand(5)
+    for count in (5, 3):
+        found = torch.compile(turn_hue, dynamic=True)(images[:count].clone(), turn[:count])
+        torch.testing.assert_close(found, turn_hue(images[:count].clone(), turn[:count]), atol=1e-5, rtol=1e-5)
