@@ -7,7 +7,6 @@ device.
 """
 
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,9 +125,10 @@ class PretendGPU(TorchDispatchMode):
             self._waits(what)
 
     def _waits(self, what: str) -> None:
-        frames = [frame for frame in traceback.extract_stack() if "/spice_dist/" in frame.filename]
-        where = f" at {frames[-1].filename.rpartition('/spice_dist/')[2]}:{frames[-1].lineno}" if frames else ""
-        self.waits.append(what + where)
+        frame = sys._getframe()
+        while frame.f_back is not None and "/spice_dist/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        self.waits.append(f"{what} at {frame.f_code.co_filename.rpartition('/spice_dist/')[2]}:{frame.f_lineno}")
 
 
 class _Lists(TorchFunctionMode):

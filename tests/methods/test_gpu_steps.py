@@ -8,6 +8,8 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from spice_dist.transfer import constant, send
 from tests.methods.conftest import CPU, SMALL, TRAIN
 from tests.pretend_gpu import DEVICE, OnDevice, PretendGPU, pretend_gpu
 
-SETTLED, STEPS = 2, 4  # the first steps fill caches; those after SETTLED up to STEPS must not wait
+STEPS = 2  # the first fills caches, the last must not wait
 LONG = 10_000  # steps of a run, for a worker: no line of metrics is due
-BATCH = 64 * 8 * 8  # bytes of a batch of digits
+MOST = 200 * 1024  # bytes that may cross in a step, 1 KiB for each image: rows and parameters of views
 TUNE = SpiceTuneConfig(epochs=2, labelled=16, neighbors=0, head_steps=2, regroup=False)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "moco": ("moco", {}),
@@ -86,78 +88,100 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     constant.cache_clear()
 
 
-@pytest.fixture
-def before(small_run: Path, tmp_path: Path) -> Callable[[str], Path]:
+def without(small_run: Path, method: str, run: Path) -> Path:
     """A copy of the run in which the stage of a method has not begun."""
+    stage = METHODS[method][0]
+    shutil.copytree(small_run, run, ignore=lambda folder, names: {stage} & set(names))
+    return run
 
-    def copy(method: str) -> Path:
-        run, stage = tmp_path / "run", METHODS[method][0]
-        shutil.copytree(small_run, run, ignore=lambda folder, names: {stage} & set(names))
-        return run
 
-    return copy
+@dataclass
+class Record:
+    """What the steps of a method did on the pretended GPU."""
+
+    first_loss: float
+    waits: list[str]  # of the last step, as the two that follow
+    sent: int
+    launches: int
+    images: Counter[str]  # that a backward pass follows: in the "trial" of memory, in the first "step"
+
+
+@pytest.fixture(scope="module")
+def recorded(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Record]:
+    @cache
+    def record(method: str) -> Record:
+        record = Record(math.nan, [], 0, 0, Counter())
+        when = "before"
+        forward, exhausts = Backbone.forward, plumbing._exhausts_memory
+
+        def counted(self: Backbone, batch: Tensor) -> Tensor:
+            record.images[when] += len(batch) * torch.is_grad_enabled()
+            return forward(self, batch)
+
+        def trial(*args: Any) -> int:
+            nonlocal when
+            when = "trial"
+            exhausted = exhausts(*args)
+            when = "step"
+            return exhausted
+
+        def watch(step: int, loss: Tensor) -> None:
+            nonlocal when
+            when = "after"
+            if step == 1:
+                assert isinstance(loss, OnDevice)
+                record.first_loss = float(loss.values)
+            record.waits, record.sent, record.launches = list(gpu.waits), gpu.sent, gpu.launches
+            gpu.reset()
+
+        run = without(small_run, method, tmp_path_factory.mktemp("run") / "run")
+        constant.cache_clear()
+        with pytest.MonkeyPatch.context() as patch, pretend_gpu(patch) as gpu:
+            patch.setattr(Backbone, "forward", counted)
+            patch.setattr(plumbing, "_exhausts_memory", trial)
+            train(method, WatchedWorker(run, METHODS[method][0], DEVICE, watch))
+        constant.cache_clear()
+        return record
+
+    return record
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_and_little_crosses_to_the_device(method, before, small_run, gpu):
-    waits: list[str] = []
-    first: list[float] = []
+def test_no_step_waits_and_little_crosses_to_the_device(method, recorded):
+    record = recorded(method)
+    assert record.waits == []
+    assert record.sent < MOST
+    assert record.launches > 50, "the step ran on this device"
 
-    def watch(step: int, loss: Tensor) -> None:
-        if step == 1:
-            first.append(float(loss.values) if isinstance(loss, OnDevice) else math.nan)
-        if step > SETTLED:
-            waits.extend(f"step {step}: {wait}" for wait in gpu.waits)
-            # rows and parameters of views; the images stay on the device
-            assert gpu.sent < 16 * BATCH, f"{gpu.sent} bytes"
-        assert gpu.launches > 50, "the step ran on this device"
-        gpu.reset()
 
-    train(method, WatchedWorker(before(method), METHODS[method][0], DEVICE, watch))
-    assert waits == []
-    if method in TRAIN:
-        line = json.loads((small_run / method / "metrics.jsonl").read_text().splitlines()[0])
-        if method != "spice_self":  # which has other settings here
-            assert first[0] == pytest.approx(line["loss"], rel=1e-3)
+@pytest.mark.parametrize("stage", sorted(TRAIN.keys() - {"spice_self"}))  # which has other settings here
+def test_the_first_loss_is_that_of_a_cpu(stage, recorded, small_run):
+    line = json.loads((small_run / stage / "metrics.jsonl").read_text().splitlines()[0])
+    assert recorded(stage).first_loss == pytest.approx(line["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][0] not in ("spice_self", "spice_tune")])
+def test_the_trial_of_memory_learns_from_as_many_images_as_a_pass(method, recorded):
+    """A GPU takes all images of a step in one pass."""
+    images = recorded(method).images
+    assert images["trial"] == images["step"] > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_cuda_finds_no_synchronisation_in_a_step(method, before):
+def test_cuda_finds_no_synchronisation_in_a_step(method, small_run, tmp_path):
     def watch(step: int, loss: Tensor) -> None:
-        torch.cuda.set_sync_debug_mode("error" if SETTLED <= step < STEPS else "default")
+        torch.cuda.set_sync_debug_mode("error" if step < STEPS else "default")
 
     try:
-        train(method, WatchedWorker(before(method), METHODS[method][0], torch.device("cuda"), watch))
+        train(
+            method,
+            WatchedWorker(
+                without(small_run, method, tmp_path / "run"), METHODS[method][0], torch.device("cuda"), watch
+            ),
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][0] not in ("spice_self", "spice_tune")])
-def test_the_trial_of_memory_learns_from_as_many_images_as_a_pass(method, before, gpu, monkeypatch):
-    images: Counter[str] = Counter()  # that a backward pass follows; a GPU takes one pass
-    when = "before"
-    forward, exhausts = Backbone.forward, plumbing._exhausts_memory
-
-    def counted(self: Backbone, batch: Tensor) -> Tensor:
-        images[when] += len(batch) * torch.is_grad_enabled()
-        return forward(self, batch)
-
-    def trial(*args: Any) -> int:
-        nonlocal when
-        when = "trial"
-        exhausted = exhausts(*args)
-        when = "step"
-        return exhausted
-
-    def watch(step: int, loss: Tensor) -> None:
-        nonlocal when
-        when = "after"
-
-    monkeypatch.setattr(Backbone, "forward", counted)
-    monkeypatch.setattr(plumbing, "_exhausts_memory", trial)
-    train(method, WatchedWorker(before(method), METHODS[method][0], DEVICE, watch))
-    assert images["trial"] == images["step"] > 0
 
 
 def test_heads_on_the_neighbour_graph_do_not_wait_for_their_minibatches(gpu):
@@ -166,7 +190,7 @@ def test_heads_on_the_neighbour_graph_do_not_wait_for_their_minibatches(gpu):
     targets = rng.dirichlet(np.ones(10), (2, 300)).astype(np.float32)
     heads = ClusterHeads(2, 8, 10, layers=1).to(DEVICE)
     optimizer = torch.optim.AdamW(heads.parameters(), 0.01, fused=True)
-    config = spice_graph.SpiceGraphConfig(epochs=2, steps=4, minibatch=100)
+    config = spice_graph.SpiceGraphConfig(epochs=1, steps=2, minibatch=150)
     gpu.reset()
     loss = spice_graph.m_step(SMALL, config, heads, optimizer, features, targets, 0)
     assert [wait for wait in gpu.waits if "_to_copy from the host" not in wait] == []
