@@ -47,8 +47,9 @@ from spice_dist.transfer import constant, send
 GREY = (125 / 255, 123 / 255, 114 / 255)  # what `erase` paints
 BLOCK = 64  # random numbers made at once for each image; a view takes about 40
 LARGE = 64  # pixels, side from which a CPU cuts image by image
-log = logging.getLogger("spice_dist.data")
 CHUNK = 1 << 21  # numbers that a CPU thread works on at once: with fewer, calls cost more than a cache saves
+
+log = logging.getLogger("spice_dist.data")
 
 
 def view_batches(
@@ -174,6 +175,8 @@ def _run(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     if _compiles and x.device.type == "cuda":
         try:
             return _compiled(function)(x, *args)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a compiler is missing, or fails: before anything is computed
             set_compiled(False)
             log.warning("views are not compiled, which is slower only: %s", str(error).partition("\n")[0])

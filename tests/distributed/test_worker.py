@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from spice_dist.data import augment
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import LocalWorker, MetricLog, Storage, Worker
+from spice_dist.distributed.worker import LocalWorker, MetricLog, StageCall, Storage, Worker
 from spice_dist.errors import Interrupted, UserError
+from spice_dist.task import Task
 
 CPU = torch.device("cpu")
 
@@ -319,3 +321,17 @@ def test_every_report_is_passed_on_with_the_state_at_its_step(tmp_path):
     for step in (1, 2):
         worker.report(step, 2, loss(2.0 * step), weights(step))
     assert seen == [(1, 2, 2.0, 1.0), (2, 2, 4.0, 2.0)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_stage_looks_for_the_fastest_kernels_and_compiles_views_if_asked(tmp_path, wanted):
+    seen: list[tuple[bool, bool]] = []
+
+    def look(task: Task, config: None, worker: Worker) -> None:
+        seen.append((torch.backends.cudnn.benchmark, augment._compiles))
+        raise UserError("enough")
+
+    with pytest.raises(UserError, match="enough"):
+        StageCall("looks", look, Task(compile_views=wanted), None).run(started(tmp_path), 1)
+    assert seen == [(True, wanted)]
+    assert not torch.backends.cudnn.benchmark, "other programs that use this process keep their setting"
