@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def page_locked(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` in memory from which this device, if it is a GPU, can copy while the host goes on."""
-    return x.pin_memory() if device.type == "cuda" else x
+    """Return `x`, if it is on the host, in memory from which a GPU can copy while the host goes on."""
+    return x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 def send_beside(x: Tensor, device: torch.device) -> Tensor:
     """Do as `send` beside the work that a GPU has queued: a batch crosses while the step before it is computed."""
-    if device.type != "cuda":
+    if device.type != "cuda" or x.device.type != "cpu":
         return send(x, device)
     copying, computing = _copies(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(copying):

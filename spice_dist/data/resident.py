@@ -32,7 +32,7 @@ class ResidentImages:
         for batch in batches:
             index = torch.from_numpy(batch.copy())
             chosen = self._images[send(index, self._images.device)]
-            yield chosen if chosen.device == self._device else send_beside(chosen, self._device), index
+            yield send_beside(chosen, self._device), index
 
     def crops(
         self, order: np.ndarray, batch_size: int, crops: Sequence[tuple[Crop, Key]]

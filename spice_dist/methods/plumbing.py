@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,7 +114,7 @@ def passes_that_fit(
         if groups % tried == 0:
             for network in networks:
                 set_groups(network, groups // tried)
-            exhausted = _exhausts_memory(task, networks, lambda count=tried: trial(count), optimizer, worker.device)
+            exhausted = _exhausts_memory(task, networks, partial(trial, tried), optimizer, worker.device)
             if not collectives.largest_int(exhausted, worker.device):
                 return tried
     raise UserError(
