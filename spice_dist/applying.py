@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from spice_dist import artifacts, evaluate, graph
 from spice_dist.assignments import read_assignments
 from spice_dist.catalog import USING_LABELS
 from spice_dist.config import Config, read_config
+from spice_dist.data.checksums import record_files
 from spice_dist.data.files import Progress, printable, publish, publish_json
 from spice_dist.data.manifest import read_paths
 from spice_dist.distributed.worker import LocalWorker
@@ -106,14 +106,11 @@ def read_base(run: Path) -> Base:
     clustered = artifacts.manifest(run).clustered
     if not artifacts.corrected_posterior_file(run).exists():
         return Base(loaded, config, clustered, None, {}, [], [])
-    fixed, pairs = np.load(artifacts.fixed_groups_file(run)), np.load(artifacts.pairs_file(run))
+    fixed, pairs = artifacts.fixed_groups(run), artifacts.pairs(run)
     groups = {image: int(fixed[image]) for image in np.flatnonzero(fixed != UNRELIABLE).tolist()}
     same, different = ([(one, other) for one, other, kind in pairs.tolist() if kind == wanted] for wanted in (1, 0))
-    return Base(loaded, config, clustered, _summary(run)["outside"], groups, same, different)
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    return json.loads(artifacts.corrections_summary_file(run).read_text())
+    outside = artifacts.corrections_summary(run)["outside"]
+    return Base(loaded, config, clustered, outside, groups, same, different)
 
 
 def _is_there(out: Path, applied: dict[str, str]) -> bool:
@@ -149,6 +146,8 @@ def _write(
             shutil.copyfile(file, artifacts.edits_file(folder))
             about = {"command": command, "applied": applied, "config": asdict(_config_of(base.config, folder))}
             publish_json(artifacts.config_file(folder), {**base.run.config, **about})
+            corrections = [f"corrections/{file.name}" for file in artifacts.pairs_file(folder).parent.iterdir()]
+            record_files(folder, ["config.json", *corrections])
             folder.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; give another --out") from error
@@ -236,7 +235,7 @@ def _settings(base: Base, config: Config) -> corrected_result.Settings:
 def _confidence(base: Base) -> corrected_result.Confidence:
     """Return how the confidence of the run was computed, so that those of the corrected run can be compared with it."""
     if base.is_corrected:
-        return _summary(base.run.folder).get("confidence", "posterior")
+        return artifacts.corrections_summary(base.run.folder).get("confidence", "posterior")
     return "posterior" if base.run.metrics.get("result") == "spice_graph" else "head"
 
 
@@ -248,7 +247,7 @@ def posterior(base: Base, neighbors: Int[np.ndarray, "M S"]) -> Float[np.ndarray
     """
     folder = base.run.folder
     if base.is_corrected:
-        return np.load(artifacts.corrected_posterior_file(folder)).astype(np.float64)
+        return artifacts.corrected_posterior(folder)
     if base.run.metrics.get("result") == "spice_graph":
         return artifacts.posterior(folder).astype(np.float64)
     return graph.spread(np.eye(base.run.num_clusters)[base.labels], neighbors[:, :NEIGHBORS])
@@ -383,7 +382,7 @@ def unique(names: Mapping[int, str]) -> dict[int, str]:
 
 def _described(out: Path) -> str:
     """Say in lines what changed, from the files of the corrected run."""
-    summary, metrics = _summary(out), artifacts.metrics(out)
+    summary, metrics = artifacts.corrections_summary(out), artifacts.metrics(out)
     labels, names = read_assignments(artifacts.assignments_file(out))[0], artifacts.names(out)
     lines = [f"{summary['groups_before']} groups before, {metrics['k']} after"]
     sizes = np.bincount(labels, minlength=metrics["k"]).tolist()

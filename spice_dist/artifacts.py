@@ -1,15 +1,18 @@
 """The files of a run folder: where each of them is, and how it is read.
 
+What is read here is compared with its recorded SHA-256 first; DamagedFile if it differs.
+
 True labels are read by `true_labels` alone. Only evaluate.py, probes.py and methods/given_labels.py may call it.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float16, Int
 
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.manifest import Ingested, read_manifest
 from spice_dist.errors import DamagedFile, UserError
 
@@ -48,8 +51,8 @@ def true_labels_file(run: Path) -> Path:
 
 def true_labels(run: Path) -> Int[np.ndarray, " N"] | None:
     """None where the data has none."""
-    path = true_labels_file(run)
-    return np.load(path) if path.exists() else None
+    path = require_whole(true_labels_file(run))
+    return _array(path) if path.exists() else None
 
 
 def class_names_file(run: Path) -> Path:
@@ -71,7 +74,7 @@ def features_file(run: Path) -> Path:
 
 def stored_features(run: Path, count: int | None = None) -> Float16[np.ndarray, "N D"]:
     """The unit-norm features of the first `count` images, or of all, memory-mapped."""
-    return np.load(features_file(run), mmap_mode="r")[:count]
+    return _array(features_file(run), "r")[:count]
 
 
 def features(run: Path, count: int | None = None) -> Float[np.ndarray, "N D"]:
@@ -82,6 +85,10 @@ def features(run: Path, count: int | None = None) -> Float[np.ndarray, "N D"]:
 def mixture_file(run: Path) -> Path:
     """How a middle stage's features stand beside the final ones."""
     return run / "features/mixture.json"
+
+
+def mixture(run: Path) -> dict[str, Any]:
+    return _object(mixture_file(run))
 
 
 def stage2_features_file(run: Path) -> Path:
@@ -97,7 +104,7 @@ def head_features_file(run: Path) -> Path:
 
 def head_features(run: Path) -> Float16[np.ndarray, "N D"]:
     """Memory-mapped."""
-    return np.load(head_features_file(run), mmap_mode="r")
+    return _array(head_features_file(run), "r")
 
 
 def neighbors_file(run: Path) -> Path:
@@ -106,7 +113,7 @@ def neighbors_file(run: Path) -> Path:
 
 def neighbors(run: Path) -> Int[np.ndarray, "M S"]:
     """Of each clustered image the nearest others, nearest first."""
-    return np.load(neighbors_file(run))
+    return _array(neighbors_file(run))
 
 
 def graph_starts_file(run: Path) -> Path:
@@ -114,13 +121,23 @@ def graph_starts_file(run: Path) -> Path:
     return run / "spice_graph/start.npy"
 
 
+def graph_starts(run: Path) -> Int[np.ndarray, "H M"]:
+    return _array(graph_starts_file(run))
+
+
 def posterior(run: Path) -> Float[np.ndarray, "M K"]:
     """The probabilities of the clusters of each clustered image, by stage 2 on the neighbour graph, memory-mapped."""
-    return np.load(run / "spice_graph/posterior.npy", mmap_mode="r")
+    return _array(run / "spice_graph/posterior.npy", "r")
 
 
 def suggestion_file(run: Path) -> Path:
     return run / "suggest/suggestion.json"
+
+
+def suggestion(run: Path) -> dict[str, Any] | None:
+    """None where the run has none."""
+    path = suggestion_file(run)
+    return _object(path) if require_whole(path).exists() else None
 
 
 def reliable_labels_file(run: Path) -> Path:
@@ -129,7 +146,7 @@ def reliable_labels_file(run: Path) -> Path:
 
 def reliable_labels(run: Path) -> Int[np.ndarray, " N"]:
     """UNRELIABLE where an image has none."""
-    return np.load(reliable_labels_file(run))
+    return _array(reliable_labels_file(run))
 
 
 def reliable_summary_file(run: Path) -> Path:
@@ -137,7 +154,7 @@ def reliable_summary_file(run: Path) -> Path:
 
 
 def reliable_summary(run: Path) -> dict[str, Any]:
-    return json.loads(reliable_summary_file(run).read_text())
+    return _object(reliable_summary_file(run))
 
 
 def tuning_summary_file(run: Path) -> Path:
@@ -150,7 +167,7 @@ def given_labels_file(run: Path) -> Path:
 
 def given_labels(run: Path) -> Int[np.ndarray, " N"]:
     """Labels that the method was given, UNRELIABLE for every other image."""
-    return np.load(given_labels_file(run))
+    return _array(given_labels_file(run))
 
 
 def config_file(run: Path) -> Path:
@@ -162,7 +179,7 @@ def metrics_file(run: Path) -> Path:
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    return json.loads(metrics_file(run).read_text())
+    return _object(metrics_file(run))
 
 
 def stage_scores_file(run: Path, stage: str) -> Path:
@@ -230,9 +247,17 @@ def corrected_posterior_file(run: Path) -> Path:
     return run / "corrections/posterior.npy"
 
 
+def corrected_posterior(run: Path) -> Float[np.ndarray, "M K"]:
+    return _array(corrected_posterior_file(run)).astype(np.float64)
+
+
 def fixed_groups_file(run: Path) -> Path:
     """The group (M,) of each clustered image that the user fixed, UNRELIABLE for all others."""
     return run / "corrections/fixed.npy"
+
+
+def fixed_groups(run: Path) -> Int[np.ndarray, " M"]:
+    return _array(fixed_groups_file(run))
 
 
 def pairs_file(run: Path) -> Path:
@@ -240,9 +265,17 @@ def pairs_file(run: Path) -> Path:
     return run / "corrections/pairs.npy"
 
 
+def pairs(run: Path) -> Int[np.ndarray, "P 3"]:
+    return _array(pairs_file(run))
+
+
 def corrections_summary_file(run: Path) -> Path:
     """What changed, and which group holds the images outside of all."""
     return run / "corrections/summary.json"
+
+
+def corrections_summary(run: Path) -> dict[str, Any]:
+    return _object(corrections_summary_file(run))
 
 
 def duplicates_file(run: Path) -> Path:
@@ -274,3 +307,17 @@ def sweep_file(folder: Path) -> Path:
 def best_file(folder: Path) -> Path:
     """Of the folder of a sweep: the configuration of its best trial."""
     return folder / "best.json"
+
+
+def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        return np.load(require_whole(path), mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}); run the command that made it again") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(require_whole(path).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}); run the command that made it again") from error

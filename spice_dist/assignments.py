@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.files import csv_line, path_cell, path_of_cell, publish
 from spice_dist.errors import DamagedFile, UserError
 
@@ -28,7 +29,7 @@ def read_assignments(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     labels, confidence, reliable = array("q"), array("d"), array("b")
     line = 1
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with require_whole(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for index, row in enumerate(csv.DictReader(file)):
                 line = index + 2
                 if int(row["index"]) != index:

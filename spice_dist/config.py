@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spice_dist.data.checksums import require_whole
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.given_labels import GivenLabelsConfig
@@ -66,7 +67,7 @@ def read_config(path: Path) -> Config:
         UserError: there is no such file, or it holds no configuration of this version.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(require_whole(path).read_bytes())
         return override(Config(), dotted(content["config"]))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

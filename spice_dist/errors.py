@@ -25,6 +25,14 @@ class Interrupted(Exception):
     """The run was asked to stop; the state is saved, and the same command resumes from it."""
 
 
+class NotFinite(UserError):
+    """The loss of a stage is infinite or no number at `step` of `total`."""
+
+    def __init__(self, message: str, step: int, total: int):
+        super().__init__(message)
+        self.step, self.total = step, total
+
+
 class DamagedFile(UserError):
     """A file of this program that is truncated, altered or unfinished."""
 

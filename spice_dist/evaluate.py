@@ -5,6 +5,7 @@ some.
 """
 
 import json
+import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from spice_dist.baselines import kmeans, of_features, pixels
 from spice_dist.catalog import USING_LABELS
 from spice_dist.clustering import Clustering, scored_images
 from spice_dist.config import Config
+from spice_dist.data.checksums import publish_sealed, record_files, sha256
 from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import UNLABELLED, Source
+from spice_dist.errors import DamagedFile
 from spice_dist.inference import probabilities
 from spice_dist.inspection import inspect
 from spice_dist.methods.plumbing import finished, open_run_dataset, place
@@ -33,6 +36,11 @@ from spice_dist.stages import evaluation_settings, result_of
 from spice_dist.task import Task
 
 MARGIN = 0.1  # of recognised images, by which a baseline must be better, since clusters of k-means are linear
+RECORDED = (
+    "config.json", "assignments.csv", "levels.csv", "duplicates.csv", "outliers.csv", "metrics.json",
+    "spice_self/head_selection.jsonl",
+)  # fmt: skip
+OF_STAGES = ("features/features.npy", "reliable/labels.npy")  # written with the result where no stage writes them
 Scores = dict[str, float] | None
 
 
@@ -57,6 +65,8 @@ def conclude(
 ) -> dict[str, Any]:  # fmt: skip
     """Do as `evaluate` with this clustering."""
     task, manifest = clustering.task, artifacts.manifest(run)
+    artifacts.metrics_file(run).unlink(missing_ok=True)  # it comes last: a call that was cut off is seen by it
+    record_files(run, ["config.json"], anew=True)
     # other images must be scaled as these were
     bits = manifest.grey_bits or task.data.grey_bits
     save_model(clustering.net, replace(task, data=replace(task.data, grey_bits=bits)), artifacts.model(run))
@@ -106,6 +116,9 @@ def conclude(
     if "spice_self" in clustering.stages:
         _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(artifacts.metrics_file(run), result)
+    written = [f"{stage}/eval.json" for stage in {*clustering.stages, clustering.last} - {""}]
+    of_no_stage = [name for name in OF_STAGES if not (run / name).with_name("stage.json").exists()]
+    record_files(run, [*RECORDED, *written, *of_no_stage])
     return result
 
 
@@ -312,17 +325,27 @@ def clustering_accuracy(run: Path, clusters: Int[np.ndarray, " N"]) -> float | N
 
 def relabel(run: Path, source: Source) -> bool:
     """Bring data/labels.npy in line with the labels that `source` has now; return whether scores must be made again."""
-    path, before = artifacts.true_labels_file(run), artifacts.true_labels(run)
-    if source.labels is None:
-        for file in (path, artifacts.class_names_file(run)):
-            file.unlink(missing_ok=True)
-        return before is not None
-    by_name = dict(zip(source.paths, source.labels, strict=True))
-    now = np.array([by_name[name] for name in read_paths(artifacts.data(run))], np.int64)
-    with publish(path) as file:
-        np.save(file, now)
-    publish_json(artifacts.class_names_file(run), source.label_names)
-    return before is None or not np.array_equal(before, now)
+    path, manifest = artifacts.true_labels_file(run), artifacts.manifest(run)
+    classes = artifacts.class_names_file(run)
+    try:
+        before = artifacts.true_labels(run)
+    except DamagedFile as error:
+        print(f"{error}: they are read again from {source.name}", file=sys.stderr)
+        before = None
+    sums = {name: digest for name, digest in manifest.sha256.items() if name not in (path.name, classes.name)}
+    now = None
+    if source.labels is not None:
+        by_name = dict(zip(source.paths, source.labels, strict=True))
+        now = np.array([by_name[name] for name in read_paths(artifacts.data(run))], np.int64)
+        with publish(path) as file:
+            np.save(file, now)
+        publish_json(classes, source.label_names)
+        sums |= {file.name: sha256(file) for file in (path, classes)}
+    publish_sealed(artifacts.manifest_file(run), asdict(replace(manifest, sha256=sums)))
+    if now is None:
+        path.unlink(missing_ok=True)
+        classes.unlink(missing_ok=True)
+    return (before is None) != (now is None) or (now is not None and not np.array_equal(before, now))
 
 
 def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:

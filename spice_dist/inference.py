@@ -12,6 +12,7 @@ from spice_dist.data import augment
 from spice_dist.data.files import Progress
 from spice_dist.data.images import Images
 from spice_dist.data.views import PLAIN, Statistics
+from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.task import Task
@@ -62,9 +63,16 @@ def probabilities(
     progress: Progress = lambda done, total: None,
     precision: str = "auto",
 ) -> Float[np.ndarray, "N K"]:
-    """Compute the softmax of the model's logits for every image, in image order, float32."""
+    """Compute the softmax of the model's logits for every image, in image order, float32.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
     chunks = outputs(model, images, np.arange(images.n), statistics, progress, precision)
-    return torch.cat([logits.softmax(1).cpu() for logits in chunks]).numpy()
+    probs = torch.cat([logits.softmax(1).cpu() for logits in chunks]).numpy()
+    if not np.isfinite(probs).all():
+        raise UserError("the network predicts what is no number; its weights are damaged, or its training diverged")
+    return probs
 
 
 def backbone_features(

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
+from spice_dist.distributed.checkpoint import OWNER
 from spice_dist.errors import UserError
 
-OWNER = ".owner.json"
 HEARTBEAT_SECONDS = 5.0
 WRITING_SECONDS = 1.0  # longer than a process takes to fill the owner file after creating it
 

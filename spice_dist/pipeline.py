@@ -1,8 +1,9 @@
 """Run all stages in order: finished ones are skipped, interrupted ones resumed, changed settings refused."""
 
 import contextlib
-import json
 import platform
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,20 +16,25 @@ from tqdm import tqdm
 
 from spice_dist import artifacts
 from spice_dist.config import Config, override
+from spice_dist.data.checksums import OF_RUN, differing, record_files, sums_in
 from spice_dist.data.dataset import open_data, prepare
 from spice_dist.data.files import publish_json
 from spice_dist.data.sources import Source
+from spice_dist.distributed import setbacks
 from spice_dist.distributed.worker import LocalWorker, StageCall
-from spice_dist.errors import Interrupted, UserError
+from spice_dist.errors import DamagedFile, Interrupted, UserError
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import new_backbone
+from spice_dist.model_folder import damaged_model
 from spice_dist.ownership import owned
 from spice_dist.stage_records import (
+    damaged_outputs,
     forget_other_clusters,
     images_of_run,
     refuse_changes,
+    reopen,
     stage_record,
     write_stage_record,
 )
@@ -145,6 +151,19 @@ def _opened(
         except Interrupted:
             stop.check()  # its message names the signal
             raise
+        except UserError as error:
+            raise _with_remedy(error, run, command) from error
+
+
+def _with_remedy(error: UserError, run: OpenRun, command: list[str] | None) -> UserError:
+    """Return the error; if a stage did not stay finite, with the command that trains it anew at a lower rate."""
+    for row in stages_of(run.config):
+        settings = row.settings_in(run.config)
+        if setbacks.gave_up(run.folder / row.name) and hasattr(settings, "lr"):
+            lower = f"{row.settings}.lr={settings.lr * setbacks.LOWERED**2:g}"
+            again = shlex.join(["spice-dist", *command, "--set", lower]) if command else f"fit again with {lower}"
+            return UserError(f"{error}, also with {setbacks.LOWERED:g} times its rate; to train it anew: {again}")
+    return error
 
 
 def _summary(run: OpenRun, parameters: int) -> str:
@@ -158,7 +177,8 @@ def _summary(run: OpenRun, parameters: int) -> str:
 
 
 def _run_stages(run: OpenRun) -> set[str]:
-    """Run the stages that are not finished; return those that were finished before."""
+    """Run the stages that are not finished, or whose files are damaged; return those that were finished before."""
+    damaged = _reopen_damaged(run)
     finished = {stage for stage in run.settings if (stage_record(run.folder, stage) or {}).get("done")}
     for stage in run.settings:
         if stage in finished:
@@ -177,7 +197,29 @@ def _run_stages(run: OpenRun) -> set[str]:
             _train_here(run, stages)
         elif stages:
             _train_on_workers(run, stages)
+    for stage, before in damaged.items():
+        if before and before != (stage_record(run.folder, stage) or {}).get("sha256"):
+            names = list(run.settings)
+            later = [name for name in names[names.index(stage) + 1 :] if name in finished]
+            if later:
+                print(f"{stage} has come out otherwise than before: {', '.join(later)} are made again", file=sys.stderr)
+                for name in later:
+                    shutil.rmtree(run.folder / name)
+                return finished.difference(later) & _run_stages(run)
     return finished
+
+
+def _reopen_damaged(run: OpenRun) -> dict[str, dict[str, str]]:
+    """Let finished stages be done again whose files are damaged; return what the digests of their files were."""
+    found = {}
+    for stage in run.settings:
+        record = stage_record(run.folder, stage)
+        if record and record["done"] and (damaged := damaged_outputs(run.folder, stage)):
+            where = run.folder / stage / damaged[0]
+            print(f"{where} is damaged or missing: the stage {stage} is done again", file=sys.stderr)
+            reopen(run.folder, stage, damaged)
+            found[stage] = record["sha256"]
+    return found
 
 
 def _stage_call(row: Stage, run: OpenRun) -> StageCall:
@@ -204,11 +246,19 @@ def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
 
 
 def _evaluated_otherwise(run: OpenRun) -> bool:
-    """Tell whether scores are missing, or are of other stages, another method or other settings of evaluation."""
-    path = artifacts.metrics_file(run.folder)
-    if not (path.exists() and artifacts.assignments_file(run.folder).exists()):
+    """Tell whether results are missing or damaged, or are of other stages, methods or settings of evaluation."""
+    folder = run.folder
+    try:
+        results = differing(folder, sums_in(folder / OF_RUN))
+    except DamagedFile:
+        results = [OF_RUN]
+    damaged = results + [f"model/{name}" for name in damaged_model(artifacts.model(folder))]
+    if not (artifacts.metrics_file(folder).exists() and artifacts.assignments_file(folder).exists()):
         return True
-    metrics = json.loads(path.read_text())
+    if damaged:
+        print(f"{folder / damaged[0]} is damaged or missing: the results are made again", file=sys.stderr)
+        return True
+    metrics = artifacts.metrics(folder)
     now = {"method": run.config.method} | evaluation_settings(run.config)
     changed = any(metrics.get(name) != value for name, value in now.items())
     return changed or set(metrics.get("seconds", ())) != set(run.settings)
@@ -326,3 +376,4 @@ def _write_config(run: OpenRun, command: list[str] | None, network: str) -> None
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
     publish_json(artifacts.config_file(run.folder), about)
+    record_files(run.folder, ["config.json"])

@@ -117,6 +117,10 @@ def apply(
             progress(int(number[-1]) + 1, len(source.paths))
     if strict:
         _require_all(source, reasons)
+    if not np.isfinite(result[usable_images(len(result), reasons)]).all():
+        raise UserError(
+            "the model gives what is no number for some images; its weights are damaged: make it again with fit"
+        )
     progress(len(source.paths), len(source.paths))
     return result, reasons
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spice_dist import artifacts, metrics
 from spice_dist.baselines import kmeans
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.files import Progress, publish_json
 from spice_dist.data.manifest import Ingested
@@ -165,7 +166,7 @@ def _settings(run: Path) -> tuple[Task, str]:
     """Read the settings of the run, and the name of its stage 1."""
     path = artifacts.config_file(run)
     try:
-        config = json.loads(path.read_bytes())["config"]
+        config = json.loads(require_whole(path).read_bytes())["config"]
         backbone: dict[str, Any] = {
             name: tuple(x) if isinstance(x, list) else x for name, x in config["backbone"].items()
         }
@@ -188,7 +189,7 @@ def _features_of(run: Path) -> Float16[np.ndarray, "N D"]:
     path = artifacts.features_file(run)
     if not path.exists():
         raise UserError(f"{run} has no features to probe yet; wait for fit to finish them")
-    return np.load(path)
+    return artifacts.stored_features(run)
 
 
 def _kept_backbones(store: Path) -> list[tuple[int, dict[str, Tensor]]]:

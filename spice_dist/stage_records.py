@@ -1,4 +1,4 @@
-"""The record of a stage, `STAGE/stage.json`: whether it is done, and the settings that its files were made with."""
+"""The record of a stage, `STAGE/stage.json`: whether it is done, with which settings, and the SHA-256 of its files."""
 
 import json
 import shutil
@@ -9,20 +9,30 @@ from typing import Any
 
 from spice_dist import artifacts
 from spice_dist.config import Config, flatten
-from spice_dist.data.files import publish_json
+from spice_dist.data import beton
+from spice_dist.data.checksums import OF_RUN, differing, publish_sealed, read_sealed, sha256
+from spice_dist.data.ingest import damaged_files
 from spice_dist.data.sources import Source, content_of
+from spice_dist.distributed import checkpoint, setbacks
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.stages import images_of
 
 TOLD = 10_000  # images; comparing more takes so long that it is told
 
+# written beside a stage's output, or by evaluation
+NO_OUTPUT = ("stage.json", "metrics.jsonl", "setbacks.json", "eval.json", "head_selection.jsonl")
+
 
 def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
-    """Read {"settings", "done", "seconds"} of a stage; None if it never began."""
+    """Read {"settings", "done", "seconds", "sha256"} of a stage; None if it never began.
+
+    "sha256" holds the digests of the outputs of a finished stage, by name; it is empty in folders of earlier versions.
+    """
     path = run / stage / "stage.json"
     try:
-        record = json.loads(path.read_bytes())
-        return {"settings": dict(record["settings"]), "done": record["done"], "seconds": record["seconds"]}
+        record = read_sealed(path)
+        about = {"settings": dict(record["settings"]), "done": record["done"], "seconds": record["seconds"]}
+        return {**about, "sha256": dict(record.get("sha256", {}))}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -30,9 +40,49 @@ def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
 
 
 def write_stage_record(run: Path, stage: str, settings: dict[str, Any], done: bool, seconds: float) -> None:
-    (run / stage).mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "done": done, "seconds": round(seconds, 2)}
-    publish_json(run / stage / "stage.json", record)
+    """Write the record of a stage; if it is done, with the digests of its outputs."""
+    folder = run / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = _outputs(folder) if done else {}
+    record = {"settings": settings, "done": done, "seconds": round(seconds, 2), "sha256": sums}
+    publish_sealed(folder / "stage.json", record)
+
+
+def _outputs(folder: Path) -> dict[str, str]:
+    """Return the digests of what a finished stage has left; those of weights and packed images are known already."""
+    sidecar = beton.sidecar_path(folder / "dataset.beton")
+    if sidecar.exists():  # the digests of the lists are in the manifest
+        return {"dataset.beton": json.loads(sidecar.read_bytes())["sha256"]}
+    files = [file for file in sorted(folder.glob("[!.]*.*")) if file.is_file() and ".partial." not in file.name]
+    sums = {file.name: sha256(file) for file in files if file.name not in NO_OUTPUT}
+    return sums | checkpoint.last_sums(folder / "checkpoints", folder)
+
+
+def damaged_outputs(run: Path, stage: str) -> list[str]:
+    """Return which files of a finished stage are missing or altered, by their names in its folder."""
+    folder, record = run / stage, stage_record(run, stage)
+    if stage == "data":
+        return damaged_files(folder)
+    if record and record["sha256"]:
+        return differing(folder, record["sha256"])
+    last = checkpoint.newest(folder / "checkpoints")  # a folder of an earlier version
+    return [] if last is None or last.step == last.state["total"] else ["checkpoints"]
+
+
+def reopen(run: Path, stage: str, damaged: list[str]) -> None:
+    """Let a stage be done again whose files are damaged: from its newest whole checkpoint, or the one before.
+
+    A stage that left other files than weights writes them before its last checkpoint, which is set aside.
+    """
+    record = stage_record(run, stage)
+    assert record is not None
+    write_stage_record(run, stage, record["settings"], False, record["seconds"])
+    if stage == "data":  # `ingest` sees itself what it can use
+        return
+    for name in damaged:
+        if not name.startswith("checkpoints"):
+            (run / stage / name).unlink(missing_ok=True)
+            checkpoint.drop_last(run / stage / "checkpoints")
 
 
 def images_of_run(run: Path, source: Source) -> str:
@@ -59,6 +109,7 @@ def refuse_changes(
     """Raise UserError, with the difference, if the stage has files that were made with other settings.
 
     A setting that the record lacks, since it is newer than the run, counts as its default.
+    A stage that did not stay finite is removed instead if only its own settings differ: other ones are its remedy.
     """
     record = stage_record(run, stage)
     trained = any((run / stage).glob("checkpoints/*"))
@@ -72,7 +123,11 @@ def refuse_changes(
     if not record["done"] and not trained:
         return
     then, now = record["settings"], json.loads(json.dumps(settings))
-    if changed := _changes(then, now):
+    changed = _changes(then, now)
+    if changed and setbacks.gave_up(run / stage) and all(name.startswith(f"{stage}.") for name in changed):
+        print(f"{stage} did not stay finite with its earlier settings: it begins anew", file=sys.stderr)
+        shutil.rmtree(run / stage)
+    elif changed:
         shown = ", ".join(f"{name} was {_short(then, name)}, now {_short(now, name)}" for name in changed[:3])
         more = f" and {len(changed) - 3} more" * (len(changed) > 3)
         raise UserError(f"{run} was made with another configuration, stage {stage}: {shown}{more}; {remedy}")
@@ -95,7 +150,8 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
     print(f"the groups in {run} (clusters: {was}) are made anew; features and neighbours stay", file=sys.stderr)
     for name in (*names[names.index("spice_graph") :], "spice_tune", "model"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("assignments.csv", "levels.csv", "metrics.json", "report.html"):  # they would describe other groups
+    # they would describe other groups
+    for name in ("assignments.csv", "levels.csv", "metrics.json", "report.html", OF_RUN):
         (run / name).unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     command = commands.add_parser(
         "doctor", help="check this machine, a cluster and a run that is meant, before it starts", epilog=EXAMPLES
     )
-    command.set_defaults(call=doctor, checkpoint_seconds=60.0)  # it saves nothing
+    command.set_defaults(call=doctor, checkpoint_seconds=None)  # it saves nothing
     command.add_argument("data", nargs="?", help="as for fit; its images and the cost of the recipe are looked at")
     command.add_argument("--out", type=Path, help="the run folder that is meant: is it writable, from every node?")
     add_task_options(command)

@@ -51,9 +51,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--checkpoint-seconds",
         type=float,
-        default=60.0,
         metavar="S",
-        help="time between two checkpoints, which is what a lost node or worker can cost (60)",
+        help="time between two checkpoints, which is what a lost node or worker can cost; default: 60, then by the "
+        "time that saving takes and by how often the run was cut off",
     )
 
 

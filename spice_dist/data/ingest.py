@@ -19,6 +19,7 @@ import numpy as np
 
 from spice_dist.data import beton
 from spice_dist.data.beton_writer import BetonWriter, page_size_for, publish_beton
+from spice_dist.data.checksums import differing, publish_sealed, sha256
 from spice_dist.data.decode import LEAST_BITS, MAX_MEGAPIXELS, MAX_STORED_SIDE, MIN_SIDE, Packing
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import Progress, commit, csv_line, path_cell, publish, publish_json, text_cell
@@ -27,16 +28,18 @@ from spice_dist.data.manifest import (
     Ingested,
     beside,
     fingerprint_of,
+    list_beside,
     manifest_beside,
     manifest_path,
+    names_beside,
     read_manifest,
-    read_names,
 )
 from spice_dist.data.sources import Source, digest_of_image, hash_of_contents, listing
 from spice_dist.errors import DamagedFile, UserError
 
 MAX_SIZE, MOST_MEGAPIXELS = 4_096, 1_000
 RAW_SIZE, RAW_BYTES = 128, 8 << 30  # "auto" stores raw squares up to this side and this much in all
+HASHED = 1 << 30  # bytes of a packed file that are read to see whether it is whole
 NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
 # suffix behind the name of a packed file -> name in a folder
 BESIDE = {
@@ -46,6 +49,7 @@ BESIDE = {
     ".classes.json": "classes.json",
     ".quarantine.csv": "quarantine.csv",
 }
+LISTS = ("paths.jsonl", "labels.npy", "classes.json", "quarantine.csv")  # whose digests the manifest holds
 SEAL = ("manifest.json", "labels.npy", "classes.json")
 LINKED = ("dataset.beton", "dataset.beton.json")
 DIGEST_RULE = 3  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
@@ -171,7 +175,24 @@ def _finished(out_dir: Path, call_hash: str) -> Ingested | None:
     except DamagedFile:
         return None
     is_whole = all((out_dir / name).exists() for name in ("dataset.beton", "dataset.beton.json", "paths.jsonl"))
-    return manifest if is_whole and manifest.listing == call_hash else None
+    return manifest if is_whole and manifest.listing == call_hash and not damaged_files(out_dir) else None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Return which files of a packed data set are missing or altered.
+
+    The packed file is hashed up to HASHED bytes. In a larger one each image is compared when it is read.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except DamagedFile:
+        return ["manifest.json"]
+    try:
+        info = beton.verify(folder / "dataset.beton")
+    except DamagedFile:
+        return ["dataset.beton"]
+    packed = {"dataset.beton": info.sha256} if info.sha256 and info.file_size <= HASHED else {}
+    return differing(folder, manifest.sha256 | packed)
 
 
 def _writer(source: Source, packing: Packing, journal: Journal) -> BetonWriter:
@@ -306,8 +327,9 @@ def _publish_all(
         faint=int(records["faint"].sum()),
         grey_bits=packing.grey_bits if records["grey_bits"].any() else 0,
         fit=packing.fit,
+        sha256={name: sha256(out_dir / name) for name in LISTS if (out_dir / name).exists()},
     )
-    publish_json(out_dir / "manifest.json", asdict(manifest))
+    publish_sealed(out_dir / "manifest.json", asdict(manifest))
     return manifest
 
 
@@ -387,6 +409,8 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
     manifest = manifest_beside(packed)
     if beton.verify(packed).fingerprint != manifest.fingerprint:
         raise DamagedFile(f"{packed} does not belong to its manifest: pack the images again")
+    for name in LISTS:
+        list_beside(packed, name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name in SEAL:
@@ -406,8 +430,8 @@ def adopt(packed: Path, out_dir: Path) -> Ingested:
 def packed_source(packed: Path) -> Source:
     """Return the images of a file that `pack` wrote as a source, by the names that they had."""
     manifest = manifest_beside(packed)
-    names, labels = read_names(beside(packed, ".paths.jsonl")), beside(packed, ".labels.npy")
-    classes = beside(packed, ".classes.json")
+    names, labels = names_beside(packed), list_beside(packed, "labels.npy")
+    classes = list_beside(packed, "classes.json")
     samples = beton.Samples(beton.verify(packed))
     is_raw, crc32 = manifest.format == "raw", samples.info.crc32
 

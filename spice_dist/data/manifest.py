@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spice_dist.data.checksums import read_sealed, require_digest, require_whole
 from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.errors import DamagedFile, UserError
 
@@ -39,6 +40,7 @@ class Ingested:
     faint: int = 0  # images that are black, white or of one colour
     grey_bits: int = 16  # white is 2^bits - 1 in the 16-bit greys of the set; 0: it has none
     fit: str = "crop"  # how the images became squares, or will when they are read: see `decode`
+    sha256: dict[str, str] = field(default_factory=dict)  # of the lists in the folder, by name
 
     def notes(self) -> list[str]:
         """Say what a user should know of the set, a line each."""
@@ -78,13 +80,13 @@ def read_manifest(folder: Path) -> Ingested:
 
 def _read_manifest(path: Path) -> Ingested:
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or content.get("version") != 2:
+        content = read_sealed(path)
+        if content.get("version") != 2:
             raise ValueError("another version")
         manifest = Ingested(**content)
         if min(manifest.clustered, manifest.size) < 1 or len(manifest.fingerprint) != 64:
             raise ValueError("values out of range")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DamagedFile(f"{path} is not a finished manifest ({error}): delete the folder and pack again") from error
     return manifest
 
@@ -112,11 +114,28 @@ def beside(packed: Path, suffix: str) -> Path:
 
 def read_paths(folder: Path) -> list[str]:
     """Read the name of every image, in image order, exactly as the source gave it."""
-    return read_names(folder / "paths.jsonl")
+    return _names_in(require_whole(folder / "paths.jsonl"))
 
 
-def read_names(path: Path) -> list[str]:
-    """Read the names of images from a file of one JSON string a line; DamagedFile if that fails."""
+def names_beside(packed: Path) -> list[str]:
+    """Read the names of the images of a file that `ingest.pack` wrote, as `read_paths` does."""
+    return _names_in(list_beside(packed, "paths.jsonl"))
+
+
+def list_beside(packed: Path, name: str) -> Path:
+    """Return where a list of a packed file lies that is called `name` in a folder.
+
+    Raises:
+        DamagedFile: it was altered, or is missing although the manifest names it.
+    """
+    path, expected = beside(packed, f".{name}"), manifest_beside(packed).sha256.get(name)
+    if expected and not path.exists():
+        raise DamagedFile(f"{path} is missing: pack the images again")
+    require_digest(path, expected)
+    return path
+
+
+def _names_in(path: Path) -> list[str]:
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:

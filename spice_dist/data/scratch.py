@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -10,10 +11,12 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from spice_dist.data import beton
 from spice_dist.data.files import fsync
+from spice_dist.data.manifest import read_manifest
 from spice_dist.errors import DamagedFile
 
 NAMES = ("dataset.beton", "dataset.beton.json", "manifest.json")
@@ -29,9 +32,9 @@ def staged(data: Path, scratch: Path) -> Path:
         DamagedFile: the images are not those of their sidecar.
     """
     info = beton.verify(data / NAMES[0])
-    key = hashlib.sha256()
-    for name in NAMES[1:]:  # small, with hashes of all images
-        key.update((data / name).read_bytes())
+    key = hashlib.sha256((data / NAMES[1]).read_bytes())  # small, with hashes of all images
+    # without the digests of lists, which are not copied and change with the labels
+    key.update(json.dumps(asdict(replace(read_manifest(data), sha256={}))).encode())
     try:
         folder = _private_folder(scratch)
         place = folder / key.hexdigest()[:32]

@@ -7,21 +7,24 @@ verified before it is loaded, and the newest valid one is used. No pickle is wri
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
 import shutil
+import threading
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from spice_dist.data.checksums import sha256
 from spice_dist.data.files import fsync
-from spice_dist.errors import DamagedFile
+from spice_dist.errors import DamagedFile, UserError
 
 Tensors = dict[str, dict[str, Tensor]]
+OWNER = ".owner.json"  # in a run folder: the process that owns it
 KEPT = 2  # newest checkpoints of a stage
 DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as missing rights, are raised
 
@@ -33,6 +36,7 @@ class Checkpoint:
     path: Path
     step: int
     state: dict
+    sha256: dict[str, str] = field(default_factory=dict)  # of its files, by name
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -40,11 +44,23 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
 
-def save(folder: Path, step: int, tensors: Tensors, state: dict) -> Path:
-    """Write `folder/<step>/` atomically and drop all but the newest KEPT; OSError, and no trace, if the disk is full.
+def save(folder: Path, step: int, tensors: Tensors, state: dict, owner: str = "") -> Path:
+    """Write `folder/<step>/` atomically and drop all but the newest KEPT.
 
     A valid checkpoint of the same step is kept instead: replacing it would leave a moment without one.
+
+    Args:
+        owner: of the run folder, see `owner_of`; checkpoints of later steps by others are set aside.
+
+    Raises:
+        OSError: the disk is full; nothing is left behind.
+        UserError: the folder has another owner by now; nothing is left behind.
+        ValueError: a number is none; nothing is written.
     """
+    for name, group in tensors.items():
+        for key, value in group.items():
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise ValueError(f"{name}.{key} holds what is no number")
     final = folder / f"{step:09d}"
     if final.exists():
         try:
@@ -54,21 +70,99 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict) -> Path:
     temporary = folder / f".{step:09d}.{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)
     try:
+        _require_room(folder, tensors)
         for name, group in tensors.items():
             _write_tensors(temporary / f"{name}.safetensors", group)
         (temporary / "state.json").write_text(json.dumps({**state, "step": step}))
-        files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps({"version": 1, "step": step, "sha256": files}, indent=1))
+        files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        manifest = {"version": 1, "step": step, "owner": owner, "sha256": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for file in (*temporary.iterdir(), temporary):
             fsync(file)
+        _require_owner(folder, owner)
         os.replace(temporary, final)
         fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    for later in _candidates(folder):
+        # of a process that lost the folder: it would be taken for the newest, and this one's be dropped
+        if int(later.name) > step and owner and _owner_in(later) != owner:
+            _set_aside(later, DamagedFile(f"{later} was written by another process than this run's"))
     for old in _candidates(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def owner_of(run: Path) -> str:
+    """Return the token of the process that owns the run folder; "" if none does."""
+    try:
+        return str(json.loads((run / OWNER).read_bytes())["token"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _require_owner(folder: Path, owner: str) -> None:
+    now = owner_of(folder.parent.parent)
+    if owner and now and now != owner:
+        raise UserError(f"another process has taken {folder.parent.parent} over; this one saves nothing more")
+
+
+def _owner_in(path: Path) -> str:
+    try:
+        return str(json.loads((path / "manifest.json").read_bytes()).get("owner", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _require_room(folder: Path, tensors: Tensors) -> None:
+    """Raise OSError if the disk has less room than the tensors take: half a checkpoint would crowd others out."""
+    size = sum(value.numel() * value.element_size() for group in tensors.values() for value in group.values())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(errno.ENOSPC, f"it takes {size / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left")
+
+
+class Writer:
+    """Writes checkpoints in a thread beside training, one at a time.
+
+    `seconds` is how long the last one took, None before it; `step` is its step.
+    """
+
+    def __init__(self, folder: Path, owner: str):
+        self.folder, self.owner, self.step = folder, owner, 0
+        self.seconds: float | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, step: int, tensors: Tensors, state: dict) -> None:
+        """Copy the tensors to memory of their own, which is all that training waits for, and begin to write them."""
+        self.wait()
+        copies = {
+            name: {key: value.detach().to("cpu", copy=True).contiguous() for key, value in group.items()}
+            for name, group in tensors.items()
+        }
+        self.step = step
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Exception | None:
+        """Wait for the checkpoint in flight; return why the last one was not written, once, or None."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        return error
+
+    def _write(self, step: int, tensors: Tensors, state: dict) -> None:
+        began = time.monotonic()
+        try:
+            save(self.folder, step, tensors, state, self.owner)
+            self.seconds = time.monotonic() - began
+        except Exception as error:  # whoever waits tells it
+            self._error = error
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -94,15 +188,30 @@ def load(path: Path) -> Checkpoint:
         if (manifest["version"], manifest["step"], set(manifest["sha256"])) != (1, int(path.name), names):
             raise ValueError("manifest.json does not belong to these files")
         for name, expected in manifest["sha256"].items():
-            if _sha256(path / name) != expected:
+            if sha256(path / name) != expected:
                 raise ValueError(f"{name} does not match its manifest")
-        return Checkpoint(path, manifest["step"], json.loads((path / "state.json").read_bytes()))
+        state = json.loads((path / "state.json").read_bytes())
+        return Checkpoint(path, manifest["step"], state, manifest["sha256"])
     except OSError as error:
         if error.errno not in DAMAGE:
             raise
         raise DamagedFile(f"{path} is damaged: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
+
+
+def last_sums(folder: Path, root: Path) -> dict[str, str]:
+    """Return the SHA-256 of the weights in the newest checkpoint, as its manifest has them, by paths below `root`."""
+    for path in _candidates(folder)[:1]:
+        sums = load(path).sha256
+        return {f"{(path / name).relative_to(root)}": sums[name] for name in sums if name.endswith(".safetensors")}
+    return {}
+
+
+def drop_last(folder: Path) -> None:
+    """Remove the newest checkpoint, if there is one."""
+    for path in _candidates(folder)[:1]:
+        shutil.rmtree(path)
 
 
 def sweep(folder: Path) -> None:
@@ -134,8 +243,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     except SafetensorError as error:  # a full disk raises it
         raise OSError(str(error)) from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from spice_dist import artifacts
 from spice_dist.assignments import read_assignments
+from spice_dist.data.checksums import require_whole
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.group_names import OUTSIDE, labels_of, numbered
 from spice_dist.report.reading import read_json
@@ -33,7 +34,7 @@ class Result:
 
     def names(self) -> Iterator[str]:
         """Yield the name of every image as the source gave it, a line of paths.jsonl at a time."""
-        path = artifacts.paths_file(self.run)
+        path = require_whole(artifacts.paths_file(self.run))
         try:
             with path.open("rb") as file:
                 for _, line in zip(range(self.n), file, strict=True):  # a ValueError if there are more or fewer

@@ -86,6 +86,8 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
     model = worker.wrap(online)
     views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
     for step, (one, other) in enumerate(views, start):
+        if worker.leaves_out(step):
+            continue
         epoch = step / steps_per_epoch
         set_lr(optimizer, config.lr * warm_up(epoch, config.warmup) * cosine(epoch / config.epochs))
 

@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from spice_dist import artifacts
-from spice_dist.data.files import publish, publish_json
+from spice_dist.data.files import commit, publish, publish_json
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
@@ -57,13 +57,17 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     for features in chunks:
         features[:, :final] = unit(features[:, :final])
         index = missing[written : written + len(features)]
-        rows[index] = features.clamp(-FLOAT16, FLOAT16).half().cpu().numpy()
+        stored = features.clamp(-FLOAT16, FLOAT16).half().cpu()
+        if not torch.isfinite(stored).all():
+            weights = f", {task.backbone.weights}," * bool(task.backbone.weights)
+            raise UserError(f"the network gives features that are no numbers; its weights{weights} are damaged")
+        rows[index] = stored.numpy()
         written += len(features)
     rows.flush()
     images.close()
     collectives.barrier()
     if worker.rank == 0 and backbone.mixture is None:
-        partial.rename(artifacts.features_file(worker.run))
+        commit(partial, artifacts.features_file(worker.run))
     elif worker.rank == 0:
         mix(rows, final, manifest.clustered, worker)
         partial.unlink()

@@ -106,6 +106,8 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     staleness = Staleness(config.queue // config.new_keys)
     views = view_pairs(task, images, manifest.training, config.batch, config.epochs, config.view, start, worker)
     for step, (query_view, key_view) in enumerate(views, start):
+        if worker.leaves_out(step):
+            continue
         rise, fall = warm_up(step / steps_per_epoch, config.warmup), cosine(step // steps_per_epoch / config.epochs)
         set_lr(optimizer, config.lr * rise * fall)
 

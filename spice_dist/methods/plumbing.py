@@ -1,7 +1,6 @@
 """Functions that all training loops call: data, devices, precision, passes of a step, and the state of a checkpoint."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -251,8 +250,8 @@ def load_backbone(task: Task, run: Path) -> Backbone:
     """Load the network of stage 1, with the mixture of the stage `features` if that is done."""
     if task.pretext == "none":
         backbone = new_backbone(task)
-        if backbone.mixture is not None and (path := artifacts.mixture_file(run)).exists():
-            backbone.mixture.set(**json.loads(path.read_text()))
+        if backbone.mixture is not None and artifacts.mixture_file(run).exists():
+            backbone.mixture.set(**artifacts.mixture(run))
         return backbone
     backbone = Backbone(task.backbone, task.data.channels, task.data.size)
     backbone.load_state_dict(finished(run / task.pretext).tensors("backbone"))
@@ -266,6 +265,14 @@ def state_of(parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> T
 
 def modules_state(parts: dict[str, nn.Module]) -> Tensors:
     return {name: module.state_dict() for name, module in parts.items()}
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Name the first tensor with a number that is infinite or none; "" if there is no such tensor."""
+    for name, value in tensors.items():
+        if bad := int((~torch.isfinite(value)).sum()):
+            return f"{bad} of {value.numel()} numbers in {name} are not finite"
+    return ""
 
 
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

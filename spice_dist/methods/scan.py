@@ -153,6 +153,8 @@ def train(task: Task, config: ScanConfig, worker: Worker) -> None:
     passes = passes_that_fit(task, [net], 2 * config.batch, trial, optimizer, worker)
     position = own_positions([config.batch, config.batch], worker)
     for step, (image, _) in enumerate(pairs(images, neighbors, config, task.seed, start, worker), start):
+        if worker.leaves_out(step):
+            continue
         view = augment.apply(config.view, image, position, (task.seed, step, VIEW), task.backbone.statistics)
         views = by_group(view.chunk(2), groups)  # G V C H W, in each group the images, then their neighbours
         optimizer.zero_grad()
@@ -201,6 +203,8 @@ def self_label(task: Task, config: SelfLabelConfig, worker: Worker) -> None:
     kinds = [PLAIN, config.view]
     stream = view_lists(task, images, manifest.clustered, config.batch, config.epochs, kinds, start, worker)
     for step, (plain, strong) in enumerate(stream, start):
+        if worker.leaves_out(step):
+            continue
         labels = [confident_labels(task, net, view, config.threshold) for view in plain.chunk(passes)]
         counts = collectives.all_gather(label_counts(torch.cat(labels), task.clusters)[None]).sum(0)
         if step == 0 and not counts.any():

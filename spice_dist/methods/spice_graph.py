@@ -161,7 +161,8 @@ def start_probabilities(
         with publish(path) as file:
             np.save(file, labels.astype(np.int32))
     one_hot = np.eye(task.clusters, dtype=np.float32)
-    return np.stack([graph.spread(one_hot[row], neighbors[:, : config.spread]) for row in np.load(path)])
+    starts, near = artifacts.graph_starts(worker.run), neighbors[:, : config.spread]
+    return np.stack([graph.spread(one_hot[row], near) for row in starts])
 
 
 def clusterings(

@@ -171,6 +171,8 @@ def train(task: Task, config: SpiceSemiConfig, worker: Worker) -> None:
     refreshed = partial(refreshed_labels, task, config.refresh_agreement, ema, images, manifest.clustered, worker)
     stream = batches(images, reliable, refreshed, manifest.training, config, task.seed, start, worker)
     for step, (image, index) in enumerate(stream, start):
+        if worker.leaves_out(step):
+            continue
         set_lr(optimizer, config.lr * fixmatch_cosine(step / config.steps))
         weak, strong = views_of_step(task, config, image, position, labelled, step)
         label = send(reliable.labels[index[:labelled]], worker.device)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.crops import Key
 from spice_dist.data.files import publish
 from spice_dist.data.images import Images
@@ -63,7 +64,7 @@ class RepeatedViews:
         encoded = iter(encode_all(self.task, self.images, index, missing, self.encode))
         return [
             torch.from_numpy(np.load(path, mmap_mode="r")[index]) if there else next(encoded).half().cpu()
-            for path, there in zip(paths, on_disk, strict=True)
+            for path, there in zip(map(require_whole, paths), on_disk, strict=True)
         ]
 
 

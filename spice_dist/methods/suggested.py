@@ -1,6 +1,5 @@
 """Suggest the number of clusters where none is given, and train later stages with it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,8 +24,8 @@ def suggest_clusters(task: Task, config: None, worker: Worker) -> None:
 
 def read_suggestion(run: Path) -> Suggestion | None:
     """Read the run's suggestion; None if it has none."""
-    path = artifacts.suggestion_file(run)
-    return Suggestion(**json.loads(path.read_text())) if path.exists() else None
+    found = artifacts.suggestion(run)
+    return Suggestion(**found) if found is not None else None
 
 
 def with_suggested_clusters(task: Task, run: Path) -> Task:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spice_dist import artifacts
+from spice_dist.data.checksums import require_whole
 from spice_dist.report.gallery import blocks
 from spice_dist.report.reading import Run
 
@@ -180,7 +181,7 @@ def stability(run: Run) -> Float[np.ndarray, " K"] | None:
     It is the mean over these of the largest Jaccard index with any of their clusters; None where there are none.
     """
     try:
-        others = np.load(artifacts.graph_starts_file(run.folder), allow_pickle=False)
+        others = artifacts.graph_starts(run.folder)
     except (OSError, ValueError, EOFError):
         return None
     if others.ndim != 2 or others.shape[1] != len(run.labels) or others.dtype.kind != "i" or others.min(initial=0) < 0:
@@ -220,7 +221,7 @@ def read_copies(path: Path) -> list[list[dict[str, str]]]:
 def _rows(path: Path, num_images: int, names: tuple[str, ...]) -> list[dict[str, str]]:
     """Read a table that names images by index; rows that do not are left out."""
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with require_whole(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = [row for row in csv.DictReader(file) if all(isinstance(row.get(name), str) for name in names)]
     except (OSError, csv.Error):
         return []

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from spice_dist import artifacts
 from spice_dist.assignments import read_names
+from spice_dist.data.checksums import require_whole
 from spice_dist.report.evidence import Evidence
 from spice_dist.report.reading import Run, number
 from spice_dist.report.sprites import COLUMNS, Sheets
@@ -166,7 +167,8 @@ def class_names(truth: Int[np.ndarray, " S"], paths: list[str]) -> list[str]:
 def read_levels(run: Run) -> dict[str, Int[np.ndarray, " N"]]:
     """Return the coarser and the finer grouping, where levels.csv has them for every image."""
     try:
-        table = np.loadtxt(artifacts.levels_file(run.folder), np.int64, delimiter=",", skiprows=1, ndmin=2)
+        path = require_whole(artifacts.levels_file(run.folder))
+        table = np.loadtxt(path, np.int64, delimiter=",", skiprows=1, ndmin=2)
     except (OSError, ValueError):
         return {}
     if table.shape != (len(run.labels), 4) or table.min() < 0:

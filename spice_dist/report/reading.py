@@ -15,6 +15,7 @@ import numpy as np
 
 from spice_dist import artifacts, catalog
 from spice_dist.assignments import read_assignments
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.files import path_of_cell, text_of_cell
 from spice_dist.errors import DamagedFile, UserError
 
@@ -137,7 +138,7 @@ def mapping(value: object) -> dict:
 def read_json(path: Path) -> dict | None:
     """Return the object in the file; None if there is no file or it holds null."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(require_whole(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
@@ -211,7 +212,7 @@ def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]
     """Return the first `limit` rows as (path, reason), and the number of all rows."""
     rows, total = [], 0
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with require_whole(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for row in csv.DictReader(file):
                 total += 1
                 if total <= limit:
@@ -225,7 +226,7 @@ def read_quarantine(path: Path, limit: int) -> tuple[list[tuple[str, str]], int]
 
 def read_features(path: Path, num_images: int) -> np.ndarray | None:
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.load(require_whole(path), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
     except (ValueError, OSError, EOFError) as error:

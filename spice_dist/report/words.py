@@ -33,7 +33,7 @@ def group_name(cluster: int, names: dict[int, str]) -> str:
 def outside_group(run: Run) -> int | None:
     """Return the group of a corrected run whose images belong to none; it can be neither merged nor divided."""
     path = artifacts.corrections_summary_file(run.folder)
-    group = mapping(read_json(path)).get("outside") if path.exists() else None
+    group = mapping(read_json(path)).get("outside")
     return group if isinstance(group, int) else None
 
 
