@@ -159,7 +159,8 @@ def _with_remedy(error: UserError, run: OpenRun, command: list[str] | None) -> U
     """Return the error; if a stage did not stay finite, with the command that trains it anew at a lower rate."""
     for row in stages_of(run.config):
         settings = row.settings_in(run.config)
-        if setbacks.gave_up(run.folder / row.name) and hasattr(settings, "lr"):
+        done = (stage_record(run.folder, row.name) or {}).get("done")
+        if not done and setbacks.gave_up(run.folder / row.name) and hasattr(settings, "lr"):
             lower = f"{row.settings}.lr={settings.lr * setbacks.LOWERED**2:g}"
             again = shlex.join(["spice-dist", *command, "--set", lower]) if command else f"fit again with {lower}"
             return UserError(f"{error}, also with {setbacks.LOWERED:g} times its rate; to train it anew: {again}")

@@ -55,12 +55,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict, owner: str = ""
     Raises:
         OSError: the disk is full; nothing is left behind.
         UserError: the folder has another owner by now; nothing is left behind.
-        ValueError: a number is none; nothing is written.
     """
-    for name, group in tensors.items():
-        for key, value in group.items():
-            if value.is_floating_point() and bool(value.isnan().any()):
-                raise ValueError(f"{name}.{key} holds what is no number")
     final = folder / f"{step:09d}"
     if final.exists():
         try:
@@ -122,6 +117,14 @@ def _require_room(folder: Path, tensors: Tensors) -> None:
         raise OSError(errno.ENOSPC, f"it takes {size / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB left")
 
 
+def _require_numbers(tensors: Tensors) -> None:
+    """Raise ValueError for what is no number, from which no training can go on; infinity is where nothing is known."""
+    for name, group in tensors.items():
+        for key, value in group.items():
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise ValueError(f"{key} of {name} holds what is no number")
+
+
 class Writer:
     """Writes checkpoints in a thread beside training, one at a time.
 
@@ -159,6 +162,7 @@ class Writer:
     def _write(self, step: int, tensors: Tensors, state: dict) -> None:
         began = time.monotonic()
         try:
+            _require_numbers(tensors)
             save(self.folder, step, tensors, state, self.owner)
             self.seconds = time.monotonic() - began
         except Exception as error:  # whoever waits tells it

@@ -243,7 +243,7 @@ class LocalWorker:
     def note_setback(self, error: NotFinite, has_rate: bool) -> None:
         """Write down that the loss was not finite; raise the error if nothing is left to try."""
         self.setbacks = self.setbacks.after(error.step, self.can_leave_out and error.step < error.total)
-        last = self.setbacks.count == setbacks.MOST or not has_rate
+        last = self.setbacks.count >= setbacks.MOST or not has_rate
         if self.rank == 0:
             setbacks.write(self.folder, self.setbacks)
         collectives.barrier()
