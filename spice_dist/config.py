@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import difflib
-import json
 import numbers
 import typing
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spice_dist.data.checksums import require_whole
+from spice_dist.data.checksums import read_sealed, require_whole
 from spice_dist.errors import UserError
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.given_labels import GivenLabelsConfig
@@ -67,7 +66,7 @@ def read_config(path: Path) -> Config:
         UserError: there is no such file, or it holds no configuration of this version.
     """
     try:
-        content = json.loads(require_whole(path).read_bytes())
+        content = read_sealed(require_whole(path))
         return override(Config(), dotted(content["config"]))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

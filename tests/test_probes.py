@@ -146,7 +146,7 @@ def trained(tmp_path_factory, digits_folder) -> Path:
     shutil.copytree(digits_folder, run)
     describe(run, SMALL)
     worker = LocalWorker(run, "moco", CPU)
-    worker.checkpoint_seconds = 0.0
+    worker.checkpoint_seconds, worker.on_report = 0.0, lambda *_: worker.writer.wait()  # every step
     moco.train(SMALL, SMALL.moco, worker)
     return run
 

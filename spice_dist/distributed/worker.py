@@ -254,6 +254,8 @@ class LocalWorker:
             print(f"{error}: it goes back to its last checkpoint, and on {how}", file=sys.stderr)
 
     def _save_or_stop(self, step: int, total: int, save: Callable[[], Tensors]) -> None:
+        if self.rank == 0 and not self.writer.busy and (error := self.writer.wait()):
+            warnings.warn(f"no checkpoint at step {self.writer.step} ({error}); training goes on", stacklevel=2)
         wish = STOP if self.stop_requested() else SAVE if self._is_due() else NOTHING
         if torch.isfinite(self.first_bad):  # nothing can go on from such a state
             wish = NOT_FINITE
@@ -302,9 +304,7 @@ class LocalWorker:
         return time.monotonic() - self.started_at
 
     def _save(self, step: int, total: int, save: Callable[[], Tensors], waits: bool) -> None:
-        """Begin to write a checkpoint; warn if the one before it could not be written."""
-        if error := self.writer.wait():
-            warnings.warn(f"no checkpoint at step {self.writer.step} ({error}); training goes on", stacklevel=2)
+        """Begin to write a checkpoint."""
         state = {"total": total, **asdict(self.history.after(self._trained(), stopped=waits))}
         self.writer.start(step, save(), state)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spice_dist.config import Config
-from spice_dist.data.files import publish_json
+from spice_dist.data import checksums
+from spice_dist.data.checksums import publish_sealed, read_sealed
+from spice_dist.errors import DamagedFile
 from spice_dist.sweep.spaces import Start
 
 # RUNNING is also the state of a trial that was cut off and resumes in a later call
@@ -54,17 +56,27 @@ def trial_folder(plan: Plan, settings: Settings) -> Path:
 
 
 def write_record(folder: Path, record: Record) -> None:
+    """Write trial.json, with the SHA-256 of the clustering of a finished trial."""
     folder.mkdir(parents=True, exist_ok=True)
-    publish_json(folder / "trial.json", asdict(record) | {"seconds": round(record.seconds, 3)})
+    clusters = folder / "clusters.npy"
+    sums = {clusters.name: checksums.sha256(clusters)} if record.state == FINISHED and clusters.exists() else {}
+    publish_sealed(folder / "trial.json", asdict(record) | {"seconds": round(record.seconds, 3), "sha256": sums})
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return the record of the trial in this folder; None if it has not begun, or its record is lost: it runs again."""
+    """Return the record of the trial in this folder; None if it has not begun.
+
+    Raises:
+        DamagedFile: the record was altered, and what the trial has found may be wrong.
+    """
+    path = folder / "trial.json"
     try:
-        values = json.loads((folder / "trial.json").read_bytes())
+        values = read_sealed(path)
         return Record(**{field.name: values[field.name] for field in fields(Record)})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}); remove {folder} to run this trial again") from error
 
 
 def complete_record(folder: Path, settings: Settings, state: str, reason: str, scores: Scores) -> Record | None:

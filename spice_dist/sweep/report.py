@@ -1,6 +1,5 @@
 """The page about a sweep, and its table in the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from spice_dist import artifacts
+from spice_dist.data.checksums import read_sealed
 from spice_dist.data.files import publish
 from spice_dist.objectives import COMBINED, OBJECTIVES, combined, importance, ranks, spearman
 from spice_dist.report import charts
@@ -31,7 +31,7 @@ TOP = 10  # trials in the tables
 
 def write_sweep_report(folder: Path, trials: Sequence[Row], objective: str) -> Path:
     """Write SWEEP/report.html about these trials, which come the best first."""
-    sweep = json.loads(artifacts.sweep_file(folder).read_text())
+    sweep = read_sealed(artifacts.sweep_file(folder))
     finished = with_objective(trials, objective)
     several = len(finished) > 1
     names = sorted(sweep["ranges"])

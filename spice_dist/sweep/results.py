@@ -9,6 +9,7 @@ import numpy as np
 
 from spice_dist import artifacts
 from spice_dist.config import override, read_config
+from spice_dist.data.checksums import require_whole
 from spice_dist.data.files import csv_line, publish, publish_json, text_cell
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.objectives import COMBINED, OBJECTIVES, combined, consensus
@@ -47,7 +48,7 @@ def with_accuracy(folder: Path, trials: Sequence[Row]) -> list[Row]:
     extended = []
     for row in trials:
         clusters = folder / "trials" / row["trial"] / "clusters.npy"
-        accuracy = clustering_accuracy(folder / "base", np.load(clusters)) if clusters.exists() else None
+        accuracy = clustering_accuracy(folder / "base", np.load(require_whole(clusters))) if clusters.exists() else None
         extended.append(row if accuracy is None else {**row, "acc": accuracy})
     return extended
 
@@ -75,7 +76,7 @@ def with_consensus(folder: Path, trials: Sequence[Row]) -> list[Row]:
     finished = [row["trial"] for row in trials if row["state"] == FINISHED]
     if len(finished) < 2:
         return list(trials)
-    clusterings = np.stack([np.load(folder / "trials" / trial / "clusters.npy") for trial in finished])
+    clusterings = np.stack([np.load(require_whole(folder / "trials" / trial / "clusters.npy")) for trial in finished])
     scores = dict(zip(finished, consensus(clusterings).tolist(), strict=True))
     return [{**row, "consensus": scores[row["trial"]]} if row["trial"] in scores else row for row in trials]
 

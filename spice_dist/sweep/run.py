@@ -23,7 +23,7 @@ import torch
 from spice_dist import artifacts
 from spice_dist.catalog import PRETEXTS
 from spice_dist.config import Config, dotted, override
-from spice_dist.data.files import publish_json
+from spice_dist.data.checksums import publish_sealed, read_sealed
 from spice_dist.data.sources import Source
 from spice_dist.distributed.worker import LocalWorker, StageCall, usable_cores
 from spice_dist.errors import DamagedFile, UserError
@@ -32,7 +32,7 @@ from spice_dist.methods import spice_self
 from spice_dist.objectives import COMBINED, OBJECTIVES, SHOWN
 from spice_dist.ownership import owned
 from spice_dist.pipeline import fit_until
-from spice_dist.stage_records import images_of_run, refuse_changes, stage_record
+from spice_dist.stage_records import images_of_run, refuse_changes, stage_record, write_stage_record
 from spice_dist.stages import check_settings, pretext_stages, stage_settings
 from spice_dist.sweep import ray_tune
 from spice_dist.sweep.ray_tune import Round, Search
@@ -217,7 +217,7 @@ def _begin(sweep: Sweep, resume: bool) -> None:
     }
     contents = json.loads(json.dumps(contents))
     if not path.exists() or not (plan.folder / "trials").exists():
-        publish_json(path, contents)
+        publish_sealed(path, contents)
         return
     if not resume:
         raise UserError(f"{plan.folder} holds a sweep; go on with it by --resume, or give another --out")
@@ -240,7 +240,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """
     path = artifacts.sweep_file(folder)
     try:
-        contents = json.loads(path.read_bytes())
+        contents = read_sealed(path)
         names = ("space", "ranges", "config", "start", "reliable", "images", "command")
         return {name: contents[name] for name in names}
     except FileNotFoundError as error:
@@ -272,6 +272,7 @@ def _run_base(sweep: Sweep) -> None:
         worker = LocalWorker(plan.base, "views", device, stop.requested, bar.show)
         store = partial(spice_self.store_views, kinds=kinds)
         StageCall("views", store, config, config.spice_self).run(worker, usable_cores())
+    write_stage_record(plan.base, "views", {}, True, 0.0)
 
 
 def _run_rounds(sweep: Sweep, stop: StopSignal) -> None:

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spice_dist.distributed import checkpoint
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
-from spice_dist.errors import DamagedFile
+from spice_dist.errors import DamagedFile, UserError
 
 FILES = ["net.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
@@ -437,3 +438,32 @@ def test_without_rename_and_manifest_a_kill_would_lose_a_checkpoint(killed):
 def test_two_processes_may_set_the_same_damaged_checkpoint_aside(killed):
     assert killed["readers"] == []
     assert killed["readers undefended"] != []
+
+
+def test_a_process_that_has_lost_the_run_folder_saves_nothing_more(tmp_path):
+    store = tmp_path / "moco/checkpoints"
+    (tmp_path / checkpoint.OWNER).write_text(json.dumps({"token": "another"}))
+    with pytest.raises(UserError, match="another process has taken .* over"):
+        checkpoint.save(store, 10, some_tensors(10), {}, owner="this")
+    assert names(store) == []
+    checkpoint.save(store, 10, some_tensors(10), {}, owner="another")
+    assert names(store) == ["000000010"]
+
+
+def test_later_checkpoints_of_another_process_do_not_drop_those_of_the_owner(tmp_path):
+    for step in (300, 500):  # it was suspended, and lost the folder after its check of the owner
+        checkpoint.save(tmp_path, step, some_tensors(step), {}, owner="another")
+    with pytest.warns(UserWarning, match="was written by another process"):
+        checkpoint.save(tmp_path, 340, some_tensors(340), {}, owner="this")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 340
+    assert names(tmp_path) == ["000000300", "000000340", "000000500.bad"]
+
+
+def test_no_checkpoint_is_begun_that_the_disk_has_no_room_for(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30))
+    monkeypatch.setattr(checkpoint, "_write_tensors", lambda *given: pytest.fail("it was begun"))
+    with pytest.raises(OSError, match="and the disk has 0.0 MB left"):  # 6 numbers and a step are 32 bytes
+        checkpoint.save(folder, 30, some_tensors(30), {})
+    assert names(folder) == ["000000010", "000000020"]

@@ -3,21 +3,33 @@
 import json
 import resource
 import signal
-import warnings
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from spice_dist.data import augment
-from spice_dist.distributed import checkpoint
+from spice_dist.distributed import checkpoint, setbacks
 from spice_dist.distributed.checkpoint import Tensors
-from spice_dist.distributed.worker import LocalWorker, MetricLog, StageCall, Storage, Worker
-from spice_dist.errors import Interrupted, UserError
+from spice_dist.distributed.worker import (
+    NOT_FINITE,
+    History,
+    LocalWorker,
+    MetricLog,
+    StageCall,
+    Storage,
+    Worker,
+    interval,
+)
+from spice_dist.errors import Interrupted, NotFinite, UserError
 from spice_dist.task import Task
 
 CPU = torch.device("cpu")
@@ -41,6 +53,16 @@ def weights(value: float, count: int = 4) -> Callable[[], Tensors]:
 
 def loss(value: float) -> Tensor:
     return torch.tensor(value)
+
+
+def settle(worker: LocalWorker) -> None:
+    """Wait for the checkpoint in flight; whether it was written is the worker's to tell."""
+    while worker.writer.busy:
+        time.sleep(0.001)
+
+
+def saved_names(run: Path) -> list[str]:
+    return [name for name in saved(run) if not name.startswith(".")]
 
 
 def started(run: Path, **options: Any) -> LocalWorker:
@@ -175,12 +197,13 @@ def test_asked_to_stop_at_the_last_step_it_is_simply_done(tmp_path):
 def test_it_saves_when_the_clock_says_so_and_only_then(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("spice_dist.distributed.worker.time.monotonic", lambda: now[0])
-    worker = started(tmp_path)
+    worker = started(tmp_path, storage=Storage(checkpoint_seconds=60))
     at = []
     for step in range(1, 20):
         now[0] += 25.0
         monkeypatch.setattr("spice_dist.distributed.worker.time.time", lambda step=step: 1e9 * (-1) ** step)  # unused
         worker.report(step, 100, loss(1.0), lambda step=step: at.append(step) or weights(step)())
+        settle(worker)
     assert at == [3, 6, 9, 12, 15, 18]  # more than 60 s after the one before
     assert saved(tmp_path) == ["000000015", "000000018"]
 
@@ -219,6 +242,7 @@ def test_checkpoints_are_as_far_apart_as_asked_for(tmp_path, monkeypatch):
     for step in range(1, 101):
         now += 1
         worker.report(step, 100, loss(1.0), weights(step))
+        settle(worker)
         kept += saved(tmp_path)[-1:]
     assert sorted({int(name) for name in kept}) == [26, 52, 78, 100]
 
@@ -232,13 +256,17 @@ def test_a_full_disk_in_the_middle_warns_and_training_goes_on(tmp_path):
     worker = started(tmp_path)
     worker.checkpoint_seconds = -1.0
     worker.report(1, 200, loss(1.0), weights(1))
-    for step in (2, 3):
-        with no_room_for_more_than(2000), pytest.warns(UserWarning, match=f"no checkpoint at step {step} .*goes on"):
-            worker.report(step, 200, loss(1.0), weights(step, 10_000))
+    settle(worker)
+    with no_room_for_more_than(2000):
+        worker.report(2, 200, loss(1.0), weights(2, 10_000))
+        settle(worker)
+        with pytest.warns(UserWarning, match="no checkpoint at step 2 .*goes on"):
+            worker.report(3, 200, loss(1.0), weights(3, 10_000))
+        settle(worker)
     assert saved(tmp_path) == ["000000001"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="no checkpoint at step 3 "):
         worker.report(4, 200, loss(1.0), weights(4, 10_000))
+    settle(worker)
     assert saved(tmp_path) == ["000000001", "000000004"]
 
 
@@ -264,15 +292,144 @@ def test_a_full_disk_when_asked_to_stop_does_not_claim_that_the_state_is_saved(t
         worker.report(2, 5, loss(1.0), weights(2, 10_000))
 
 
-def test_an_error_that_the_store_did_not_translate_would_end_training(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def test_a_slow_disk_holds_no_step_and_one_checkpoint_is_in_flight(tmp_path, monkeypatch):
+    """The disk takes as long as the test wants: five steps end meanwhile, and none begins a second checkpoint."""
+    free, begun, write = threading.Event(), [], checkpoint._write_tensors
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", lambda path, tensors: save_file(tensors, path))
+    def slowly(path: Path, tensors: dict[str, Tensor]) -> None:
+        begun.append(path)
+        assert free.wait(60)
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", slowly)
     worker = started(tmp_path)
     worker.checkpoint_seconds = -1.0
-    with no_room_for_more_than(2000), pytest.raises(SafetensorError):
-        worker.report(1, 5, loss(1.0), weights(1, 10_000))
+    for step in range(1, 6):
+        worker.report(step, 100, loss(1.0), weights(step))
+    assert saved_names(tmp_path) == []
+    free.set()
+    settle(worker)
+    assert saved_names(tmp_path) == ["000000001"]
+    assert len(begun) == 1
+
+
+def test_what_training_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path, monkeypatch):
+    free, write = threading.Event(), checkpoint._write_tensors
+    monkeypatch.setattr(checkpoint, "_write_tensors", lambda *given: free.wait(60) and write(*given))
+    state = torch.arange(4.0)
+    writer = checkpoint.Writer(tmp_path, "")
+    writer.start(1, {"net": {"w": state}}, {"total": 2})
+    state += 100
+    free.set()
+    assert writer.wait() is None
+    assert checkpoint.load(tmp_path / "000000001").tensors("net")["w"].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_state_that_holds_what_is_no_number_is_not_saved(tmp_path):
+    writer = checkpoint.Writer(tmp_path, "")
+    writer.start(1, {"net": {"w": torch.tensor([1.0, torch.nan])}}, {})
+    assert isinstance(writer.wait(), ValueError)
+    writer.start(2, {"net": {"loss": torch.tensor([torch.inf])}}, {})  # of a head that has none yet
+    assert writer.wait() is None
+    assert [path.name for path in tmp_path.glob("*")] == ["000000002"]
+
+
+def test_the_time_between_checkpoints_loses_least():
+    """Young 1974: saving costs `saving` / T of the time, a failure T / 2 of work every M seconds."""
+    for saving, between in ((2.0, 10800.0), (30.0, 600.0)):
+        lost = {t: saving / t + t / (2 * between) for t in np.linspace(5, 2000, 20_000)}
+        assert interval(saving, between) == pytest.approx(min(lost, key=lost.__getitem__), rel=1e-2)
+    assert (interval(None, 1.0), interval(1e-6, 1.0)) == (60.0, 10.0)
+
+
+def test_a_stage_that_was_cut_off_saves_more_often_and_one_that_was_stopped_does_not(tmp_path):
+    cut = History().after(100.0, stopped=False).resumed()
+    assert cut.failures == 1
+    assert cut.between_failures(0.0) == (3 * 3600 + 100) / 2
+    assert History().after(100.0, stopped=True).resumed().failures == 0
+    worker = started(tmp_path)
+    worker.checkpoint_seconds = -1.0
+    worker.report(1, 9, loss(1.0), weights(1))
+    settle(worker)
+    assert started(tmp_path).history.failures == 1
+
+
+class Poison:
+    """Training whose loss is no number at one step: the first `times` times, and only above a rate of `limit`."""
+
+    def __init__(self, times: int, limit: float = 0.0):
+        self.left, self.limit = times, limit
+        self.weights = torch.zeros(1)
+
+    def train(self, task: Any, config: Any, worker: Any) -> None:
+        found = worker.resume()
+        self.weights = found.tensors("net")["w"] if found else torch.zeros(1)
+        for step in range(found.step if found else 0, 6):
+            if worker.leaves_out(step):
+                continue
+            bad = step == 3 and self.left > 0 and config.lr > self.limit
+            self.left -= bad
+            self.weights = self.weights + (torch.nan if bad else config.lr * 2.0**step)
+            worker.report(step + 1, 6, self.weights.sum(), lambda: {"net": {"w": self.weights}})
+
+
+@dataclass(frozen=True)
+class Rate:
+    lr: float = 1.0
+
+
+def poisoned(tmp_path: Path, poison: Poison) -> LocalWorker:
+    worker = LocalWorker(tmp_path, "moco", CPU)
+    StageCall("moco", poison.train, Task(), Rate()).run(worker, 1)
+    return worker
+
+
+def test_a_step_whose_loss_is_no_number_is_left_out(tmp_path, capsys):
+    poison = Poison(times=1)
+    poisoned(tmp_path, poison)
+    assert poison.weights.item() == 1 + 2 + 4 + 16 + 32  # all but the fourth
+    assert "loss of moco is not finite at step 4: it goes back to its last checkpoint, and on without that step" in (
+        capsys.readouterr().err
+    )
+
+
+class Heads(Poison):
+    """A loop that cannot leave a step out."""
+
+    def train(self, task: Any, config: Any, worker: Any) -> None:
+        for step in range(6):
+            bad = step == 3 and self.left > 0 and config.lr > self.limit
+            self.left -= bad
+            self.weights = torch.tensor([torch.nan if bad else config.lr])
+            worker.report(step + 1, 6, self.weights.sum(), lambda: {"net": {"w": self.weights}})
+
+
+def test_the_second_time_the_rate_is_lowered_and_stays_so_when_resumed(tmp_path, capsys):
+    heads = Heads(times=9, limit=0.5)
+    poisoned(tmp_path, heads)
+    assert heads.weights.item() == pytest.approx(0.1)
+    assert "and on with 0.1 times its rate" in capsys.readouterr().err
+    again = Heads(times=9, limit=0.5)
+    poisoned(tmp_path, again)
+    assert again.left == 9, "the full rate was not tried again"
+
+
+def test_the_third_time_it_stops_and_every_later_call_too(tmp_path):
+    for _ in range(2):
+        with pytest.raises(NotFinite, match="the loss of moco is not finite at step 4"):
+            poisoned(tmp_path, Heads(times=9))
+    assert setbacks.gave_up(tmp_path / "moco")
+    assert saved(tmp_path) == []
+
+
+def test_workers_agree_on_the_first_step_that_was_not_finite(tmp_path, monkeypatch):
+    """The other worker's wish and step come by `largest_int`, as they would from a process of its own."""
+    other = iter([NOT_FINITE, 9 - 2])  # its loss was no number at step 2 of 9
+    monkeypatch.setattr("spice_dist.distributed.collectives.largest_int", lambda value, device: max(value, next(other)))
+    worker = started(tmp_path)
+    with pytest.raises(NotFinite, match="at step 2") as raised:
+        worker.report(3, 9, loss(1.0), weights(3))
+    assert (raised.value.step, raised.value.total) == (2, 9)
 
 
 def test_a_line_holds_the_means_since_the_line_before(tmp_path):

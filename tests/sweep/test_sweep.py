@@ -14,7 +14,7 @@ from spice_dist.config import Config, flatten, override, read_config
 from spice_dist.data import augment
 from spice_dist.data.sources import Source, open_source
 from spice_dist.distributed import ray_train
-from spice_dist.errors import UserError
+from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import clustering_accuracy
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
@@ -339,13 +339,29 @@ def test_a_space_of_the_user_s_own_that_cannot_be_used_is_one_line(text, line, t
     assert printed.count("\n") == 1
 
 
-def test_a_damaged_record_is_a_trial_to_run_again(heads):
+def test_a_damaged_record_is_told_and_not_replaced(heads):
     scores = run_trial(heads, SETTINGS, ignore)
-    for damaged in ("{", "", "[]", '{"state": "finished"}'):
-        (trial_folder(heads, SETTINGS) / "trial.json").write_text(damaged)
-        assert rows(heads.folder) == []
+    folder = trial_folder(heads, SETTINGS)
+    whole = (folder / "trial.json").read_text()
+    for damaged in ("{", "", "[]", '{"state": "finished"}', whole.replace("finished", "stopped"), whole[:-9]):
+        (folder / "trial.json").write_text(damaged)
+        for read in (lambda: rows(heads.folder), lambda: run_trial(heads, SETTINGS, ignore)):
+            with pytest.raises(DamagedFile, match=f"trial.json is damaged .*; remove {folder} to run this trial again"):
+                read()
+        assert (folder / "trial.json").read_text() == damaged
+    shutil.rmtree(folder)
     assert run_trial(heads, SETTINGS, ignore) == scores
     assert [row["state"] for row in rows(heads.folder)] == [FINISHED]
+
+
+def test_a_changed_clustering_of_a_trial_is_told(heads):
+    run_trial(heads, SETTINGS, ignore)
+    path = trial_folder(heads, SETTINGS) / "clusters.npy"
+    clusters = np.load(path)
+    clusters[0] += 1
+    np.save(path, clusters)
+    with pytest.raises(DamagedFile, match="clusters.npy is damaged"):
+        write_results(heads.folder, "silhouette")
 
 
 def test_a_trial_whose_process_wrote_no_end_gets_one_unless_it_was_cut_off(tmp_path):
