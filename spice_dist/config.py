@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import json
 import numbers
 import typing
 from collections.abc import Mapping

@@ -35,6 +35,7 @@ from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.stages import evaluation_settings, result_of
 from spice_dist.task import Task
 
+SAMPLED = 10_000  # images whose features are compared with each other
 MARGIN = 0.1  # of recognised images, by which a baseline must be better, since clusters of k-means are linear
 RECORDED = (
     "config.json", "assignments.csv", "levels.csv", "duplicates.csv", "outliers.csv", "metrics.json",
@@ -87,7 +88,7 @@ def conclude(
     agreement = _agreement(clustering)
     features = artifacts.stored_features(run)
     below = _better_baseline(task, manifest, features, labels, baselines) if clustering.choice is None else ""
-    evidence = _evidence(clustering, labels, confidence, agreement, below)
+    evidence = _evidence(clustering, features, labels, confidence, agreement, below)
     judgement = verdict.judge(evidence)
     result = {
         "method": task.method,
@@ -152,8 +153,8 @@ def _agreement(clustering: Clustering) -> float | None:
 
 
 def _evidence(
-    clustering: Clustering, labels: Int[np.ndarray, " N"], confidence: Float[np.ndarray, " N"],
-    agreement: float | None, below: str,
+    clustering: Clustering, features: np.ndarray, labels: Int[np.ndarray, " N"],
+    confidence: Float[np.ndarray, " N"], agreement: float | None, below: str,
 ) -> verdict.Evidence:  # fmt: skip
     sizes = metrics.cluster_sizes(labels, clustering.task.clusters)
     suggestion = clustering.choice.suggestion if clustering.choice else None
@@ -164,6 +165,7 @@ def _evidence(
         agreement=agreement,
         confidence=float(confidence.mean()),
         corrected=clustering.corrected,
+        alike=objectives.mean_cosine(features[:SAMPLED].astype(np.float32)),
         too_few=suggestion is not None and not suggestion.candidates,
         groups_found=suggestion.found if suggestion else None,
         suggested=(suggestion.low, suggestion.high) if suggestion and suggestion.found else None,

@@ -55,6 +55,11 @@ def generalization(
     return float(np.mean(recognised / np.maximum(sizes, 1)))
 
 
+def mean_cosine(features: Float[np.ndarray, "N D"]) -> float:
+    """Compute the mean cosine of all pairs of rows of unit norm, each with itself among them; 1 where all are equal."""
+    return float((features.mean(0, dtype=np.float64) ** 2).sum())
+
+
 def consensus(clusterings: Int[np.ndarray, "T N"], seed: int = 0) -> Float[np.ndarray, " T"]:
     """Average the ARI of each clustering with all others, on COMPARED images at most.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+ALIKE = 0.999  # mean cosine above which features hold no groups
 STRONG, FAIR, WEAK, FAILED = "strong", "fair", "weak", "failed"
 
 
@@ -18,6 +19,7 @@ class Evidence:
     suggested: tuple[int, int] | None = None  # range of plausible K
     corrected: bool = False  # by hand, which no start of a head would find again
     too_few: bool = False  # whether there are too few images to test for groups
+    alike: float = 0.0  # mean cosine of the features of all pairs of images
     below: str = ""  # the baseline that is better by label-free scores; "" if none is
 
 
@@ -38,6 +40,9 @@ def judge(evidence: Evidence) -> Verdict:
     the images are in the group of their class. Below .4 the groups depend on the start and on chance.
     """
     empty = evidence.clusters - evidence.nonempty
+    if evidence.alike > ALIKE:
+        why = f"the features of the images are nearly all alike (mean cosine {evidence.alike:.4f})"
+        return Verdict(FAILED, why, "look whether the images are constant, or take another --backbone")
     if evidence.nonempty < 2:
         return Verdict(FAILED, "all images are in one group", "ask for fewer clusters, or take another backbone")
     if evidence.too_few:

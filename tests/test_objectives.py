@@ -14,6 +14,7 @@ from spice_dist.objectives import (
     consensus,
     generalization,
     importance,
+    mean_cosine,
     ranks,
     spearman,
 )
@@ -109,3 +110,10 @@ def test_importance_of_categories_is_that_of_the_analysis_of_variance():
     epsilon = (f - 1) * between / (f * between + within)
     assert importance(kinds, scores.tolist()) == pytest.approx(epsilon)
     assert importance(["a"] * 60, scores.tolist()) == 0
+
+
+def test_the_mean_cosine_is_that_of_all_pairs():
+    x = blobs(0.5)[0][:50]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    assert mean_cosine(x) == pytest.approx((x @ x.T).mean(), abs=1e-6)
+    assert mean_cosine(np.repeat(x[:1], 9, 0)) == pytest.approx(1)

@@ -44,3 +44,8 @@ def test_what_lowers_trust_is_said(change, level, words):
 
 def test_the_worst_is_said_first():
     assert "one group" in str(judge(replace(GOOD, nonempty=1, groups_found=False, agreement=0.1)))
+
+
+def test_features_that_are_all_alike_fail_before_anything_else():
+    assert "nearly all alike (mean cosine 0.9995)" in str(judge(replace(GOOD, alike=0.9995, nonempty=1)))
+    assert judge(replace(GOOD, alike=0.9)) == judge(GOOD)

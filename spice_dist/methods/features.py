@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Float16, Int
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from spice_dist import artifacts
+from spice_dist import artifacts, verdict
 from spice_dist.data.files import commit, publish, publish_json
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
@@ -21,6 +23,7 @@ from spice_dist.methods.plumbing import load_backbone, open_dataset, place
 from spice_dist.mixing import COMPARED, choose_weight
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.models.folding import folded
+from spice_dist.objectives import mean_cosine
 from spice_dist.task import Task
 
 FLOAT16 = 65_504.0  # its largest value
@@ -66,11 +69,25 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     rows.flush()
     images.close()
     collectives.barrier()
+    if worker.rank == 0:
+        tell_if_alike(rows[:, :final], manifest.clustered)
     if worker.rank == 0 and backbone.mixture is None:
         commit(partial, artifacts.features_file(worker.run))
     elif worker.rank == 0:
         mix(rows, final, manifest.clustered, worker)
         partial.unlink()
+
+
+def tell_if_alike(rows: Float16[np.ndarray, "N D"], clustered: int) -> None:
+    """Print a line if a sample of unit features has a mean cosine above ALIKE: constant images, or a collapse."""
+    sample = np.random.default_rng(0).permutation(clustered)[:COMPARED]
+    cosine = mean_cosine(rows[np.sort(sample)].astype(np.float32))
+    if cosine > verdict.ALIKE:
+        tqdm.write(
+            f"the features of the images are nearly all alike (mean cosine {cosine:.4f}): look whether the images are "
+            "constant, or take another --backbone",
+            sys.stderr,
+        )
 
 
 class BesideEachOther(nn.Module):

@@ -1,5 +1,6 @@
 """Functions that all training loops call: data, devices, precision, passes of a step, and the state of a checkpoint."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from spice_dist import artifacts
 from spice_dist.data import augment
@@ -30,7 +32,18 @@ from spice_dist.optim import load_optimizer_tensors, optimizer_tensors
 from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
+TAKES_ALL = 0.9  # share of the images in one cluster above which it is told
 VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
+
+
+def tell_if_one_takes_all(stage: str, labels: Int[Tensor, " S"], worker: Worker) -> bool:
+    """Print a line if one cluster holds more than TAKES_ALL of these images; return whether it does."""
+    share = int(torch.bincount(labels.flatten()).max()) / labels.numel()
+    if share > TAKES_ALL and worker.rank == 0:
+        tqdm.write(
+            f"{stage}: one cluster takes {share:.0%} of the images; ask for fewer, or see outliers.csv", sys.stderr
+        )
+    return share > TAKES_ALL
 
 
 def open_dataset(task: Task, worker: Worker) -> tuple[Images, Ingested]:

@@ -30,7 +30,7 @@ from spice_dist import artifacts, graph
 from spice_dist.data.files import Progress, publish
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.methods.plumbing import finished, load_backbone, resume, state_of
+from spice_dist.methods.plumbing import finished, load_backbone, resume, state_of, tell_if_one_takes_all
 from spice_dist.models.heads import ClusterHeads, ClusterNet
 from spice_dist.neighbors import distinct, nearest, nearest_by_index, search, without_itself
 from spice_dist.settings import allowed, check_ranges, setting
@@ -129,6 +129,7 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
             calibrate(best, features, targets[0])
         worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), every=1)
     write_posterior(task, config, worker.run / "spice_graph", parts, features, neighbors, starts)
+    tell_if_one_takes_all("spice_graph", torch.from_numpy(artifacts.posterior(worker.run).argmax(1)), worker)
 
 
 def for_images(config: SpiceGraphConfig, images: int, clusters: int) -> SpiceGraphConfig:

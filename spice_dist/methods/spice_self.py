@@ -40,6 +40,7 @@ from spice_dist.methods.plumbing import (
     modules_state,
     open_dataset,
     place,
+    tell_if_one_takes_all,
     view_features,
 )
 from spice_dist.models.backbone import Backbone
@@ -149,6 +150,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
     followed = torch.from_numpy(followed_images(task, num_images, selection.followed.shape[2])).to(worker.device)
     # steps after which the same views come again
     period = config.view_epochs * steps_per_epoch or total
+    told = False
     for step in range(saved.step if saved else 0, total):
         number = step % period
         chosen = drawn_images(task, number, num_images)[:batch]
@@ -180,7 +182,9 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
                 outputs, plain = head_outputs(own_heads, seen), plain_loss(config)
                 loss = selection_loss(features, outputs, sizes_of_all, config.center_fraction, plain)
                 labels = heads(seen[followed]).argmax(2)
-            selection.update(step // steps_per_epoch, heads, collectives.gather_shares(loss, config.heads), labels)
+            loss = collectives.gather_shares(loss, config.heads)
+            selection.update(step // steps_per_epoch, heads, loss, labels)
+            told = told or tell_if_one_takes_all("spice_self", labels[loss.argmin()], worker)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         moments = _of_all_heads(optimizer, config.heads)
         # scaled so that the mean over workers is the mean over all heads
