@@ -25,14 +25,17 @@ WRITING_SECONDS = 1.0  # longer than a process takes to fill the owner file afte
 
 
 @contextmanager
-def owned(run: Path) -> Iterator[None]:
-    """Own the folder for the block; UserError if another live process owns it, or it cannot be written.
+def owned(run: Path) -> Iterator[str]:
+    """Own the folder for the block and yield the owner's token.
 
     The owner file holds the host, the process and its start time. An owner on this machine is dead if its process is.
     An owner elsewhere is alive while its heartbeat changes, which is watched for three beats.
 
     flufl.lock does not replace this: it compares a file's time across machines' clocks, takes over from a process that
     is only suspended, needs a heartbeat too, and waited 25 s for a dead process of this machine.
+
+    Raises:
+        UserError: another live process owns the folder, or it cannot be written.
     """
     owner, identity = run / OWNER, _identity()
     try:
@@ -44,7 +47,7 @@ def owned(run: Path) -> Iterator[None]:
     beat = threading.Thread(target=_beat, args=(owner, descriptor, identity, stop), daemon=True)
     beat.start()
     try:
-        yield
+        yield identity["token"]
     finally:
         stop.set()
         beat.join()

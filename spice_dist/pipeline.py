@@ -136,7 +136,8 @@ def _opened(
         raise UserError(f"{folder} holds a sweep; give another --out")
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
-    with owned(folder), StopSignal() as stop:
+    with owned(folder) as owner, StopSignal() as stop:
+        launch = replace(launch, storage=replace(launch.storage, owner=owner))
         settings = stage_settings(config, source, images_of_run(folder, source))
         run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
         forget_other_clusters(folder, run.settings)

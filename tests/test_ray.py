@@ -177,7 +177,7 @@ def test_a_full_disk_costs_what_a_worker_says_and_not_the_worker(kind):
 
 
 def test_a_node_that_does_not_see_the_last_checkpoint_fails_in_bounded_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_train, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "STALE_SECONDS", 0.0)
     ray_train._wait_to_see(-1, tmp_path)
     with pytest.raises(TimeoutError, match="step 7"):
         ray_train._wait_to_see(7, tmp_path)

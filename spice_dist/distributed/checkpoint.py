@@ -25,6 +25,7 @@ from spice_dist.errors import DamagedFile, UserError
 
 Tensors = dict[str, dict[str, Tensor]]
 OWNER = ".owner.json"  # in a run folder: the process that owns it
+STALE_SECONDS = 120.0  # twice the default time for which NFS shows an old listing of a folder
 KEPT = 2  # newest checkpoints of a stage
 DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors, such as missing rights, are raised
 
@@ -90,7 +91,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict, owner: str = ""
 
 
 def owner_of(run: Path) -> str:
-    """Return the token of the process that owns the run folder; "" if none does."""
+    """Return the token of the process that owns a run folder; "" if none does."""
     try:
         return str(json.loads((run / OWNER).read_bytes())["token"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,9 +99,12 @@ def owner_of(run: Path) -> str:
 
 
 def _require_owner(folder: Path, owner: str) -> None:
-    now = owner_of(folder.parent.parent)
-    if owner and now and now != owner:
-        raise UserError(f"another process has taken {folder.parent.parent} over; this one saves nothing more")
+    """Raise UserError if the run folder has another owner."""
+    run, deadline = folder.parent.parent, time.monotonic() + STALE_SECONDS
+    while owner and owner_of(run) not in ("", owner):
+        if time.monotonic() > deadline:
+            raise UserError(f"another process has taken {run} over; this one saves nothing more")
+        time.sleep(0.5)
 
 
 def _owner_in(path: Path) -> str:

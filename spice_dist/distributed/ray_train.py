@@ -30,7 +30,6 @@ from spice_dist.stage_records import stage_record
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
 PATIENCE = timedelta(days=30)  # for a worker that does a stage alone
 ENDING_SECONDS = 5.0  # for Ray's workers to end with their cluster
-STALE_SECONDS = 120.0  # twice the default time for which NFS shows an old listing of a folder
 _cluster_is_ours = False  # of the session; Ray allows one
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
@@ -327,7 +326,7 @@ def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
 
 def _wait_to_see(step: int, store: Path) -> None:
     """Wait until this node shows the checkpoint: NFS may show an old listing of the folder."""
-    deadline = time.monotonic() + STALE_SECONDS
+    deadline = time.monotonic() + checkpoint.STALE_SECONDS
     while checkpoint.newest_step(store) != step:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{store} does not show the checkpoint of step {step} on this node")

@@ -42,6 +42,7 @@ class Storage:
     # between two checkpoints: what a lost node or worker can cost; None: by the time that saving takes, see `interval`
     checkpoint_seconds: float | None = None
     scratch: Path | None = None  # on each node's own disk: where the packed images are copied to and read from
+    owner: str = ""  # token of the process that owns the run folder: when it is another's, nothing is saved any more
 
     def __post_init__(self) -> None:
         if self.checkpoint_seconds is not None and not self.checkpoint_seconds > 0:
@@ -167,7 +168,7 @@ class LocalWorker:
         self.folder, self.store = run / stage, run / stage / "checkpoints"
         self.log: MetricLog | None = None
         self.history = History()
-        self.writer = checkpoint.Writer(self.store, checkpoint.owner_of(run))
+        self.writer = checkpoint.Writer(self.store, storage.owner)
         self.setbacks, self.can_leave_out = Setbacks(), False
         self.started_at = self.saved_at = self.shown_at = time.monotonic()
         self.sums: dict[str, Tensor] = {}

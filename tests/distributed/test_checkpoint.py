@@ -440,7 +440,8 @@ def test_two_processes_may_set_the_same_damaged_checkpoint_aside(killed):
     assert killed["readers undefended"] != []
 
 
-def test_a_process_that_has_lost_the_run_folder_saves_nothing_more(tmp_path):
+def test_a_process_that_has_lost_the_run_folder_saves_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "STALE_SECONDS", 0.1)
     store = tmp_path / "moco/checkpoints"
     (tmp_path / checkpoint.OWNER).write_text(json.dumps({"token": "another"}))
     with pytest.raises(UserError, match="another process has taken .* over"):
