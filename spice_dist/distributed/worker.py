@@ -180,7 +180,11 @@ class LocalWorker:
 
     def resume(self) -> Checkpoint | None:
         saved = None
+        # not the first call after a loss that was not finite
         self.sums, self.summed, self.first_bad = {}, 0, torch.full_like(self.first_bad, torch.inf)
+        self.started_at = self.saved_at = time.monotonic()
+        if self.log:
+            self.log.close()
         if self.rank == 0:
             self.writer.wait()
             checkpoint.sweep(self.store)
