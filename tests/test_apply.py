@@ -20,6 +20,7 @@ from spice_dist.data.manifest import read_paths
 from spice_dist.edits import fingerprint
 from spice_dist.methods import spice_graph
 from spice_dist.pseudo_labels import UNRELIABLE
+from tests.folders import unrecorded
 from tests.test_cli import TINY
 from tests.test_photos import FAST, crops, go_offline
 
@@ -246,7 +247,7 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(run, tmp_
 
 
 def test_true_labels_change_nothing_but_scores(run, tmp_path):
-    shutil.copytree(run, tmp_path / "blind")
+    unrecorded(Path(shutil.copytree(run, tmp_path / "blind")))
     (tmp_path / "blind/data/labels.npy").unlink()
     for name, source in {"a": run, "b": tmp_path / "blind"}.items():
         assert apply(source, some_edits(run), tmp_path / name) == 0

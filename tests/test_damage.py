@@ -1,6 +1,5 @@
 """Files of a run that are damaged, lost or of an earlier version, and a loss that is no number: see chaos/damage.py."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from spice_dist.data import checksums
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.model_folder import load_model, save_model
 from tests.chaos.damage import SETTINGS, Case, call, cases, make_run, outcome, results
+from tests.folders import unrecorded
 
 CPU = torch.device("cpu")
 
@@ -114,16 +114,6 @@ def test_a_stage_that_comes_out_otherwise_takes_those_after_it_along(whole, run)
     assert code == 0
     assert "features has come out otherwise than before: spice_self, reliable, spice_semi are made again" in said
     assert results("fit", run) == results("fit", whole)
-
-
-def unrecorded(run: Path) -> None:
-    """Make the folder one of an earlier version, which has no digest of anything."""
-    (run / "checksums.json").unlink()
-    for path in (*run.glob("*/stage.json"), run / "model/model.json", run / "data/manifest.json"):
-        content = json.loads(path.read_text())
-        for name in ("seal", "sha256"):
-            content.pop(name)
-        path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("command", ["fit", "report", "predict", "evaluate"])

