@@ -343,7 +343,8 @@ def relabel(run: Path, source: Source) -> bool:
             np.save(file, now)
         publish_json(classes, source.label_names)
         sums |= {file.name: sha256(file) for file in (path, classes)}
-    publish_sealed(artifacts.manifest_file(run), asdict(replace(manifest, sha256=sums)))
+    if sums != manifest.sha256:
+        publish_sealed(artifacts.manifest_file(run), asdict(replace(manifest, sha256=sums)))
     if now is None:
         path.unlink(missing_ok=True)
         classes.unlink(missing_ok=True)

@@ -153,7 +153,7 @@ def _opened(
             stop.check()  # its message names the signal
             raise
         except UserError as error:
-            raise _with_remedy(error, run, command) from error
+            raise _with_remedy(error, run, command) from None
 
 
 def _with_remedy(error: UserError, run: OpenRun, command: list[str] | None) -> UserError:

@@ -19,8 +19,8 @@ from spice_dist.stages import images_of
 
 TOLD = 10_000  # images; comparing more takes so long that it is told
 
-# written beside a stage's output, or by evaluation
-NO_OUTPUT = ("stage.json", "metrics.jsonl", "setbacks.json", "eval.json", "head_selection.jsonl")
+OUTPUT = (".npy", ".json", ".csv")  # what a stage writes beside its checkpoints and logs
+NO_OUTPUT = ("stage.json", "setbacks.json", "eval.json")  # of the pipeline and of evaluation
 
 
 def stage_record(run: Path, stage: str) -> dict[str, Any] | None:
@@ -53,8 +53,8 @@ def _outputs(folder: Path) -> dict[str, str]:
     sidecar = beton.sidecar_path(folder / "dataset.beton")
     if sidecar.exists():  # the digests of the lists are in the manifest
         return {"dataset.beton": json.loads(sidecar.read_bytes())["sha256"]}
-    files = [file for file in sorted(folder.glob("[!.]*.*")) if file.is_file() and ".partial." not in file.name]
-    sums = {file.name: sha256(file) for file in files if file.name not in NO_OUTPUT}
+    files = [file for file in sorted(folder.glob("[!.]*")) if file.suffix in OUTPUT and file.name not in NO_OUTPUT]
+    sums = {file.name: sha256(file) for file in files if ".partial." not in file.name}
     return sums | checkpoint.last_sums(folder / "checkpoints", folder)
 
 
@@ -72,17 +72,18 @@ def damaged_outputs(run: Path, stage: str) -> list[str]:
 def reopen(run: Path, stage: str, damaged: list[str]) -> None:
     """Let a stage be done again whose files are damaged: from its newest whole checkpoint, or the one before.
 
-    A stage that left other files than weights writes them before its last checkpoint, which is set aside.
+    A stage that left other files than weights may write them before its last checkpoint, which is removed then.
     """
     record = stage_record(run, stage)
     assert record is not None
     write_stage_record(run, stage, record["settings"], False, record["seconds"])
     if stage == "data":  # `ingest` sees itself what it can use
         return
-    for name in damaged:
-        if not name.startswith("checkpoints"):
-            (run / stage / name).unlink(missing_ok=True)
-            checkpoint.drop_last(run / stage / "checkpoints")
+    others = [name for name in damaged if not name.startswith("checkpoints")]
+    for name in others:
+        (run / stage / name).unlink(missing_ok=True)
+    if others:
+        checkpoint.drop_last(run / stage / "checkpoints")
 
 
 def images_of_run(run: Path, source: Source) -> str:

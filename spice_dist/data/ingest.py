@@ -179,7 +179,7 @@ def _finished(out_dir: Path, call_hash: str) -> Ingested | None:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Return which files of a packed data set are missing or altered.
+    """Return which files of a packed data set are missing or altered; labels, which are not packed, do not count.
 
     The packed file is hashed up to HASHED bytes. In a larger one each image is compared when it is read.
     """
@@ -192,7 +192,8 @@ def damaged_files(folder: Path) -> list[str]:
     except DamagedFile:
         return ["dataset.beton"]
     packed = {"dataset.beton": info.sha256} if info.sha256 and info.file_size <= HASHED else {}
-    return differing(folder, manifest.sha256 | packed)
+    lists = {name: digest for name, digest in manifest.sha256.items() if name != "labels.npy"}
+    return differing(folder, lists | packed)
 
 
 def _writer(source: Source, packing: Packing, journal: Journal) -> BetonWriter:
