@@ -77,6 +77,7 @@ def load_model(folder: Path, device: torch.device) -> tuple[Network, Task]:
         weights = load_file(require_whole(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = f"model.json: {reason}" if isinstance(error, ValueError) else reason
         raise UserError(f"{folder} holds no model ({reason}); give the folder of a finished run") from error
     if about.get("version") != 2:
         raise UserError(f"{folder} was written by another version of spice_dist; make the model again with fit")

@@ -163,7 +163,7 @@ def _with_remedy(error: UserError, run: OpenRun, command: list[str] | None) -> U
         done = (stage_record(run.folder, row.name) or {}).get("done")
         if not done and setbacks.gave_up(run.folder / row.name) and hasattr(settings, "lr"):
             lower = f"{row.settings}.lr={min(settings.lr * setbacks.LOWERED**2, type(settings)().lr):g}"
-            again = shlex.join(["spice-dist", *command, "--set", lower]) if command else f"fit again with {lower}"
+            again = shlex.join([*command, "--set", lower]) if command else f"fit again with {lower}"
             return UserError(f"{error}, also with {setbacks.LOWERED:g} times its rate; to train it anew: {again}")
     return error
 

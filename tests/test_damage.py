@@ -36,14 +36,9 @@ def last(whole: Path, stage: str) -> str:
 
 AGAIN = {
     "features/features.npy": "flip 1",
-    "reliable/labels.npy": "truncated",
-    "data/paths.jsonl": "flip 2",
     "data/labels.npy": "deleted",
-    "data/dataset.beton": "flip 1",
     "moco": "backbone.safetensors",
-    "spice_semi": "ema.safetensors",
     "model/model.safetensors": "deleted",
-    "assignments.csv": "flip 1",
     "checksums.json": "flip 1",
 }
 
@@ -59,6 +54,7 @@ def test_what_fit_can_make_again_is_made_again_with_a_line_and_comes_out_the_sam
 
 TOLD = [
     ("features/features.npy", "report"),
+    ("data/paths.jsonl", "export"),
     ("data/quarantine.csv", "report"),
     ("assignments.csv", "report"),
     ("metrics.json", "evaluate"),
@@ -104,6 +100,7 @@ def test_a_file_is_compared_again_when_it_has_changed(run):
         checksums.require_whole(path)
 
 
+@pytest.mark.slow
 def test_a_stage_that_comes_out_otherwise_takes_those_after_it_along(whole, run):
     """Its record names another result than it has on this machine: what later stages learned from is not known."""
     path = run / "features/stage.json"
@@ -116,7 +113,7 @@ def test_a_stage_that_comes_out_otherwise_takes_those_after_it_along(whole, run)
     assert results("fit", run) == results("fit", whole)
 
 
-@pytest.mark.parametrize("command", ["fit", "report", "predict", "evaluate"])
+@pytest.mark.parametrize("command", ["fit", "predict", "evaluate"])
 def test_a_folder_of_an_earlier_version_opens_as_it_is(whole, run, command):
     unrecorded(run)
     code, said = call(command, whole.parent, run)
