@@ -38,7 +38,6 @@ from tests.methods.workers import on_workers
 
 WIDE = {"spice_semi.network": "wrn_28_2", "spice_semi.mean": (0.5,) * 3, "spice_semi.std": (0.25,) * 3}
 BEYOND = {"threshold_rule": "adaptive", "refresh_steps": 3, "refresh_agreement": 0.0, "weak_apart": True}
-BEYOND |= {"steps": 6, "ratio": 2}
 EVERYTHING = override(SMALL, {**WIDE, **{f"spice_semi.{name}": value for name, value in BEYOND.items()}})
 
 
@@ -258,7 +257,7 @@ def test_a_network_that_has_not_learnt_its_labels_replaces_none(small_run, capsy
 
 
 def test_the_model_of_a_run_is_the_network_of_stage_three(without_stage, tmp_path):
-    config = override(SMALL, {**WIDE, "spice_semi.steps": 2})
+    config = override(SMALL, WIDE)
     run = without_stage("spice_semi")
     train(config, run)
     result = evaluate(config, run, CPU, {})
