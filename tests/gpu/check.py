@@ -19,6 +19,7 @@ from time import monotonic
 import torch
 
 from spice_dist.distributed.worker import usable_cores
+from spice_dist.errors import UserError
 from tests.gpu import equal, speed, state, training
 from tests.gpu.context import OUT_OF_TIME, Context, apart
 from tests.gpu.results import Results
@@ -85,14 +86,17 @@ def run_part(context: Context, name: str, deadline: float) -> None:
 
 
 def describe(context: Context) -> None:
-    """Write down what the check runs on; raise what the device raises."""
+    """Write down what the check runs on; raise UserError if the device does not answer."""
     machine = {
         "device": "cpu",
         "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    torch.ones(1, device=context.device).add_(1)
+    try:
+        torch.ones(1, device=context.device).add_(1)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(str(error)) from error
     if context.device.type == "cuda":
         properties = torch.cuda.get_device_properties(context.device)
         machine["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

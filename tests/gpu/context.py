@@ -16,6 +16,7 @@ import torch
 
 from spice_dist.data.dataset import open_data
 from spice_dist.data.sources import Source
+from spice_dist.errors import UserError
 from tests.gpu.results import OutOfTime, Results, in_one_line
 
 GRACE = 20.0  # seconds that a part has to end after its share
@@ -94,7 +95,8 @@ def _report(pipe: Connection, function: Callable[..., None], args: tuple) -> Non
     except OutOfTime:
         pipe.send(OUT_OF_TIME)
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, UserError):
+            traceback.print_exc()
         pipe.send(in_one_line(error))
     pipe.close()
     sys.stdout.flush()

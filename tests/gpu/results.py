@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from spice_dist.data.files import publish, publish_json
+from spice_dist.errors import UserError
 
 TABLE, PAGE = "check.json", "check.md"
 Numbers = dict[str, Any]
@@ -90,9 +91,9 @@ class Results:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Name the error with the first line of its message."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    """Name the error with the first line of its message; a mistake of the user needs no name."""
+    first = (str(error).splitlines() or [""])[0][:300]
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _shown(value: Any) -> str:

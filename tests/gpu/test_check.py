@@ -214,4 +214,5 @@ def test_the_command_refuses_a_machine_without_a_gpu_in_one_line(tmp_path):
         [LAUNCH, "1", "--folder", tmp_path], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("gpu_check: cuda cannot be used: ")
+    assert done.stderr.startswith("gpu_check: cuda cannot be used: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     verb.add_argument("--labels", type=Path, help="an .npy of reliable labels of its train images")
     verb.add_argument("--resume", type=Path, help="the --out of an earlier check, to go on with")
     verb.add_argument("--to", type=Path, default=PARTS)
-    verb.add_argument("--without-wheels", action="store_true")
+    verb.add_argument("--without-wheels", action="store_true", help="the machine has all packages")
     verb = verbs.add_parser("unpack")
     verb.add_argument("parts", type=Path, nargs="+")
     options = parser.parse_args(arguments)
@@ -67,15 +67,14 @@ def main(arguments: Sequence[str]) -> int:
 # ---------------------------------------------------------------- packing
 
 
-def pack(options: argparse.Namespace, part_bytes: int = PART_BYTES) -> list[Path]:
+def pack(options: argparse.Namespace) -> list[Path]:
     """Write the parts and return their folders, which were empty or did not exist."""
     if options.to.exists() and any(options.to.iterdir()):
         raise Unusable(f"{options.to} is not empty; remove it, or give another --to")
     with tempfile.TemporaryDirectory() as temporary:
-        files = [(path, name) for path, name in given(options, Path(temporary))]
-        if not options.without_wheels:
-            files += [(path, f"wheels/{path.name}") for path in download(Path(temporary) / "wheels")]
-        return divide(files, options.to, part_bytes)
+        wheels = [] if options.without_wheels else download(Path(temporary) / "wheels")
+        files = [(path, f"wheels/{path.name}") for path in wheels]  # first: nothing runs without them
+        return divide([*files, *given(options, Path(temporary))], options.to, PART_BYTES)
 
 
 def given(options: argparse.Namespace, temporary: Path) -> Iterator[tuple[Path, str]]:
@@ -189,6 +188,7 @@ def join(pieces: Path, name: str, to: Path) -> bool:
     to.write_bytes(content)
     for *_, path in of_file:
         path.unlink()
+        path.with_name(f"{path.name}.json").unlink()
     return True
 
 
