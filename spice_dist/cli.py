@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         the output, such as head, has closed it.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        from spice_dist.redaction import hide_arguments
+
+        hide_arguments()
     _open_streams()
     try:
         try:
@@ -84,13 +88,19 @@ def _run(given: list[str]) -> int:
     if empty := _empty(given):
         root.error(f"the value after {empty} is empty, as that of a variable which is not set; give one")
     options = root.parse_args(given)
-    from spice_dist.errors import Interrupted, UserError, warn_in_one_line
+    from spice_dist.errors import Interrupted, UserError, plain, warn_in_one_line
+    from spice_dist.redaction import hidden, without_secrets
+    from spice_dist.terminal import StopSignal
 
     warn_in_one_line()
     try:
-        options.call(options, given)
+        with StopSignal() as stop, stop.at_once():  # until a command has a state to save
+            options.call(options, [without_secrets(argument) for argument in given])
     except UserError as error:
-        print(f"spice-dist: {error}", file=sys.stderr)
+        text = plain(str(error))
+        for argument in given:
+            text = hidden(text, argument)
+        print(f"spice-dist: {text}", file=sys.stderr)
         return MISTAKE
     except Interrupted as signal:
         print("spice-dist: stopped, the state is saved; the same command goes on from there", file=sys.stderr)
@@ -137,7 +147,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"spice-dist: {message}; see {self.prog} --help\n")
+        from spice_dist.errors import plain
+
+        self.exit(MISTAKE, f"spice-dist: {plain(message)}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):

@@ -223,13 +223,15 @@ def _existing(folder: Path | None) -> Path | None:
 
 
 def ray_cluster(run: IntendedRun) -> Iterator[Finding]:
-    from spice_dist.distributed import ray_auth
+    from spice_dist.distributed import ray_auth, ray_local
 
     address = run.launch.address
     if address is None:
         if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):  # else a run makes its own
             ray_auth.require_private_token()
-        yield Finding("ray", OK, f"{version('ray')}; a run starts its own on this machine, with a token of its own")
+        folder = ray_local.temporary_folder()
+        text = f"a run starts its own on this machine, with a token of its own and private files in {folder}"
+        yield Finding("ray", OK, f"{version('ray')}; {text}")
         return
     from spice_dist.distributed import ray_nodes, ray_train
 

@@ -21,8 +21,11 @@ class UserError(Exception):
     """A mistake in the input: what is wrong, where, and how to fix it. The command prints it and exits with 1."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; the state is saved, and the same command resumes from it."""
+class Interrupted(BaseException):
+    """The run was asked to stop; the state is saved, and the same command resumes from it.
+
+    Like KeyboardInterrupt no Exception: code that goes on after any error must not go on after this.
+    """
 
 
 class NotFinite(UserError):
@@ -51,6 +54,11 @@ def no_folder(path: Path) -> str:
     return f"there is no folder {path}" if file is None else f"{file} is a file, no folder"
 
 
+def plain(text: str) -> str:
+    """Return the text with Python escapes for what a terminal would obey: names of files can hold any character."""
+    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def warn_in_one_line() -> None:
     """Print this package's warnings, from now on, without the file and the code that they come from.
 
@@ -64,8 +72,8 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
-        return f"spice-dist: {message}\n"
-    return _AS_BEFORE(message, category, filename, lineno, line)
+        return f"spice-dist: {plain(str(message))}\n"
+    return plain(_AS_BEFORE(message, category, filename, lineno, line))
 
 
 def out_of_memory(stage: str, error: Exception) -> UserError:

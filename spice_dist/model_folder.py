@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spice_dist.data.checksums import differing, publish_sealed, read_sealed, require_whole, sha256
 from spice_dist.data.dataset import DataConfig
-from spice_dist.data.files import commit, temporary_path
+from spice_dist.data.files import commit, let_umask_decide, temporary_path
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.methods.plumbing import named, not_finite, place
 from spice_dist.models.backbone import Backbone, BackboneConfig
@@ -36,6 +36,7 @@ def save_model(net: Network, task: Task, folder: Path) -> None:
     temporary = temporary_path(path)
     try:
         save_file(weights, temporary)
+        let_umask_decide(temporary)
         commit(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from spice_dist.data.files import read_regular
 from spice_dist.distributed.checkpoint import OWNER
 from spice_dist.errors import UserError
 
@@ -134,12 +136,22 @@ def _read(path: Path) -> dict[str, Any] | None:
     deadline = time.monotonic() + WRITING_SECONDS
     while True:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            holder = json.loads(path.read_bytes())
+            holder = json.loads(_content(path))
             if _is_identity(holder):
                 return holder
         if time.monotonic() > deadline:
             return None
         time.sleep(0.02)
+
+
+def _content(path: Path) -> bytes:
+    """Read the file; empty if it is a pipe or such, which is no owner's."""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENXIO):
+            return b""
+        raise
 
 
 def _is_identity(holder: Any) -> bool:

@@ -18,11 +18,11 @@ from spice_dist import artifacts
 from spice_dist.config import Config, override
 from spice_dist.data.checksums import OF_RUN, differing, record_files, sums_in
 from spice_dist.data.dataset import open_data, prepare
-from spice_dist.data.files import publish_json
+from spice_dist.data.files import publish_json, require_regular_files
 from spice_dist.data.sources import Source
 from spice_dist.distributed import setbacks
 from spice_dist.distributed.worker import LocalWorker, StageCall
-from spice_dist.errors import DamagedFile, Interrupted, UserError
+from spice_dist.errors import DamagedFile, Interrupted, UserError, plain
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import spice_semi
@@ -90,7 +90,8 @@ def fit(
         if until is not None:
             run = run.up_to(_end_named(until, run))
         finished_before = _run_stages(run)
-        return _conclude(run, finished_before)
+        with run.stop.at_once():  # every file appears whole or not at all, and is made again
+            return _conclude(run, finished_before)
 
 
 def _end_named(until: str, run: OpenRun) -> str:
@@ -138,6 +139,7 @@ def _opened(
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
     with owned(folder) as owner, StopSignal() as stop:
         launch = replace(launch, storage=replace(launch.storage, owner=owner))
+        require_regular_files(folder)
         settings = stage_settings(config, source, images_of_run(folder, source))
         run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
         forget_other_clusters(folder, run.settings)
@@ -145,7 +147,7 @@ def _opened(
             refuse_changes(folder, stage, settings)
         _write_config(run, command, network)
         if network:
-            print(f"network: {network}", file=sys.stderr)
+            print(plain(f"network: {network}"), file=sys.stderr)
         print(_summary(run, sum(parameter.numel() for parameter in backbone.parameters())), file=sys.stderr)
         try:
             yield run
@@ -274,6 +276,7 @@ def _ray_session(run: OpenRun) -> Iterator[None]:
     where = f"joining the Ray cluster at {address}" if address else "starting Ray"
     print(f"{where} for {in_words(run.sizes)} workers", file=sys.stderr)
     with ray_train.session(address, num_cpus=run.sizes[-1], insecure=run.launch.insecure):
+        run.stop.check()  # Ray takes many seconds to start, and cannot be interrupted meanwhile
         if address:
             ray_nodes.require_shared(run.folder)
         yield
@@ -334,7 +337,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
                 bar.show(shown.done, shown.total, shown.loss)
 
         def message(line: str) -> None:
-            tqdm.write(line, sys.stderr)
+            tqdm.write(plain(line), sys.stderr)
 
         job = ray_train.Job(
             tuple(stages), run.folder, run.threads, run.stop.requested, progress, message, run.launch.storage

@@ -13,12 +13,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from spice_dist import artifacts
-from spice_dist.data.dataset import DataConfig, prepare
+from spice_dist.data.dataset import DataConfig, is_ours, prepare
 from spice_dist.data.files import Progress
 from spice_dist.data.left_out import left_out
 from spice_dist.data.loaders import open_images
-from spice_dist.data.manifest import manifest_path
-from spice_dist.data.sources import Source, is_beton
+from spice_dist.data.sources import Source
 from spice_dist.data.stream import stream
 from spice_dist.errors import UserError
 from spice_dist.inference import chunk_of, outputs_of
@@ -138,7 +137,7 @@ def _batches(
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """Open the images for a model: from the file where they are packed already, else decoded on the way."""
     chunk = chunk_of(config.size)
-    if not (is_beton(source.name) and manifest_path(Path(source.name)).exists()):
+    if not is_ours(source.name):
         with closing(stream(source, config, chunk, device, reasons)) as batches:
             yield batches
         return

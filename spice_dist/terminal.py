@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -12,28 +13,49 @@ from spice_dist.errors import Interrupted
 LINE_S = 30.0  # between two lines of progress in a log
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopSignal:
-    """Takes Ctrl-C, SIGTERM and SIGUSR1 as requests to save and stop; a second Ctrl-C stops at once."""
+    """Takes Ctrl-C, SIGTERM and SIGUSR1 as requests to save and stop; a second Ctrl-C stops at once.
+
+    A request that nothing has met is raised as Interrupted at the end of the block.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.raises = False
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {number: signal.getsignal(number) for number in STOPPING}
         with contextlib.suppress(ValueError):  # raised outside of the main thread, whose owner handles signals
             for number in self.before:
                 signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(ValueError):
             for number, handler in self.before.items():
                 signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise Interrupted wherever the block is when a signal arrives: it has no state to save first."""
+        self.check()
+        self.raises = True
+        try:
+            yield
+        finally:
+            self.raises = False
 
     def _receive(self, number: int, _frame: Any) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.raises:
+            self.check()
         tqdm.write("stopping after this step; the state is being saved", sys.stderr)
 
     def requested(self) -> bool:

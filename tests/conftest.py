@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the machines that run this have two cores, and equal threads give equal bits
+_home = tempfile.TemporaryDirectory(prefix="spice-home-")
+os.environ["XDG_DATA_HOME"] = _home.name  # the key that seals packed files, in place of the user's own
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 # what processes of a group are forked from: importing torch and the package takes each of them seconds otherwise
 multiprocessing.set_forkserver_preload(["tests.methods.workers"])

@@ -1,5 +1,6 @@
 """The command as a user types it: a run from images to report, and every mistake in one line."""
 
+import contextlib
 import csv
 import json
 import os
@@ -309,6 +310,48 @@ def test_a_class_of_one_image_is_scored_like_any_other(tmp_path):
     assert all(np.isfinite(list(scores.values())))
 
 
+def test_no_name_of_a_file_reaches_the_terminal_as_a_command_to_it(photo_run, tmp_path, capsys):
+    evil = "\x1b]0;pwned\x07\x1b[2J\x9b1m\u202e.png"
+    folder = tmp_path / f"in{evil}"
+    shutil.copytree(photo_run.parent / "in/turned", folder)
+    shutil.copy(folder / "00.png", folder / evil)
+    (folder / f"bad{evil}").write_bytes(b"nothing")
+    (tmp_path / "list.txt").write_text(f"../{evil}\n")
+    shutil.copytree(photo_run, tmp_path / f"run{evil}")
+    for arguments in [
+        ("predict", photo_run, folder / evil), ("predict", photo_run, folder / f"bad{evil}"),
+        ("predict", photo_run, folder, "--out", tmp_path / f"{evil}.csv"), ("predict", photo_run, folder),
+        ("fit", f"nowhere{evil}", "--out", tmp_path / "x"),
+        ("fit", tmp_path / "list.txt", "--out", tmp_path / "x"), ("fit", folder, "--unknown", evil),
+        ("evaluate", tmp_path / f"run{evil}"), ("evaluate", tmp_path / f"run{evil}", photo_run),
+    ]:  # fmt: skip
+        with contextlib.suppress(SystemExit):
+            run(*arguments)
+        printed = capsys.readouterr()
+        text = (printed.out + printed.err).replace("\n", "").replace("\r", "")
+        assert text.isprintable(), (arguments, text)
+
+
+def test_a_planted_secret_is_in_nothing_that_a_run_leaves_or_shows(tmp_path, capsys, monkeypatch):
+    secret = "sesame-1234"
+    folder = photos(tmp_path / f"in?token={secret}")
+    (folder / "bad.png").write_bytes(b"nothing")
+    for name in ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{secret}@127.0.0.1:1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit = ("fit", f"local://{folder}", "--clusters", "2", "--out", tmp_path / "run", *PHOTO)
+    assert run(*fit, "--track", "wandb") == 0
+    assert run(*fit, "--track", "mlflow") == 1, "nobody listens there"
+    assert run(*fit, "--labels", "list") == 1
+    printed = capsys.readouterr()
+    assert "MLflow does not answer at http://127.0.0.1:1" in printed.err
+    assert secret not in printed.out + printed.err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
 def test_numbers_of_workers_that_are_none_are_refused_in_one_line(tmp_path, capsys):
     for workers, word in [("a", "give a number such as 4"), ("2:", "no range"), ("4:2", "no range"), ("-1", "range")]:
         with pytest.raises(SystemExit):
@@ -486,6 +529,19 @@ def test_a_run_folder_in_use_is_refused_and_ctrl_c_saves_what_the_same_command_f
     assert 0 < int(saved[0]) < 8 * 7
     assert run(*arguments) == 0
     assert (tmp_path / "run/assignments.csv").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("place", ["spice_dist.data.dataset.open_data", "spice_dist.report.write_report"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_and_after_training_ends_the_command_at_once(
+    digits_run, tmp_path, capsys, monkeypatch, place, number, code
+):
+    shutil.copytree(digits_run, tmp_path / "run")
+    monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(number))
+    assert run("fit", "digits", "--out", tmp_path / "run", *TINY) == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "spice-dist:" in line]
+    assert "the same command goes on" in line
+    assert not (tmp_path / "run/.owner.json").exists()
 
 
 def test_sigterm_asks_to_be_run_again(tmp_path):

@@ -1,14 +1,19 @@
-"""The same pipeline on real Ray Train workers: the same bits, after a killed worker and after Ctrl-C too."""
+"""The same pipeline on real Ray Train workers: the same bits, after a killed worker and after signals too."""
 
+import contextlib
 import io
-import json
 import os
+import select
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,40 +26,82 @@ from spice_dist import cli
 from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_train
 from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
+from spice_dist.stage_records import stage_record
 from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
 
 SETTINGS = ["--workers", "2", *LONGER[2:]]
 
 
-def kill_a_worker(run: Path, stopped_at: int, killed: list[int]) -> None:
-    """SIGKILL one training worker once stage 1 has gone on from the step at which it stopped."""
-    lines = run / "moco/metrics.jsonl"
+def training_workers() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if "TrainWorker" in name_of(each)]
+
+
+def name_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return " ".join(process.cmdline())
+    return ""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def kill_a_worker_and_terminate(run: Path, stopped_at: int, done: list[str]) -> None:
+    """SIGKILL a training worker once stage 1 has gone on, then SIGTERM this process once others have gone on."""
+    wait_until(lambda: steps_done(run) > stopped_at)
+    workers = training_workers()
+    workers[-1].kill()
+    done.append("killed")
+    wait_until(lambda: len(now := training_workers()) == 2 and not {*now} & {*workers})
+    started = time.time()
+    wait_until(lambda: (run / ray_channel.PROGRESS).stat().st_mtime > started and steps_done(run) > stopped_at)
+    os.kill(os.getpid(), signal.SIGTERM)
+    done.append("terminated")
+
+
+def steps_done(run: Path) -> int:
+    progress = ray_channel.read_progress(run)
+    return progress.done if progress and progress.stage == "moco" else -1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while json.loads(lines.read_text().splitlines()[-1])["step"] <= stopped_at:
+    while not condition():
         assert time.monotonic() < deadline, "training did not go on"
         time.sleep(0.05)
-    workers = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "TrainWorker" in " ".join(process.cmdline()) or "TrainWorker" in process.name()
-    ]
-    workers[-1].kill()
-    killed.append(workers[-1].pid)
+
+
+def open_ports(processes: list[psutil.Process]) -> list[str]:
+    """The addresses other than the loopback interface at which these processes listen."""
+    sockets = [socket for process in processes for socket in process.net_connections("tcp")]
+    listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert listening
+    return [address for address in listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
 
 
 @pytest.mark.timeout(480)  # starts Ray twice and workers three times
-def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path, capfd):
-    out = tmp_path / "run"
+def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted, tmp_path, capfd):
+    out, temporary = tmp_path / "run", tempfile.mkdtemp(prefix="t-")  # pytest's names are too long for sockets
     arguments = ["fit", "digits", "--out", str(out), *SETTINGS]
-    child = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, process_group=0)
+    (Path(temporary) / "ray").touch()  # where Ray by itself would put its folder; another user's is in the way alike
+    environment = {**os.environ, "TMPDIR": temporary}
+    child = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, process_group=0, env=environment)
     try:
         wait_for(out / "moco/metrics.jsonl")
         family = psutil.Process(child.pid).children(recursive=True)
-        called = [" ".join(process.cmdline()) for process in family]
+        called = [name_of(process) for process in family]
         assert len([name for name in called if name.startswith("ray::") and "Agent" not in name]) == 2 + 3
         training = [process for process, name in zip(family, called, strict=True) if "RayTrainWorker" in name]
         assert [process.nice() for process in training] == [0, 0], "beside other work they would starve"
+        assert open_ports([process for process in family if process not in training]) == []
+        assert len(open_ports(training)) == 1, "PyTorch's rendezvous"
+        private = {path: stat.S_IMODE(path.stat().st_mode) for path in Path(temporary).iterdir() if path.is_dir()}
+        assert set(private.values()) == {0o700}
+        assert any((path / "ray/session_latest").exists() for path in private)
         os.killpg(child.pid, signal.SIGINT)  # a terminal sends it to every process of the group
         _, printed = child.communicate(timeout=90)
     finally:
@@ -63,22 +110,99 @@ def test_ctrl_c_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted,
     assert "Traceback" not in printed
     stopped_at = int(max(path.name for path in (out / "moco/checkpoints").iterdir()))
     assert 0 < stopped_at < 8 * 7
-    deadline = time.monotonic() + 20
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
-        assert time.monotonic() < deadline, "Ray's processes must end with the command"
-        time.sleep(0.2)
+    wait_until(lambda: all(map(has_ended, family)))
+    assert os.listdir(temporary) == ["ray"], "nothing of Ray is left"
+    shutil.rmtree(temporary)
 
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(out, stopped_at, killed), daemon=True)
+    done: list[str] = []
+    killer = threading.Thread(target=kill_a_worker_and_terminate, args=(out, stopped_at, done), daemon=True)
     killer.start()
     (tmp_path / "file").touch()
     scratch = tmp_path / "file/below"  # where nothing can be written, as the workers say
-    assert cli.main([*arguments, "--scratch", str(scratch)]) == 0
-    killer.join(1)
-    assert len(killed) == 1
+    assert cli.main([*arguments, "--scratch", str(scratch)]) == 75
+    assert done == ["killed", "terminated"]
+    assert f"the images cannot be copied to {scratch}" in capfd.readouterr().err, "what a worker says reaches the user"
+    assert int(max(path.name for path in (out / "moco/checkpoints").iterdir())) > stopped_at
+    assert cli.main([*arguments, "--workers", "0"]) == 0
     assert (out / "assignments.csv").read_bytes() == uninterrupted
     assert not (out / ".ray").exists()
-    assert f"the images cannot be copied to {scratch}" in capfd.readouterr().err, "what a worker says reaches the user"
+
+
+START = """
+import signal, sys, time
+import psutil
+from spice_dist.distributed import ray_train
+from spice_dist.terminal import StopSignal
+
+with StopSignal() as stop, ray_train.session(None, num_cpus=1):
+    print(stop.received, flush=True)
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driver():
+    child = subprocess.Popen(
+        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdout
+    try:
+        wait_until(lambda: bool(psutil.Process(child.pid).children()))  # Ray's first process
+        while not select.select([child.stdout], [], [], 0.02)[0]:
+            assert child.poll() is None, "the signal has ended the process"
+            child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
+        family = [psutil.Process(int(pid)) for pid in child.stdout.readline().split()]
+        child.send_signal(signal.SIGTERM)
+        time.sleep(4)  # an alarm that Ray's handler sets would end it after three seconds
+        assert child.poll() is None
+        assert any("Agent" in name_of(process) for process in family)
+    finally:
+        child.kill()
+        child.communicate()
+    began = time.monotonic()
+    wait_until(lambda: all(map(has_ended, family)))
+    assert time.monotonic() - began < 20
+
+
+POINTS = ("start", "ray", "data", "moco", "features", "spice_self", "reliable", "spice_semi", "evaluate", "report")
+SIGNALS = ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130))
+
+
+def has_reached(run: Path, printed: Path, point: str) -> bool:
+    said = printed.read_text()
+    progress = ray_channel.read_progress(run)
+    return {
+        "start": "loading torch" in said,
+        "ray": "starting Ray" in said,
+        "data": "starting Ray" in said and (run / "data/stage.json").exists(),
+        "evaluate": (run / "spice_semi/stage.json").exists() and (stage_record(run, "spice_semi") or {})["done"],
+        "report": (run / "metrics.json").exists(),
+    }.get(point, progress is not None and progress.stage == point)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["term", "usr1", "int"])
+def test_every_signal_at_every_point_of_a_run_on_ray_can_be_gone_on_from(uninterrupted, tmp_path, point, number, code):
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    arguments = ["fit", "digits", "--out", str(out), *SETTINGS]
+    with printed.open("w") as file:
+        child = subprocess.Popen(command(*arguments), stdout=file, stderr=file)
+    try:
+        wait_until(lambda: has_reached(out, printed, point))
+        assert child.poll() is None, "it has ended before"
+        child.send_signal(number)
+        began = time.monotonic()
+        assert child.wait(150) == code
+        assert time.monotonic() - began < 60
+    finally:
+        child.kill()
+    assert "Traceback" not in printed.read_text()
+    assert cli.main([*arguments, "--workers", "0"]) == 0
+    assert (out / "assignments.csv").read_bytes() == uninterrupted
 
 
 def test_a_worker_that_hangs_as_its_cluster_ends_is_killed_and_no_other_process_is(monkeypatch):
@@ -123,8 +247,19 @@ def refused(_task: Task, _config: None, worker: Worker) -> None:
         raise UserError("no room")
 
 
+@pytest.fixture
+def terminated():
+    """The SIGTERMs that this process got."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.timeout(240)
-def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker_has_left_the_one_before(tmp_path):
+def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker_has_left_the_one_before(
+    tmp_path, terminated
+):
     stages = (
         StageCall("late", late, Task(), None),
         StageCall("together", looked, Task(), "together"),
@@ -136,6 +271,7 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
     said: list[str] = []
     job = ray_train.Job(stages, tmp_path, 1, lambda: False, shown.append, said.append)
     with ray_train.session(None, num_cpus=2):
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="no room"):
             ray_train.train_on_workers(job, 2)
         waited = time.time() - (tmp_path / "after.0").stat().st_mtime
@@ -146,6 +282,8 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
         )
         assert not ray_train.run_group(stopped, 2, max_failures=0)
         assert shown[-1].stage == "never", "the stage before is done"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminated == [signal.SIGTERM] * 2, "in the session and after it"
     notes = {path.name: path.read_text().split() for path in tmp_path.glob("*.[01]")}
     processes = {notes[f"together.{rank}"][3] for rank in (0, 1)}
     assert notes.keys() == {"together.0", "together.1", "single.0", "after.0", "after.1"}

@@ -1,18 +1,22 @@
 """Progress is a bar where it can be redrawn, and lines elsewhere."""
 
+import contextlib
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 
 import pytest
 import tqdm.auto
 
 from spice_dist import terminal
-from spice_dist.terminal import Bar
+from spice_dist.errors import Interrupted
+from spice_dist.terminal import Bar, StopSignal
 
 COUNT = """
 import time
@@ -96,3 +100,35 @@ def test_filling_shows_the_end(done):
         bar.show(done, 3)
         bar.fill()
     assert "3/3" in log.getvalue()
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def asked(numbers: Sequence[int]) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested()
+        for number in numbers:
+            signal.raise_signal(number)
+        assert stop.requested()
+
+
+def at_once(number: int) -> None:
+    with StopSignal() as stop, stop.at_once():
+        with contextlib.suppress(Exception):
+            signal.raise_signal(number)
+        raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_kept_for_the_end_and_raised_at_once_where_there_is_nothing_to_save(number):
+    before = [signal.getsignal(each) for each in STOPPING]
+    for block in (lambda: asked([number]), lambda: at_once(number)):
+        with pytest.raises(Interrupted, match=signal.Signals(number).name):
+            block()
+        assert [signal.getsignal(each) for each in STOPPING] == before
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        asked([signal.SIGINT, signal.SIGTERM, signal.SIGINT])

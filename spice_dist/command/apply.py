@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from spice_dist.command.options import Commands
+from spice_dist.data.files import require_regular_files
+from spice_dist.errors import plain
 
 EXAMPLES = """examples:
   spice-dist apply runs/photos edits.json                      writes the run folder runs/photos-edited
@@ -29,6 +31,8 @@ def add(commands: Commands) -> None:
 
 
 def apply(options: argparse.Namespace, given: list[str]) -> None:
+    require_regular_files(options.run)
     from spice_dist import applying
 
-    print(applying.apply(options.run, options.edits, options.out, ["spice-dist", *given], options.force))
+    text = applying.apply(options.run, options.edits, options.out, ["spice-dist", *given], options.force)
+    print(plain(text))

@@ -13,6 +13,7 @@ from spice_dist.command.options import (
     launch,
     open_source,
 )
+from spice_dist.errors import plain
 
 if TYPE_CHECKING:
     from spice_dist.config import Config
@@ -48,7 +49,7 @@ def doctor(options: argparse.Namespace, given: list[str]) -> None:
     run = IntendedRun(prepare if options.data else None, options.out, launch(options))
     failed = 0
     for finding in findings(run):
-        print(finding, flush=True)
+        print(plain(str(finding)), flush=True)
         failed += finding.state == BAD
     if failed:
         raise UserError(f"{failed} of these would make a run fail")

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from spice_dist.command.options import Commands
+from spice_dist.data.files import require_regular_files
+from spice_dist.errors import plain
 
 EXAMPLES = """examples:
   spice-dist evaluate runs/photos
@@ -32,6 +34,7 @@ def add(commands: Commands) -> None:
 
 
 def evaluate(options: argparse.Namespace, given: list[str]) -> None:
+    require_regular_files(*options.run)
     first, *others = options.run
     if options.probe is None:
         _print_runs(options.run, options.json)
@@ -47,7 +50,7 @@ def evaluate(options: argparse.Namespace, given: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with StopSignal() as stop, Bar("probe", stop) as bar:
         rows = probe_checkpoints(first, options.probe, device, bar.show)
-    print(json.dumps(rows, indent=1) if options.json else format_rows(rows))
+    print(json.dumps(rows, indent=1) if options.json else plain(format_rows(rows)))
 
 
 def _print_runs(runs: list[Path], as_json: bool) -> None:
@@ -56,7 +59,7 @@ def _print_runs(runs: list[Path], as_json: bool) -> None:
     if as_json:
         print(table.as_json(runs))
     elif len(runs) > 1:
-        print(table.format_seeds(runs))
+        print(plain(table.format_seeds(runs)))
     else:
         print_scores(runs[0])
 
@@ -64,4 +67,4 @@ def _print_runs(runs: list[Path], as_json: bool) -> None:
 def print_scores(run: Path) -> None:
     from spice_dist.report.table import format_scores
 
-    print(format_scores(run))
+    print(plain(format_scores(run)))

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from spice_dist.command.options import Commands
+from spice_dist.data.files import require_regular_files
+from spice_dist.errors import plain
 from spice_dist.export import TARGETS
 
 EXAMPLES = """examples:
@@ -35,6 +37,7 @@ def add(commands: Commands) -> None:
 
 
 def export(options: argparse.Namespace, given: list[str]) -> None:
+    require_regular_files(options.run)
     from spice_dist.export import Wish, export
     from spice_dist.terminal import Bar, StopSignal
 
@@ -50,4 +53,4 @@ def export(options: argparse.Namespace, given: list[str]) -> None:
     )
     with StopSignal() as stop, Bar("export", stop) as bar:
         lines = export(wish, bar.show)
-    print("\n".join(lines))
+    print(plain("\n".join(lines)))

@@ -14,6 +14,7 @@ from spice_dist.command.options import (
     launch,
     open_source,
 )
+from spice_dist.errors import plain
 
 EXAMPLES = """examples:
   spice-dist fit digits --out runs/digits                         a first run: 1,797 handwritten digits
@@ -74,7 +75,7 @@ def fit(options: argparse.Namespace, given: list[str]) -> None:
     trackers.request(options.track)
     if options.dry_run or out is None:
         if resolved.network:
-            print(f"network: {resolved.network}")
+            print(plain(f"network: {resolved.network}"))
         print(launching.dry_run(resolved.config, source, launch(options)))
         return
     command = ["spice-dist", *given]

@@ -112,7 +112,14 @@ def add_ingest_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust-foreign-beton",
         action="store_true",
-        help="read a .beton that another program wrote, after checking and decoding all of it",
+        help="read a .beton that another program or user wrote, after checking and decoding all of it",
+    )
+    add_trust_list_option(command)
+
+
+def add_trust_list_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-list", action="store_true", help="also read the files that a list names outside of its own folder"
     )
 
 
@@ -170,7 +177,14 @@ def open_source(options: argparse.Namespace) -> "Source":
     """Open the images that DATA names."""
     from spice_dist.data.dataset import open_data
 
-    return open_data(options.data, options.labels, options.split, options.trust_foreign_beton, options.follow_links)
+    return open_data(
+        options.data,
+        options.labels,
+        options.split,
+        options.trust_foreign_beton,
+        options.follow_links,
+        options.trust_list,
+    )
 
 
 def configuration(options: argparse.Namespace, source: "Source") -> "Resolved":

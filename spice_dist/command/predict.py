@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spice_dist.command.options import Commands, add_reading_options
+from spice_dist.command.options import Commands, add_reading_options, add_trust_list_option
+from spice_dist.data.files import require_regular_files
+from spice_dist.errors import plain
 
 if TYPE_CHECKING:
     from spice_dist.predicting import Predictions
@@ -37,16 +39,18 @@ def add(commands: Commands) -> None:
         "confidence (keep), or ends the command (error)",
     )
     add_reading_options(command)
+    add_trust_list_option(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
 def predict(options: argparse.Namespace, given: list[str]) -> None:
+    require_regular_files(options.run)
     from spice_dist import artifacts
     from spice_dist.data.dataset import open_given
 
     _check_out(options.out, options.data)
     folder = artifacts.trained_model(options.run)
-    source = open_given(options.data, options.follow_links)
+    source = open_given(options.data, options.follow_links, options.trust_list)
 
     from spice_dist import predicting
     from spice_dist.terminal import Bar
@@ -73,19 +77,17 @@ def _check_out(out: Path | None, data: str) -> None:
 
 def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
     from spice_dist import prediction_files as files
-    from spice_dist.data.files import printable
     from spice_dist.data.left_out import left_out_line
 
     listed = files.write_predictions(options.out, predictions) if options.out else None
     if options.json:
         print(files.as_json(predictions))
     elif options.out:
-        print(f"wrote {options.out}")
+        print(plain(f"wrote {options.out}"))
     elif options.data == predictions.source.paths[0]:
-        print(files.one_line(predictions))
+        print(plain(files.one_line(predictions)))
     else:
         lines = files.csv_lines(predictions)
-        # a terminal would obey the control characters in a name
-        sys.stdout.writelines((f"{printable(line[:-1])}\n" for line in lines) if sys.stdout.isatty() else lines)
+        sys.stdout.writelines(map(plain, lines) if sys.stdout.isatty() else lines)
     if line := left_out_line(predictions.left_out(), int(predictions.shown.sum())):
-        print(line + (f"; {listed} says why" if listed else ""), file=sys.stderr)
+        print(plain(line + (f"; {listed} says why" if listed else "")), file=sys.stderr)

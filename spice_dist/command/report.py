@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from spice_dist.command.options import Commands
-from spice_dist.errors import UserError
+from spice_dist.data.files import require_regular_files
+from spice_dist.errors import UserError, plain
 
 EXAMPLES = """examples:
   spice-dist report runs/photos
@@ -27,6 +28,7 @@ def add(commands: Commands) -> None:
 
 
 def report(options: argparse.Namespace, given: list[str]) -> None:
+    require_regular_files(*options.runs)
     runs, out = options.runs, options.out
     if len(runs) > 2:
         raise UserError(f"{len(runs)} runs were given: give one run, or two to compare")
@@ -39,4 +41,4 @@ def report(options: argparse.Namespace, given: list[str]) -> None:
     else:
         page_mb = PAGE_MB if options.page_mb is None else options.page_mb
         written = write_report(runs[0], out, page_mb=page_mb, take_time=options.map == "umap")
-    print(f"wrote {written}")
+    print(plain(f"wrote {written}"))

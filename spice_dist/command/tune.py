@@ -11,6 +11,7 @@ from spice_dist.command.options import (
     configuration,
     open_source,
 )
+from spice_dist.errors import plain
 
 EXAMPLES = """examples:
   spice-dist tune digits --space heads --trials 20 --out sweeps/digits
@@ -72,4 +73,4 @@ def tune(options: argparse.Namespace, given: list[str]) -> None:
     place = run.Place(options.out, options.resume, options.base)
     launch = Launch(options.workers, options.threads, options.address, options.insecure, labels=options.labels)
     rows = run.tune(config, source, options.space, place, search, launch, ["spice-dist", *given])
-    print(format_sweep(options.out, rows))
+    print(plain(format_sweep(options.out, rows)))

@@ -10,7 +10,8 @@ gets no file before `verify` has judged every number consistent. Layout, little-
     allocations   per sample: sample_id u8, ptr u8, size u8; the end of the file
 
 Beside it lies PATH.json, the sidecar: sizes, SHA-256 of the file and of its structure (all but the pages), CRC-32 of
-each sample's bytes, and a seal over the sidecar itself. A file is of one format: "raw", squares of one size, or "jpg".
+each sample's bytes, and two seals over the sidecar itself: a checksum, and one by this user's key (seal.py). A file is
+of one format: "raw", squares of one size, or "jpg".
 """
 
 import base64
@@ -26,7 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt16, UInt32
 
-from spice_dist.data.files import publish_json
+from spice_dist.data import seal
+from spice_dist.data.files import publish_json, read_regular
 from spice_dist.errors import DamagedFile
 
 HEADER = np.dtype(
@@ -51,8 +53,10 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"index")]
 VERSION = 2
 MODES = {"jpg": 0, "raw": 1}
-MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 32
+MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 30
+MAX_STORED_SIDE = 4_096  # pixels, longest side of a stored image: a longer one is a strip of little use
 SIDECAR_VERSION = 2
+KEYED = "keyed_seal"  # absent from files of earlier versions
 SEALED = ("n", "format", "page_size", "file_size")
 
 
@@ -128,7 +132,7 @@ def _read_structure(path: Path, file: BinaryIO, identity: tuple[int, int, int, i
     n, page, table_start = int(header["num_samples"]), int(header["page_size"]), int(header["alloc_table_ptr"])
     require(header["version"] == VERSION, f"format version {header['version']} instead of {VERSION}")
     require(header["num_fields"] == len(FIELDS), f"{header['num_fields']} fields instead of {len(FIELDS)}")
-    require(MIN_PAGE <= page < MAX_PAGE and page & (page - 1) == 0, f"page size {page}")
+    require(MIN_PAGE <= page <= MAX_PAGE and page & (page - 1) == 0, f"page size {page}")
     require(table_start != 0, "the writer never finished")
 
     descriptors = np.frombuffer(header_bytes, DESCRIPTOR, 2, HEADER.itemsize)
@@ -153,6 +157,7 @@ def _read_structure(path: Path, file: BinaryIO, identity: tuple[int, int, int, i
     require(mode in MODES.values() and (metadata["mode"] == mode).all(), "images of an unknown or of several modes")
     heights, widths = metadata["height"].astype(np.uint16), metadata["width"].astype(np.uint16)
     require((heights > 0).all() and (widths > 0).all(), "images without a pixel")
+    require(max(heights.max(), widths.max()) <= MAX_STORED_SIDE, f"images of more than {MAX_STORED_SIDE} pixels a side")
     require((metadata["index"] == np.arange(n)).all(), "the index field is not 0 .. n-1")
 
     by_sample = np.argsort(table["sample_id"], kind="stable")
@@ -192,18 +197,42 @@ def write_sidecar(info: BetonInfo, crc32: UInt32[np.ndarray, " n"], fingerprint:
         "structure_sha256": structure.hex(),
         "crc32": base64.b64encode(crc32.astype("<u4").tobytes()).decode("ascii"),
     }
-    publish_json(sidecar_path(path), {**content, "seal": _seal(content)})
+    publish_json(sidecar_path(path), {**content, "seal": _seal(content), KEYED: seal.seal(_canonical(content))})
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether this user's key sealed the sidecar; a file and a sidecar that strangers made agree as well."""
+    try:
+        content = _sidecar(path)
+        del content["seal"]
+        keyed = content.pop(KEYED)
+        return seal.is_sealed(_canonical(content), keyed)
+    except (OSError, ValueError, KeyError, RecursionError, DamagedFile):
+        return False
 
 
 def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode("ascii")
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """Read the sidecar of a file, of no more bytes than the sidecar of a file of that size can have."""
+    sidecar = sidecar_path(path)
+    if sidecar.stat().st_size > 4096 + path.stat().st_size:
+        raise _damage(sidecar, "larger than its file")
+    content = json.loads(read_regular(sidecar))
+    if not isinstance(content, dict) or content.get("version") != SIDECAR_VERSION:
+        raise _damage(sidecar, f"not a sidecar of version {SIDECAR_VERSION}")
+    return content
 
 
 def _compare_with_sidecar(info: BetonInfo, structure: bytes) -> BetonInfo:
-    path = sidecar_path(info.path)
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or content.get("version") != SIDECAR_VERSION:
-        raise _damage(path, f"not a sidecar of version {SIDECAR_VERSION}")
+    path, content = sidecar_path(info.path), _sidecar(info.path)
+    content.pop(KEYED, None)
     if content.pop("seal", None) != _seal(content):
         raise _damage(path, "its seal does not match")
     for key in SEALED:

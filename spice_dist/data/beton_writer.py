@@ -18,7 +18,7 @@ SAMPLES_PER_PAGE = 32  # at least, so that little of a page is wasted; 2 MiB or 
 
 def page_size_for(num_bytes: int) -> int:
     """Return the smallest power of two that holds SAMPLES_PER_PAGE samples of `num_bytes`, 2 MiB to 1 GiB."""
-    return min(max(beton.MIN_PAGE, 1 << (SAMPLES_PER_PAGE * num_bytes - 1).bit_length()), 1 << 30)
+    return min(max(beton.MIN_PAGE, 1 << (SAMPLES_PER_PAGE * num_bytes - 1).bit_length()), beton.MAX_PAGE)
 
 
 class BetonWriter:

@@ -5,14 +5,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from spice_dist.data import beton
 from spice_dist.data.decode import FITS, MAX_MEGAPIXELS, MIN_SIDE, Packing
 from spice_dist.data.files import Progress
 from spice_dist.data.foreign import foreign_source
 from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, require_fit, stored_format
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
-from spice_dist.data.manifest import Ingested, manifest_path
+from spice_dist.data.manifest import Ingested, manifest_beside, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
 from spice_dist.data.remote import is_remote, remote_source
+from spice_dist.data.seal import key_file
 from spice_dist.data.sources import Source, from_files, is_beton, is_image_name, open_source
 from spice_dist.errors import UserError
 from spice_dist.settings import setting
@@ -50,7 +52,7 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
         UserError: too many unreadable images, a folder that cannot be written, or a `.beton` of another `fit`.
     """
     require_fit(source, config.fit, source.name)
-    if is_beton(source.name) and manifest_path(Path(source.name)).exists():
+    if is_ours(source.name):
         return adopt(Path(source.name), out_dir)
     return ingest(
         source,
@@ -68,6 +70,11 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
     )
 
 
+def is_ours(name: str) -> bool:
+    """Return whether a source of that name is a file that this program packed for this user."""
+    return is_beton(name) and manifest_path(Path(name)).exists() and beton.is_ours(Path(name))
+
+
 def packing_of(config: DataConfig) -> Packing:
     """Return how `prepare` stores the images of a small set; each 16-bit grey by its own bits unless they are set."""
     format = stored_format(config.format, config.size, images=1)
@@ -79,16 +86,14 @@ def _jpeg_side(config: DataConfig) -> int:
     return round(config.size * JPEG_MARGIN)
 
 
-def open_given(data: str, follow_links: bool = False) -> Source:
+def open_given(data: str, follow_links: bool = False, trust_list: bool = False) -> Source:
     """Open what `open_data` opens, one image file, or "-": paths on standard input, a line each or NUL-terminated."""
     if data == "-":
         return from_files(paths_in(sys.stdin.buffer.read()))
     path = Path(data)
-    return (
-        from_files([data])
-        if is_image_name(path.name) and path.is_file()
-        else open_data(data, follow_links=follow_links)
-    )
+    if is_image_name(path.name) and path.is_file():
+        return from_files([data])
+    return open_data(data, follow_links=follow_links, trust_list=trust_list)
 
 
 def paths_in(listed: bytes) -> list[str]:
@@ -103,6 +108,7 @@ def open_data(
     split: str = "whole",
     trust_foreign_beton: bool = False,
     follow_links: bool = False,
+    trust_list: bool = False,
 ) -> Source:
     """Open DATA of any kind as a source of images that are not decoded yet.
 
@@ -110,8 +116,10 @@ def open_data(
         data: `digits`, a folder, a list file, an array, `NAME:DIR`, a URL, or a `.beton`.
         labels: where true labels come from, for scores only: None, "folder", "array" or "list".
         split: "whole", or "split": the test part of a named data set is held out.
-        trust_foreign_beton: read a `.beton` of another program, as a collection of untrusted images, never by FFCV.
+        trust_foreign_beton: read a `.beton` of another program or user, as a collection of untrusted images, never by
+            FFCV.
         follow_links: read links that point to files within the folder, or within that of the list.
+        trust_list: read files outside of its folder that a list names.
 
     Raises:
         UserError: one line that says what to give instead.
@@ -130,10 +138,10 @@ def open_data(
         return _beton_source(path, trust_foreign_beton)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         _check_labels(data, labels, "list")
-        return list_source(path, with_labels=labels is not None, follow_links=follow_links)
+        return list_source(path, with_labels=labels is not None, follow_links=follow_links, trusted=trust_list)
     if is_saved_dataset(path):
         _check_labels(data, labels, "list")
-        return saved_dataset_source(path, with_labels=labels is not None)
+        return saved_dataset_source(path, with_labels=labels is not None, trusted=trust_list)
     return open_source(data.removeprefix("file://"), labels, follow_links)
 
 
@@ -146,4 +154,10 @@ def _check_labels(data: str, labels: str | None, possible: str | None) -> None:
 def _beton_source(path: Path, trust_foreign_beton: bool) -> Source:
     if not manifest_path(path).exists() and trust_foreign_beton:
         return foreign_source(path)
+    manifest_beside(path)
+    if not (trust_foreign_beton or beton.is_ours(path)):
+        raise UserError(
+            f"{path} was not packed by spice-dist for this user (the key of {key_file()} has not sealed it); pack the "
+            "images again, or read it as untrusted images with --trust-foreign-beton"
+        )
     return packed_source(path)

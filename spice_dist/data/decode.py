@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from spice_dist.data.beton import jpeg_size
+from spice_dist.data.beton import MAX_STORED_SIDE, jpeg_size
 from spice_dist.data.sources import HEIC_HINT, BadImage, file_digest, read_file
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ MAX_MEGAPIXELS = 50  # 200 MB decoded as RGBA; peak memory is about three times 
 JPEG_FACTOR = 5  # a JPEG may have as many times more pixels: it is decoded at an eighth of its sides or so
 MIN_SIDE, MAX_SIDE = 2, 32_768
 MAX_ASPECT = 100  # a strip, whose central square says nothing of it
-MAX_STORED_SIDE = 4_096  # longest side of a stored JPEG: a longer one is a strip of little use, and must fit a page
 CHILD_BYTES = 1536 << 20  # address space of a decoding process beyond what it has when it starts
 MEGAPIXEL_BYTES = 24 << 20  # more for each million pixels above MAX_MEGAPIXELS
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # EXIF and TIFF tags

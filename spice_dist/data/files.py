@@ -1,11 +1,14 @@
 """Files that appear whole or not at all: written beside, fsynced, renamed."""
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any, BinaryIO
 from spice_dist.errors import UserError
 
 FORMULA = r"[=+\-@\t\r]"  # what a cell begins with that a spreadsheet runs
+MARKS = ("stage.json", "model.json", "config.json")  # of stages, a model, the base run of a sweep
+
 Progress = Callable[[int, int], None]
 """Called now and then as progress(done, total)."""
 
@@ -108,6 +113,43 @@ def _utf8(text: str) -> str:
 def printable(text: str) -> str:
     """Return `text` with Python escapes for backslashes, control characters and undecodable bytes."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def unguard(cell: str) -> str:
+    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file; OSError if it is a pipe, a device or a socket, which would be waited for, or without an end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read()
+
+
+def require_regular_files(*runs: Path) -> None:
+    """Raise UserError if a pipe, a device or a socket lies in a run folder or a sweep, where reading could hang."""
+    for run in runs:
+        for place, folders, names in os.walk(run):
+            if place == str(run):  # not what else may lie there, such as somebody's home
+                folders[:] = [name for name in folders if _is_of_a_run(run / name)]
+            for path in (Path(place, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    if not stat.S_ISREG(path.stat().st_mode):
+                        raise UserError(f"{path} is no regular file; remove it, then run the same command again")
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    return folder.name in ("trials", "report") or any(os.path.lexists(folder / name) for name in MARKS)
+
+
+def let_umask_decide(path: Path) -> None:
+    """Give a file that a library made private the mode of every other: other users may read it if the umask says so."""
+    mask = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert mask
+    path.chmod(0o666 & ~int(mask[1], 8))
 
 
 def fsync(path: Path) -> None:

@@ -377,7 +377,7 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
     size = options["size"]
     kind = [options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90)]
     kind += [options.get("grey_bits", 0), options.get("max_megapixels", MAX_MEGAPIXELS), options.get("fit", "crop")]
-    if out.exists() and manifest_path(out).exists():
+    if out.exists() and manifest_path(out).exists() and beton.is_ours(out):
         finished, packing = manifest_beside(out), _packing(source, size, *kind)
         if finished.listing == _call_hash(source, packing, options.get("drop_duplicates", False)):
             beton.verify(out)

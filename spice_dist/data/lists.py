@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,24 @@ SUFFIXES = (".txt", ".csv", ".parquet")
 SOUGHT = 20  # paths that are looked for before anything is decoded
 
 
-def list_source(path: Path, *, with_labels: bool, follow_links: bool = False) -> Source:
+def list_source(path: Path, *, with_labels: bool, follow_links: bool = False, trusted: bool = False) -> Source:
     """Open the images that `path` lists, in its order.
 
     Args:
         with_labels: with the column `label`.
         follow_links: read links too that point to files within the folder of the list.
+        trusted: read files outside of that folder too.
 
     Raises:
-        UserError: the list cannot be read, or none of its first paths exists.
+        UserError: the list cannot be read, none of its first paths exists, or it names files outside of its folder and
+            is not `trusted`.
     """
-    readers = {".txt": _of_text, ".csv": _of_csv, ".parquet": _of_parquet}
+    readers = {".txt": _of_text, ".csv": _of_csv, ".parquet": partial(_of_parquet, trusted=trusted)}
     try:
         source, labels = readers[path.suffix.lower()](path)
         if source.file is not None:
+            if not trusted:
+                _require_inside(path, source.paths)
             _look_for(path, source)
             source = files_source(source.name, source.paths, source.file, path.parent if follow_links else None)
     except (OSError, ValueError, csv.Error) as error:
@@ -55,13 +59,33 @@ def list_source(path: Path, *, with_labels: bool, follow_links: bool = False) ->
     return replace(source, labels=encoded, label_names=names)
 
 
+def _require_inside(path: Path, names: list[str]) -> None:
+    folders = {name: os.path.dirname(name) for name in names}
+    outside = {folder for folder in set(folders.values()) if not _is_inside(path.parent, folder)}
+    found = [name for name in names if folders[name] in outside]
+    if found:
+        raise UserError(
+            f"the list {str(path)!r} names {len(found)} files outside of its folder, such as {found[0]!r}; give "
+            "--trust-list if you know what it names"
+        )
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Return whether a name relative to a folder, links followed, stays in it."""
+    root = os.path.realpath(folder)
+    return os.path.commonpath([root, os.path.realpath(folder / name)]) == root
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Return whether `datasets.save_to_disk` wrote the folder."""
     return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
 
 
-def saved_dataset_source(folder: Path, *, with_labels: bool) -> Source:
-    """Open a data set that `datasets.save_to_disk` wrote, with its column `label` if `with_labels`."""
+def saved_dataset_source(folder: Path, *, with_labels: bool, trusted: bool = False) -> Source:
+    """Open a data set that `datasets.save_to_disk` wrote, with its column `label` if `with_labels`.
+
+    Only that of a `trusted` one may name files outside of its folder.
+    """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -75,7 +99,7 @@ def saved_dataset_source(folder: Path, *, with_labels: bool) -> Source:
     source = Source(
         str(folder.absolute()),
         names,
-        lambda i: _bytes_of(images[i][kinds[0]], folder),
+        lambda i: _bytes_of(images[i][kinds[0]], folder, trusted),
         encoded=True,
         stamps=lambda i: str(data._fingerprint),
     )
@@ -131,7 +155,7 @@ def _cell(row: list[str], at: int) -> str:
     return row[at] if at < len(row) else ""
 
 
-def _of_parquet(path: Path) -> tuple[Source, list[Any] | None]:
+def _of_parquet(path: Path, trusted: bool) -> tuple[Source, list[Any] | None]:
     import pyarrow.parquet as parquet
 
     file = parquet.ParquetFile(path)
@@ -147,13 +171,13 @@ def _of_parquet(path: Path) -> tuple[Source, list[Any] | None]:
     return Source(
         str(path.absolute()),
         names,
-        _parquet_reader(path, ends),
+        _parquet_reader(path, ends, trusted),
         encoded=True,
         stamps=lambda i: f"{status.st_size} {status.st_mtime_ns}",
     ), labels
 
 
-def _parquet_reader(path: Path, ends: np.ndarray) -> Callable[[int], bytes]:
+def _parquet_reader(path: Path, ends: np.ndarray, trusted: bool) -> Callable[[int], bytes]:
     """Return a function that reads image i; it caches the last few row groups."""
     import pyarrow.parquet as parquet
 
@@ -165,16 +189,18 @@ def _parquet_reader(path: Path, ends: np.ndarray) -> Callable[[int], bytes]:
         number = int(np.searchsorted(ends, i, side="right"))
         first = int(ends[number - 1]) if number else 0
         try:
-            return _bytes_of(group(number)[i - first].as_py(), path.parent)
+            return _bytes_of(group(number)[i - first].as_py(), path.parent, trusted)
         except OSError as error:
             raise BadImage(f"cannot read: {error}") from error
 
     return read
 
 
-def _bytes_of(cell: Any, folder: Path) -> bytes:
+def _bytes_of(cell: Any, folder: Path, trusted: bool) -> bytes:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None and isinstance(cell, dict) and cell.get("path"):
+        if not trusted and not _is_inside(folder, os.path.dirname(cell["path"])):
+            raise BadImage(f"{cell['path']!r} lies outside of the folder of its list; give --trust-list to read it")
         return read_file(folder / cell["path"])
     if not isinstance(data, bytes) or not data:
         raise BadImage("no image in this row")

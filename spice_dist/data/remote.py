@@ -15,6 +15,7 @@ from spice_dist.data.sources import (
     suffix_of,
 )
 from spice_dist.errors import UserError
+from spice_dist.redaction import hidden, without_secrets
 
 STAMPS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified")  # one of them differs once a file changes
 LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -31,12 +32,12 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
     Raises:
         UserError: no such place, no permission, no image, or a library that is missing.
     """
-    shown = _without_password(url)
+    shown = without_secrets(url)
     system, root = _file_system(url, shown)
     try:
         files: dict[str, Any] = system.find(root, detail=True)
     except Exception as error:  # every file system raises other errors
-        raise UserError(f"cannot list {shown}: {_first_line(error)}") from error
+        raise UserError(f"cannot list {shown}: {_first_line(error, url)}") from error
     if not files:
         raise UserError(f"there is nothing at {shown}: check the address")
     prefix = root.rstrip("/") + "/"
@@ -59,7 +60,7 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
         try:
             data = system.cat_file(prefix + names[i], start=0, end=MAX_CELL_BYTES + 1)
         except Exception as error:  # as above; the run goes on without this image
-            raise BadImage(f"cannot read: {_first_line(error)}") from error
+            raise BadImage(f"cannot read: {_first_line(error, url)}") from error
         if not 0 < len(data) <= MAX_CELL_BYTES:
             raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
         return data
@@ -87,10 +88,10 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = LIBRARIES.get(scheme)
-        hint = f"pip install {package}" if package else _first_line(error)
+        hint = f"pip install {package}" if package else _first_line(error, url)
         raise UserError(f"reading {shown} needs another library: {hint}") from error
     except Exception as error:  # an unknown scheme, an address that is none
-        raise UserError(f"cannot open {shown}: {_first_line(error)}") from error
+        raise UserError(f"cannot open {shown}: {_first_line(error, url)}") from error
 
 
 def _is_image(name: str) -> bool:
@@ -101,10 +102,5 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in name.split("/"))
 
 
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_line(error: Exception, url: str) -> str:
+    return hidden((str(error).strip() or type(error).__name__).splitlines()[0], url)

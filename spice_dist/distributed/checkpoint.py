@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from spice_dist.data.checksums import sha256
-from spice_dist.data.files import fsync
+from spice_dist.data.files import fsync, let_umask_decide
 from spice_dist.errors import DamagedFile, UserError
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -249,5 +249,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        let_umask_decide(path)
     except SafetensorError as error:  # a full disk raises it
         raise OSError(str(error)) from error

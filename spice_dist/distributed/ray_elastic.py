@@ -29,6 +29,8 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
         try:
             done = run_group(job, size, max_failures=0, leave=_Growth(job, sizes, size).possible)
         except WorkersLost as error:
+            if job.stop_requested():
+                raise Interrupted from error
             lost = 0 if job.reached() > before else lost + 1
             if lost == ATTEMPTS:
                 raise

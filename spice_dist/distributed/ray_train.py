@@ -21,7 +21,7 @@ import psutil
 import torch.distributed as dist
 from torch import nn
 
-from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_nodes, trackers
+from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_local, ray_nodes, trackers
 from spice_dist.distributed.ray_channel import Progress
 from spice_dist.distributed.worker import LocalWorker, StageCall, Storage
 from spice_dist.errors import Interrupted, UserError
@@ -44,6 +44,10 @@ RAY_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",  # start none in advance
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
 }
+OWN_SETTINGS = {  # of a cluster of this process alone
+    # its agents seek its killed head for that long before they end
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
 
 
 class RayWorker(LocalWorker):
@@ -52,11 +56,14 @@ class RayWorker(LocalWorker):
     def __init__(self, run: Path, stage: StageCall, storage: Storage):
         import ray.train.torch
 
+        stop_requested = (run / ray_channel.STOP).exists
+
         def progress(done: int, total: int, loss: float | None) -> None:
             if self.rank == 0:
                 ray_channel.write_progress(run, Progress(stage.name, done, total, loss))
+            if loss is None and not stage.shared and stop_requested():  # the others wait for the stage's end
+                raise Interrupted
 
-        stop_requested = (run / ray_channel.STOP).exists
         super().__init__(run, stage.name, ray.train.torch.get_device(), stop_requested, progress, storage)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -84,25 +91,32 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
         UserError: no cluster answers there; it asks for no token and `insecure` is False; it refuses our token.
     """
     address = prepare(address, insecure)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
-        options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
-    import ray
-
-    try:
-        ray.init(address or "local", **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
-        hint = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
-        raise UserError(f"{place}: {last_line(str(error))}{hint}") from error
     global _cluster_is_ours
     _cluster_is_ours = address is None
-    try:
-        yield
-    finally:
-        workers = _worker_processes() if _cluster_is_ours else []
-        ray.shutdown()
-        _end(workers)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with ray_local.private_folder() if address is None else contextlib.nullcontext(Path()) as folder:
+        if address is None:
+            options |= {"include_dashboard": False, "num_cpus": num_cpus, "object_store_memory": 128 << 20}
+            options["_temp_dir"] = str(folder)
+        import ray
+
+        if ray.is_initialized():
+            raise UserError("Ray runs in this process already: call ray.shutdown() first")
+        try:
+            try:
+                ray_local.start(address, **options)
+            except Exception as error:  # Ray raises errors of any kind
+                place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
+                raise UserError(f"{place}: {last_line(str(error))}") from error
+            yield
+        except WorkersLost as error:
+            if address:
+                raise
+            raise WorkersLost(f"{error}; Ray's logs are kept in {ray_local.keep_logs(folder)}") from error
+        finally:
+            workers = _worker_processes() if _cluster_is_ours else []
+            ray_local.shut_down()
+            _end(workers)
 
 
 def _worker_processes() -> list[psutil.Process]:
@@ -130,7 +144,7 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
 
     Raises what `session` raises.
     """
-    for name, value in RAY_SETTINGS.items():
+    for name, value in (RAY_SETTINGS | (OWN_SETTINGS if address is None else {})).items():
         os.environ.setdefault(name, value)
     if "ray" in sys.modules:  # a notebook imported it, and Ray has read that setting
         from ray._private import auto_init_hook
@@ -187,6 +201,8 @@ def train_on_workers(job: Job, workers: int) -> None:
                 return
             raise Interrupted
         except WorkersLost as error:
+            if job.stop_requested():  # the signal went to all processes of the job
+                raise Interrupted from error
             if not job.reached() > before:
                 raise
             job.message(f"{error}; going on from the last checkpoint")

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from spice_dist.data.files import publish
 from spice_dist.errors import UserError
+from spice_dist.redaction import hidden, without_secrets
 
 TRACK = "SPICE_DIST_TRACK"  # such as "mlflow,wandb"
 PLACES = ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY")
@@ -212,13 +213,13 @@ def _reach_mlflow() -> None:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri or _is_relative(uri):
         raise UserError(
-            f"MLFLOW_TRACKING_URI is {uri!r}, but workers run in folders of their own: "
+            f"MLFLOW_TRACKING_URI is {without_secrets(uri)!r}, but workers run in folders of their own: "
             "set it to a server, such as http://host:5000, or to a whole path"
         )
     try:
         MlflowClient().get_experiment_by_name(PROJECT)
     except Exception as error:  # of any kind, as above
-        raise UserError(f"MLflow does not answer at {uri}: {_brief(error)}") from error
+        raise UserError(f"MLflow does not answer at {without_secrets(uri)}: {_brief(error)}") from error
 
 
 def _reach_wandb() -> None:
@@ -241,4 +242,5 @@ def _is_relative(uri: str) -> bool:
 
 def _brief(error: Exception) -> str:
     lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    text = hidden(lines[0], os.environ.get("MLFLOW_TRACKING_URI", "")) if lines else type(error).__name__
+    return text[:200]

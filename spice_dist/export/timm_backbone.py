@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spice_dist.data.files import commit
+from spice_dist.data.files import commit, let_umask_decide
 from spice_dist.errors import UserError
 from spice_dist.export.trained import Trained, cropping, largest_difference, preprocessing, trained
 from spice_dist.models.backbone import BackboneConfig
@@ -89,6 +89,7 @@ def _write_checked(tensors: dict[str, Tensor], arguments: dict[str, Any], model:
         with tempfile.TemporaryDirectory(prefix=".spice-", dir=out.parent) as folder:
             temporary = Path(folder) / "backbone.safetensors"  # timm knows the format by the suffix
             save_file(tensors, temporary, {"format": "pt", "spice_dist": json.dumps(about)})
+            let_umask_decide(temporary)
             loaded = timm.create_model(name, pretrained=False, checkpoint_path=str(temporary), **arguments)
             features = model.outputs(model.backbone.body)
             difference = largest_difference("timm's features", model.outputs(loaded), features, TOLERANCE)

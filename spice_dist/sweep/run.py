@@ -24,9 +24,10 @@ from spice_dist import artifacts
 from spice_dist.catalog import PRETEXTS
 from spice_dist.config import Config, dotted, override
 from spice_dist.data.checksums import publish_sealed, read_sealed
+from spice_dist.data.files import require_regular_files
 from spice_dist.data.sources import Source
 from spice_dist.distributed.worker import LocalWorker, StageCall, usable_cores
-from spice_dist.errors import DamagedFile, UserError
+from spice_dist.errors import DamagedFile, UserError, plain
 from spice_dist.launching import Launch
 from spice_dist.methods import spice_self
 from spice_dist.objectives import COMBINED, OBJECTIVES, SHOWN
@@ -90,6 +91,7 @@ def tune(
     if place.base is not None:
         _check_base(place.base, sweep)
     with owned(plan.folder):
+        require_regular_files(plan.folder)
         _begin(sweep, place.resume)
         if place.base is not None:
             _link_stages(place.base, plan)
@@ -323,4 +325,4 @@ class TrialLines:
             self.best, mark = self.search.direction * value, "*"
         score = f"{self.search.metric} {value:8.4f}" if value is not None else record.reason
         line = f"trial {ended:>3}/{self.search.trials} {record.state:<8} {mark} {score} {record.seconds:7.1f} s"
-        print(f"{line}  {settings_line(record.settings)}", file=sys.stderr, flush=True)
+        print(plain(f"{line}  {settings_line(record.settings)}"), file=sys.stderr, flush=True)

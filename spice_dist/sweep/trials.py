@@ -29,7 +29,7 @@ from spice_dist.config import Config, override
 from spice_dist.data.files import publish
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import LocalWorker, StageCall
-from spice_dist.errors import UserError
+from spice_dist.errors import UserError, plain
 from spice_dist.methods import reliable, spice_self_joint
 from spice_dist.methods.features import embed
 from spice_dist.methods.stage2 import load_heads
@@ -175,7 +175,7 @@ def _train_on_workers(trial: Trial, stage: StageCall) -> None:
     from spice_dist.distributed import ray_train
 
     def message(line: str) -> None:
-        print(line, file=sys.stderr)
+        print(plain(line), file=sys.stderr)
 
     job = ray_train.Job((stage,), trial.folder, trial.plan.threads, lambda: False, lambda _progress: None, message)
     ray_train.train_on_workers(job, trial.plan.workers)

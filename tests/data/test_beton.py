@@ -14,6 +14,7 @@ from PIL import Image
 from spice_dist.data import beton
 from spice_dist.data.beton import Samples, check_pixels, jpeg_size, sidecar_path, verify
 from spice_dist.data.beton_writer import BetonWriter
+from spice_dist.data.seal import is_sealed, key_file, seal
 from spice_dist.errors import DamagedFile
 
 HEADER_FIELDS = [("version", 0, 2), ("num_fields", 2, 2), ("page_size", 4, 4), ("num_samples", 8, 8), ("table", 16, 8)]
@@ -115,6 +116,7 @@ def structural_damage() -> dict[str, Callable[[Path], object]]:
         "descriptors zeroed": lambda p: patch(p, 24, bytes(2 * 1041)),
         "JPEG flag": lambda p: patch(p, sample, b"\0"),
         "height 60000": lambda p: patch(p, sample + 3, (60000).to_bytes(2, "little")),
+        "width 5000": lambda p: patch(p, sample + 1, (5000).to_bytes(2, "little")),
         "0x0": lambda p: patch(p, sample + 1, bytes(4)),
         "pointer past the end": lambda p: patch(p, sample + 5, (1 << 40).to_bytes(8, "little")),
         "pointer into the metadata": lambda p: patch(p, sample + 5, (3000).to_bytes(8, "little")),
@@ -148,7 +150,7 @@ def test_a_sidecar_that_is_missing_altered_or_of_another_file_is_refused(beton_c
     sidecar = sidecar_path(beton_copy)
     good = sidecar.read_bytes()
     content = json.loads(good)
-    for key in content:
+    for key in content.keys() - {beton.KEYED}:  # which says whose file it is, not whether it is whole
         for value in (None, 1, "x", [], "0" * 64):
             if value != content[key]:
                 sidecar.write_text(json.dumps({**content, key: value}))
@@ -169,6 +171,45 @@ def test_a_sidecar_that_is_missing_altered_or_of_another_file_is_refused(beton_c
     sidecar.unlink()
     assert "json is missing" in refused(beton_copy)
     assert verify(beton_copy, trusted_sidecar=False).crc32 is None
+
+
+def test_only_the_key_that_sealed_a_sidecar_makes_its_file_ours(beton_copy: Path, tmp_path: Path, monkeypatch):
+    sidecar = sidecar_path(beton_copy)
+    good = sidecar.read_bytes()
+    assert beton.is_ours(beton_copy)
+    content = json.loads(good)
+    forged = {key: value for key, value in content.items() if key not in ("seal", beton.KEYED)} | {"n": 2599}
+    forged["seal"] = beton._seal(forged)  # as anybody can compute it
+    without = {key: value for key, value in content.items() if key != beton.KEYED}
+    for other in (without, {**content, beton.KEYED: "0" * 64}, {**forged, beton.KEYED: content[beton.KEYED]}, [], None):
+        sidecar.write_text(json.dumps(other))
+        assert not beton.is_ours(beton_copy)
+    for damaged in (b"", b"[" * 100_000, b"\xff"):
+        sidecar.write_bytes(damaged)
+        assert not beton.is_ours(beton_copy)
+    sidecar.write_bytes(good)
+    key_file().chmod(0o644)
+    assert not beton.is_ours(beton_copy), "others could have sealed it"
+    key_file().chmod(0o600)
+    assert beton.is_ours(beton_copy)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another user"))
+    assert not beton.is_ours(beton_copy)
+    assert seal(b"content") != json.loads(good)[beton.KEYED]
+    assert not beton.is_ours(beton_copy)
+
+
+def test_without_a_place_for_a_key_nothing_is_sealed(monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", "/proc/nowhere")
+    assert seal(b"content") is None
+    assert not is_sealed(b"content", None)
+    assert not is_sealed(b"content", "None")
+
+
+def test_a_sidecar_larger_than_its_file_is_not_read(beton_copy: Path):
+    with sidecar_path(beton_copy).open("r+b") as file:
+        file.truncate(1 << 40)  # takes no disk, and no memory is left for it
+    assert "larger than its file" in refused(beton_copy)
+    assert not beton.is_ours(beton_copy)
 
 
 def test_two_swapped_images_fit_the_structure_but_not_the_sidecar(beton_copy: Path):

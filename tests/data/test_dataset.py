@@ -17,7 +17,7 @@ from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.ingest import ingest, pack
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import read_manifest, read_paths
-from spice_dist.data.sources import Source, listing
+from spice_dist.data.sources import BadImage, Source, listing
 from spice_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -174,6 +174,49 @@ def test_a_packed_file_can_be_packed_again_in_another_size_or_format(folder: Pat
         assert (again.n, again.bad, again.format) == (5, 0, kind)
     back = pack(open_data(str(tmp_path / "jpg.beton")), tmp_path / "back.beton", size=8, format="raw")
     assert (back.n, back.bad) == (5, 0)
+
+
+def test_a_packed_file_of_another_user_is_data_only_when_trusted_and_is_decoded_again(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    packed = tmp_path / "x.beton"
+    pack(open_data(str(folder)), packed, size=8)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another user"))
+    with pytest.raises(UserError, match="--trust-foreign-beton"):
+        open_data(str(packed))
+    source = open_data(str(packed), trust_foreign_beton=True)
+    prepare(source, DataConfig(size=8), tmp_path / "run")
+    assert not (tmp_path / "run/dataset.beton").is_symlink(), "FFCV must not open the file itself"
+    assert read_paths(tmp_path / "run") == sorted(NAMES, key=os.fsencode)
+    pack(open_data(str(folder)), packed, size=8)  # as the line says
+    assert prepare(open_data(str(packed)), DataConfig(size=8), tmp_path / "ours").n == len(NAMES)
+    assert (tmp_path / "ours/dataset.beton").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "parquet", "cell"])
+@pytest.mark.parametrize("way", ["../images/a.png", "/absolute", "link/a.png"])
+def test_a_list_names_files_outside_of_its_folder_only_when_trusted(folder: Path, tmp_path: Path, kind: str, way: str):
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "link").symlink_to(folder)
+    name = str(folder / "a.png") if way == "/absolute" else way
+    path = lists / f"list.{'parquet' if kind == 'cell' else kind}"
+    if kind == "cell":
+        parquet.write_table(arrow.table({"image": [{"bytes": None, "path": name}]}), path)
+        with pytest.raises(BadImage, match="--trust-list"):
+            open_data(str(path)).read(0)
+    else:
+        if kind == "parquet":
+            parquet.write_table(arrow.table({"path": [name]}), path)
+        else:
+            path.write_text(f"path\n{name}\n" if kind == "csv" else f"{name}\n")
+        with pytest.raises(UserError, match=r"names 1 files outside of its folder, such as .*--trust-list"):
+            open_data(str(path))
+    read = open_data(str(path), trust_list=True).read(0)
+    assert read == (folder / "a.png").read_bytes()
 
 
 # ---------------------------------------------------------------- .beton files of other programs

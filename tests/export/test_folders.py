@@ -224,7 +224,7 @@ def test_a_list_of_files_is_followed_from_its_own_folder(tmp_path: Path):
     (tmp_path / "lists/list.txt").write_text("photos/a.jpg\n../elsewhere/a.jpg\nphotos/b.jpg\n")
     from spice_dist.data.lists import list_source
 
-    run = make_run(tmp_path / "run", list_source(tmp_path / "lists/list.txt", with_labels=False), Made())
+    run = make_run(tmp_path / "run", list_source(tmp_path / "lists/list.txt", with_labels=False, trusted=True), Made())
     export(run, tmp_path / "lists/out")  # beside the list is not inside of a folder of images
     assert digests(tmp_path / "lists/out") == sorted(
         [*digests(tmp_path / "lists/photos"), *digests(tmp_path / "elsewhere")]

@@ -1,0 +1,136 @@
+"""Our own Ray cluster on this machine: private files, servers on the loopback interface, our handlers of signals."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spice_dist.errors import UserError
+from spice_dist.terminal import STOPPING
+
+SOCKET_BYTES = 107  # of the name of a Unix socket, which Linux limits
+# the longest name that we and Ray give to a socket below the temporary folder
+SOCKET = "spice-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+ROOM = 64 << 20  # bytes: Ray's logs of a run are a few megabytes
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Make a folder for Ray that no other user can enter, and remove it at the end.
+
+    Ray opens its own folder to everybody, so it gets one inside.
+
+    Raises:
+        UserError: the temporary folder cannot be used for it.
+    """
+    parent = temporary_folder()
+    try:
+        private = Path(tempfile.mkdtemp(prefix="spice-", dir=parent))
+    except OSError as error:
+        raise _unusable(parent, error.strerror or str(error)) from error
+    try:
+        yield private / "ray"
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def keep_logs(folder: Path) -> Path:
+    """Copy the logs of Ray's session in `folder` to a private folder that stays, and return that."""
+    kept = Path(tempfile.mkdtemp(prefix="spice-logs-", dir=folder.parent.parent))
+    shutil.copytree(folder / "session_latest/logs", kept, dirs_exist_ok=True)
+    return kept
+
+
+def temporary_folder() -> Path:
+    """Return where Ray's files can be: RAY_TMPDIR, TMPDIR or /tmp.
+
+    Raises:
+        UserError: it is too full, or its name is too long for the sockets in it, or there is none.
+    """
+    try:
+        folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _unusable(error.filename or "the temporary folder", error.strerror or str(error)) from error
+    if (excess := len(os.fsencode(folder / SOCKET)) - SOCKET_BYTES) > 0:
+        raise _unusable(folder, f"its name is {excess} bytes too long for the sockets in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unusable(folder, "it cannot be written")
+    if free < ROOM:
+        raise _unusable(folder, f"it has {free >> 20} MB left, and Ray needs {ROOM >> 20}")
+    return folder
+
+
+def _unusable(folder: Path | str, why: str) -> UserError:
+    return UserError(f"Ray cannot put its files into {folder} ({why}); set TMPDIR to a folder such as /tmp")
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """Let a cluster that starts inside the block have the address 127.0.0.1, where alone Ray's servers then listen."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # as on systems where Ray forms no cluster of several machines
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def start(address: str | None, **options: Any) -> None:
+    """Call ray.init with our handlers of signals in place of Ray's own, of which the one for SIGTERM ends the process.
+
+    Ray sets it in Python, and natively some milliseconds before the end: then it prints where the program is, calls the
+    handler of before, and aborts the process by an alarm three seconds later.
+    """
+    import ray
+    from ray._private import utils
+
+    set_handler, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda sigterm_handler: None
+    restore, began, alarm = _handlers(), time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
+    try:
+        with contextlib.nullcontext() if address else loopback():
+            ray.init(address or "local", **options)
+    finally:
+        utils.set_sigterm_handler = set_handler
+        restore()
+        left = max(alarm[0] - (time.monotonic() - began), 1e-3) if alarm[0] else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, alarm[1])
+
+
+def shut_down() -> None:
+    """Call ray.shutdown, which takes our handler of SIGTERM away and then ends processes for seconds."""
+    import ray
+    from ray._private import worker
+
+    node, restore = worker._global_node, _handlers()
+    if node is not None:
+        end = node.kill_all_processes
+
+        def restore_and_end(*arguments: Any, **options: Any) -> None:
+            restore()
+            end(*arguments, **options)
+
+        node.kill_all_processes = restore_and_end
+    ray.shutdown()
+    restore()
+
+
+def _handlers() -> Callable[[], None]:
+    """Return a function that sets the handlers of signals of now."""
+    handlers = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGALRM)}
+    ours = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not of Python
+
+    def restore() -> None:
+        with contextlib.suppress(ValueError):  # raised outside of the main thread
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
+    return restore
