@@ -231,7 +231,7 @@ PUBLISHED = {
 }
 
 FROZEN = "the paper's frozen backbone: in train mode its BatchNorm drifts away from the features of the similarity"
-UNIT = "all heads see features of one scale, from any backbone; tests/bench/README.md compares the two"
+UNIT = "all heads see features of one scale, from any backbone; spice_self.features=raw is as published"
 DEVIATES: dict[str, dict[tuple[str, str], tuple[Any, str]]] = {
     "spice": {
         **{(name, "spice_self.backbone_bn"): ("eval", FROZEN) for name in WITH_STAGE_2},
