@@ -8,7 +8,7 @@ device.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("meta")
 CPU = torch.device("cpu")
@@ -97,7 +96,7 @@ class PretendGPU(TorchDispatchMode):
         return _run(func, args, kwargs)
 
     def _watch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         here = [x for x in tensors if isinstance(x, OnDevice)]
         on_host = [x for x in tensors if not isinstance(x, OnDevice) and x.ndim]
         name = func.overloadpacket.__name__
@@ -149,17 +148,29 @@ class _Lists(TorchFunctionMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute on the CPU what is asked of either device."""
-    flat = tree_flatten((args, kwargs))[0]
-    known = {id(x.values): x for x in flat if isinstance(x, OnDevice)}
+    known = {id(x.values): x for x in _tensors((*args, *kwargs.values())) if isinstance(x, OnDevice)}
     to = kwargs.get("device")
     on_device = bool(known) if to is None else to.type == DEVICE.type
     kwargs = {**kwargs, "device": CPU} if to is not None else kwargs
-    args, kwargs = tree_map(lambda x: x.values if isinstance(x, OnDevice) else x, (tuple(args), kwargs))
-    out = func(*args, **kwargs)
-    if not on_device:
-        return out
+    kwargs = {name: _mapped(lambda x: x.values if isinstance(x, OnDevice) else x, x) for name, x in kwargs.items()}
+    out = func(*_mapped(lambda x: x.values if isinstance(x, OnDevice) else x, args), **kwargs)
     # what an operation in place returns is the tensor that it changed
-    return tree_map(lambda x: known.get(id(x), x) if id(x) in known or not isinstance(x, Tensor) else OnDevice(x), out)
+    return _mapped(lambda x: known[id(x)] if id(x) in known else OnDevice(x), out) if on_device else out
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """The tensors in lists of lists; torch's pytrees take most of the time of such small operations."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _tensors(part)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    return type(x)(_mapped(function, part) for part in x) if isinstance(x, list | tuple) else x
 
 
 class _Autocast(torch.autocast):

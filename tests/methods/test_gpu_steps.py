@@ -55,6 +55,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+VARIANTS = {"moco, symmetric", "imc_swav, queue", "spice_self, disjoint", "spice_self, prior", "spice_semi, adaptive"}
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in METHODS]
+TRIED = [param for param in EVERY if METHODS[str(param.values[0])][0] not in ("spice_self", "spice_tune")]
+
+
 class Enough(Exception):
     """So many steps are done."""
 
@@ -146,7 +151,7 @@ def recorded(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return record
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_no_step_waits_and_little_crosses_to_the_device(method, recorded):
     record = recorded(method)
     assert record.waits == []
@@ -160,7 +165,7 @@ def test_the_first_loss_is_that_of_a_cpu(stage, recorded, small_run):
     assert recorded(stage).first_loss == pytest.approx(line["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][0] not in ("spice_self", "spice_tune")])
+@pytest.mark.parametrize("method", TRIED)
 def test_the_trial_of_memory_learns_from_as_many_images_as_a_pass(method, recorded):
     """A GPU takes all images of a step in one pass."""
     images = recorded(method).images

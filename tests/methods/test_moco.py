@@ -241,11 +241,13 @@ def test_a_batch_that_exhausts_memory_is_halved_once_and_then_told(monkeypatch, 
 def test_bf16_is_for_gpus_that_have_it(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert isinstance(plumbing.autocast(cuda), nullcontext), "an older GPU only imitates it"
-    assert isinstance(plumbing.autocast(CPU), nullcontext)
+    for device in (cuda, CPU):  # an older GPU only imitates it
+        with plumbing.autocast(device) as entered:
+            assert entered is None
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: (kind, dtype))
-    assert plumbing.autocast(cuda) == ("cuda", torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: nullcontext((kind, dtype)))
+    with plumbing.autocast(cuda) as entered:
+        assert entered == ("cuda", torch.bfloat16)
 
 
 def test_a_loss_that_is_not_finite_stops_in_one_line_and_is_never_saved(without_stage):
