@@ -43,6 +43,7 @@ def read(stage: Path) -> Setbacks:
 
 
 def write(stage: Path, setbacks: Setbacks) -> None:
+    stage.mkdir(parents=True, exist_ok=True)
     publish_sealed(stage / FILE, asdict(setbacks))
 
 

@@ -142,7 +142,7 @@ def outcome(case: Case, whole: Path) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(dir=whole.parent) as folder:
         run = Path(folder) / "run"
         shutil.copytree(whole, run, symlinks=True)
-        if case.command in ("predict", "export"):
+        if case.command in ("predict", "export", "report"):
             assert call(case.command, whole.parent, run)[0] == 0
         before = results(case.command, run)
         DAMAGES[case.damage](run / case.file, random.Random(str(case)))
@@ -163,7 +163,7 @@ def outcome(case: Case, whole: Path) -> tuple[str, str]:
             clear = "Traceback" not in printed and told and told[0].startswith("spice-dist: ")
             return ("one line" if clear else "traceback"), printed
         if results(case.command, run) != before:
-            return "silent", printed
+            return ("one line" if "damaged" in printed else "silent"), printed
         return ("made again" if "again" in printed or "set aside" in printed else "harmless"), printed
 
 

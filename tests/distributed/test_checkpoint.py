@@ -184,7 +184,7 @@ def test_being_unable_to_read_is_not_taken_for_damage(folder, monkeypatch, numbe
     def fail(path: Path) -> str:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint, "sha256", fail)
     with pytest.raises(OSError, match=os.strerror(number)):
         checkpoint.newest(folder)
     assert names(folder) == ["000000010", "000000020"]
