@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,7 @@ def galleries(run: Run, similarity: np.ndarray | None, images: ReadImages) -> tu
                 thumbnails[index] = Thumbnail(index, uri, paths[index], float(run.confidence[index]), pixelated)
     except (UserError, OSError) as error:
         notes.append(f"The images could not be read, so no thumbnails are shown: {error}")
+        print(notes[-1], file=sys.stderr)
         nearest = uncertain = [np.empty(0, np.int64)] * run.num_clusters
 
     shown_nearest, shown_uncertain = fit_budget(nearest, uncertain, thumbnails)

@@ -1,7 +1,6 @@
 """Render the page of a run: template.html lays out what `sections` returns, tool/ holds its script."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +105,6 @@ def render(
         similarity = center_similarity(run.features, run.labels, centers)
     typical = run.confidence if similarity is None else similarity
     shown, notes = galleries(run, similarity, images)
-    for note in notes:
-        print(note, file=sys.stderr)
     evidence = gather(run, typical, centers, _indices(shown))
     place = sprites.places(run.labels[evidence.shown])
     sheets, sharp = None, {}
