@@ -14,6 +14,7 @@ from spice_dist.data.checksums import OF_RUN, differing, publish_sealed, read_se
 from spice_dist.data.ingest import damaged_files
 from spice_dist.data.sources import Source, content_of
 from spice_dist.distributed import checkpoint, setbacks
+from spice_dist.distributed.checkpoint import Checkpoint
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.stages import images_of
 
@@ -55,7 +56,13 @@ def _outputs(folder: Path) -> dict[str, str]:
         return {"dataset.beton": json.loads(sidecar.read_bytes())["sha256"]}
     files = [file for file in sorted(folder.glob("[!.]*")) if file.suffix in OUTPUT and file.name not in NO_OUTPUT]
     sums = {file.name: sha256(file) for file in files if ".partial." not in file.name}
-    return sums | checkpoint.last_sums(folder / "checkpoints", folder)
+    return sums | _weights(folder, checkpoint.newest(folder / "checkpoints"))
+
+
+def _weights(folder: Path, last: Checkpoint | None) -> dict[str, str]:
+    """Return the digests of the weights in a stage's last checkpoint, by paths below its folder."""
+    sums = {last.path / name: digest for name, digest in last.sha256.items()} if last else {}
+    return {f"{path.relative_to(folder)}": sums[path] for path in sums if path.suffix == ".safetensors"}
 
 
 def damaged_outputs(run: Path, stage: str) -> list[str]:
@@ -63,10 +70,12 @@ def damaged_outputs(run: Path, stage: str) -> list[str]:
     folder, record = run / stage, stage_record(run, stage)
     if stage == "data":
         return damaged_files(folder)
-    if record and record["sha256"]:
-        return differing(folder, record["sha256"])
-    last = checkpoint.newest(folder / "checkpoints")  # a folder of an earlier version
-    return [] if last is None or last.step == last.state["total"] else ["checkpoints"]
+    last = checkpoint.newest(folder / "checkpoints")
+    if record is None or not record["sha256"]:  # a folder of an earlier version
+        return [] if last is None or last.step == last.state["total"] else ["checkpoints"]
+    weights = {name: digest for name, digest in record["sha256"].items() if name.startswith("checkpoints/")}
+    others = {name: digest for name, digest in record["sha256"].items() if name not in weights}
+    return differing(folder, others) + list(weights)[:1] * (weights != _weights(folder, last))
 
 
 def reopen(run: Path, stage: str, damaged: list[str]) -> None:

@@ -208,14 +208,6 @@ def load(path: Path) -> Checkpoint:
         raise DamagedFile(f"{path} is damaged: {error}") from error
 
 
-def last_sums(folder: Path, root: Path) -> dict[str, str]:
-    """Return the SHA-256 of the weights in the newest checkpoint, as its manifest has them, by paths below `root`."""
-    for path in _candidates(folder)[:1]:
-        sums = load(path).sha256
-        return {f"{(path / name).relative_to(root)}": sums[name] for name in sums if name.endswith(".safetensors")}
-    return {}
-
-
 def drop_last(folder: Path) -> None:
     """Remove the newest checkpoint, if there is one."""
     for path in _candidates(folder)[:1]:
