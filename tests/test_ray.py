@@ -149,13 +149,13 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
     assert child.stdout
     try:
         wait_until(lambda: bool(psutil.Process(child.pid).children()))  # Ray's first process
-        while not select.select([child.stdout], [], [], 0.02)[0]:
+        while not select.select([child.stdout], [], [], 0.5)[0]:
             assert child.poll() is None, "the signal has ended the process"
             child.send_signal(signal.SIGTERM)
         assert child.stdout.readline() == f"{int(signal.SIGTERM)}\n"
         family = [psutil.Process(int(pid)) for pid in child.stdout.readline().split()]
         child.send_signal(signal.SIGTERM)
-        time.sleep(4)  # an alarm that Ray's handler sets would end it after three seconds
+        time.sleep(4)  # an alarm of Ray's native handler would end it after three seconds
         assert child.poll() is None
         assert any("Agent" in name_of(process) for process in family)
     finally:

@@ -1,18 +1,13 @@
-"""Our own Ray cluster on this machine: private files, servers on the loopback interface, our handlers of signals."""
+"""Our own Ray cluster on this machine: private files, servers on the loopback interface, our handler of SIGTERM."""
 
-import contextlib
 import os
 import shutil
-import signal
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from spice_dist.errors import UserError
-from spice_dist.terminal import STOPPING
 
 SOCKET_BYTES = 107  # of the name of a Unix socket, which Linux limits
 # the longest name that we and Ray give to a socket below the temporary folder
@@ -84,53 +79,17 @@ def loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def start(address: str | None, **options: Any) -> None:
-    """Call ray.init with our handlers of signals in place of Ray's own, of which the one for SIGTERM ends the process.
+@contextmanager
+def our_handler_of_sigterm() -> Iterator[None]:
+    """Keep this process's handler in ray.init: Ray sets one that exits, and a native one that aborts after 3 s."""
+    from ray._private import ray_constants, utils
 
-    Ray sets it in Python, and natively some milliseconds before the end: then it prints where the program is, calls the
-    handler of before, and aborts the process by an alarm three seconds later.
-    """
-    import ray
-    from ray._private import utils
-
-    set_handler, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda sigterm_handler: None
-    restore, began, alarm = _handlers(), time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
+    set_handler = utils.set_sigterm_handler
+    without_native = getattr(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", False)  # not in every version
+    utils.set_sigterm_handler = lambda sigterm_handler: None
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
     try:
-        with contextlib.nullcontext() if address else loopback():
-            ray.init(address or "local", **options)
+        yield
     finally:
         utils.set_sigterm_handler = set_handler
-        restore()
-        left = max(alarm[0] - (time.monotonic() - began), 1e-3) if alarm[0] else 0.0
-        signal.setitimer(signal.ITIMER_REAL, left, alarm[1])
-
-
-def shut_down() -> None:
-    """Call ray.shutdown, which takes our handler of SIGTERM away and then ends processes for seconds."""
-    import ray
-    from ray._private import worker
-
-    node, restore = worker._global_node, _handlers()
-    if node is not None:
-        end = node.kill_all_processes
-
-        def restore_and_end(*arguments: Any, **options: Any) -> None:
-            restore()
-            end(*arguments, **options)
-
-        node.kill_all_processes = restore_and_end
-    ray.shutdown()
-    restore()
-
-
-def _handlers() -> Callable[[], None]:
-    """Return a function that sets the handlers of signals of now."""
-    handlers = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGALRM)}
-    ours = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not of Python
-
-    def restore() -> None:
-        with contextlib.suppress(ValueError):  # raised outside of the main thread
-            for number, handler in ours.items():
-                signal.signal(number, handler)
-
-    return restore
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = without_native

@@ -104,7 +104,8 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
             raise UserError("Ray runs in this process already: call ray.shutdown() first")
         try:
             try:
-                ray_local.start(address, **options)
+                with ray_local.our_handler_of_sigterm(), contextlib.nullcontext() if address else ray_local.loopback():
+                    ray.init(address or "local", **options)
             except Exception as error:  # Ray raises errors of any kind
                 place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
                 raise UserError(f"{place}: {last_line(str(error))}") from error
@@ -115,7 +116,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
             raise WorkersLost(f"{error}; Ray's logs are kept in {ray_local.keep_logs(folder)}") from error
         finally:
             workers = _worker_processes() if _cluster_is_ours else []
-            ray_local.shut_down()
+            ray.shutdown()
             _end(workers)
 
 
