@@ -25,7 +25,7 @@ from spice_dist.task import Task
 FITTED_BYTES = 256 << 20  # k-means is fitted on a random sample of this size
 STARTS = 10  # of k-means; the best is taken
 SPECTRAL_NEIGHBORS = 15  # of the graph of spectral clustering
-UMAP = {"n_neighbors": 10, "n_components": 10}
+UMAP_NEIGHBORS, UMAP_DIMENSIONS = 10, 10
 UMAP_IMAGES = 10_000  # that UMAP sees, a minute or two; the others get the label that most of their nearest ones have
 VOTES = 5  # of these
 MOST = 500_000  # images up to which the features are kept in memory for spectral clustering and UMAP
@@ -130,7 +130,8 @@ def umap_kmeans(task: Task, features: Float[Tensor, "N D"], clustered: int) -> I
         warnings.simplefilter("ignore")  # a fixed seed takes one thread
         from umap import UMAP as Umap  # pyright: ignore[reportMissingImports]
 
-        places = np.asarray(Umap(**UMAP, random_state=task.seed).fit_transform(sample.cpu().numpy()))
+        mapping = Umap(n_neighbors=UMAP_NEIGHBORS, n_components=UMAP_DIMENSIONS, random_state=task.seed)
+        places = np.asarray(mapping.fit_transform(sample.cpu().numpy()))
     model = KMeans(task.clusters, n_init=STARTS, random_state=task.seed)  # pyright: ignore[reportArgumentType]
     labels = model.fit_predict(places)
     near = search(sample, features, min(VOTES, len(chosen)))[1].cpu().numpy()

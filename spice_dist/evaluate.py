@@ -348,7 +348,9 @@ def relabel(run: Path, source: Source) -> bool:
     if now is None:
         path.unlink(missing_ok=True)
         classes.unlink(missing_ok=True)
-    return (before is None) != (now is None) or (now is not None and not np.array_equal(before, now))
+    if before is None or now is None:
+        return before is not now
+    return not np.array_equal(before, now)
 
 
 def reliable_accuracy(y_true: np.ndarray, assigned: np.ndarray, reliable: np.ndarray) -> float | None:

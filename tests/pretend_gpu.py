@@ -45,7 +45,7 @@ VIEWS = {  # start no kernel
 class OnDevice(torch.Tensor):
     """Holds `values` on the CPU and says that it is on DEVICE."""
 
-    values: Tensor
+    values: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "OnDevice":
@@ -64,7 +64,7 @@ class OnDevice(torch.Tensor):
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"OnDevice({self.values})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

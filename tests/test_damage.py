@@ -150,6 +150,7 @@ def test_a_model_with_what_is_no_number_is_neither_saved_nor_loaded(whole, run):
 def test_the_remedy_for_a_loss_that_is_not_finite_runs_and_goes_on(whole, tmp_path, capsys):
     data, out = str(whole.parent / "images.npz"), str(tmp_path / "run")
     diverging = ["fit", data, "--out", out, *SETTINGS, "--set", "moco.lr=1e30"]
+    said = ""
     for _ in range(2):  # the same command again says the same
         assert cli.main(diverging) == 1
         said = capsys.readouterr().err.splitlines()[-1]

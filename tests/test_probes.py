@@ -147,7 +147,8 @@ def trained(tmp_path_factory, digits_folder) -> Path:
     unrecorded(Path(shutil.copytree(digits_folder, run)))
     describe(run, SMALL)
     worker = LocalWorker(run, "moco", CPU)
-    worker.checkpoint_seconds, worker.on_report = 0.0, lambda *_: worker.writer.wait()  # every step
+    worker.checkpoint_seconds = 0.0  # every step
+    worker.on_report = lambda *_: worker.writer.wait()  # pyright: ignore[reportAttributeAccessIssue]
     moco.train(SMALL, SMALL.moco, worker)
     return run
 

@@ -200,8 +200,8 @@ def test_images_of_the_galleries_have_a_sharper_picture(tmp_path):
         picture = Image.open(io.BytesIO(base64.b64decode(text)))
         assert (picture.format, picture.size) == ("WEBP", (224, 224))
         np.testing.assert_allclose(np.asarray(picture)[100, 100], pixels(int(index))[0, 0], atol=4)
-    for options in ({"page_mb": 0, "images": large_pixels}, {"images": read_pixels}):
-        assert 'id="preview-' not in write_report(tmp_path, **options).read_text(encoding="utf-8")
+    for page in (write_report(tmp_path, page_mb=0, images=large_pixels), write_report(tmp_path, images=read_pixels)):
+        assert 'id="preview-' not in page.read_text(encoding="utf-8")
 
 
 def test_sharper_pictures_stay_within_the_budget_and_every_group_has_some(tmp_path):

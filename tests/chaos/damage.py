@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def make_run(folder: Path, images: int = 200) -> Path:
     """Cluster some digits in `folder`/run, in seconds."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = (digits.images[:images] * 15.9).astype(np.uint8)
     np.savez(folder / "images.npz", images=pixels, labels=digits.target[:images])
     assert call("fit", folder, folder / "run")[0] == 0

@@ -317,7 +317,11 @@ def test_missing_labels_of_tables_are_no_class(tmp_path: Path):
     for name, missing in (("null", None), ("minus", -1)):
         labels = pa.array([missing if i % 2 else i % 3 for i in range(6)], pa.int64())
         parquet.write_table(pa.table({"image": cells, "label": labels}), tmp_path / f"{name}.parquet")
-    np.savez(tmp_path / "a.npz", images=np.stack(images), labels=[-1 if i % 2 else i % 3 for i in range(6)])
+    np.savez(
+        tmp_path / "a.npz",
+        images=np.stack([np.asarray(image) for image in images]),
+        labels=[-1 if i % 2 else i % 3 for i in range(6)],
+    )
     for data, kind in (("null.parquet", "list"), ("minus.parquet", "list"), ("a.npz", "array")):
         source = open_data(str(tmp_path / data), kind)
         assert source.labels is not None

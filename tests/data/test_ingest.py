@@ -680,7 +680,7 @@ def test_the_format_is_raw_up_to_128_pixels_and_8_gib(monkeypatch: pytest.Monkey
     source = source_of(RED, RED)
 
     def chosen(size: int, kind: str = "auto") -> str:
-        return ingest_module._packing(source, size, size, kind, 90, 0, 50).format
+        return ingest_module._packing(source, size, size, kind, 90, 0, 50, "crop").format
 
     assert [chosen(size) for size in (32, 128, 129, 224)] == ["raw", "raw", "jpg", "jpg"]
     assert chosen(224, "raw") == "raw"

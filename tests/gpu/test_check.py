@@ -29,7 +29,7 @@ def run(folder: Path, *options: object) -> tuple[int, dict]:
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labels of every fifth digit."""
     path = tmp_path_factory.mktemp("labels") / "labels.npy"
-    digits = load_digits().target
+    _, digits = load_digits(return_X_y=True)
     np.save(path, np.where(np.arange(len(digits)) % 5 == 0, digits, -100))
     return path
 

@@ -227,9 +227,9 @@ def test_a_view_is_the_same_on_a_device_which_it_does_not_wait_for(name, channel
     view = every if name == "every" else getattr(views, name)
     images = torch.randint(0, 256, (16, channels, 16, 16), dtype=torch.uint8, generator=torch.manual_seed(0))
     index, there = torch.arange(16), send(images, DEVICE)
-    for epoch in range(2):
-        gpu.reset()
-        drawn = augment.apply(view, there, index, (5, epoch, 0))
+    augment.apply(view, there, index, (5, 0, 0))  # what is made once for all calls
+    gpu.reset()
+    drawn = augment.apply(view, there, index, (5, 1, 0))
     assert gpu.waits == []
     assert isinstance(drawn, OnDevice)
     assert drawn.values.sub(augment.apply(view, images, index, (5, 1, 0))).abs().max() < 1e-5

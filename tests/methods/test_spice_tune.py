@@ -218,7 +218,7 @@ def test_the_guard_sees_what_goes_wrong():
         said = [one.see(torch.tensor(loss), step, False, predicted) for step, loss in enumerate(losses, 1)]
         assert said == expected
     for losses, expected in (([1.0] * 3, ""), ([1.0] * 2 + [math.nan], nan), ([1.0] * 5 + [1.6] * 2, rising)):
-        one = guard(labels, before)
+        one, last = guard(labels, before), None
         for step, loss in enumerate(losses, 1):
             last = one.see(torch.tensor(loss), step, step == len(losses), torch.tensor(before).__getitem__)
         assert last == expected, "the end of an attempt is looked at, whenever it is"
