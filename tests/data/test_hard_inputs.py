@@ -1,6 +1,6 @@
 """Images as people have them: folders of phones and NAS, 12-bit detectors, names, lists from Windows, copies elsewhere.
 
-What is right is known from how each file was made. `Without...` cases switch one defence off, and must then be wrong.
+What is right is known from how each file was made. Tests `without` something switch a defence off: it is wrong then.
 """
 
 import csv
