@@ -1,6 +1,5 @@
 """Files that appear whole or not at all: written beside, fsynced, renamed."""
 
-import contextlib
 import csv
 import errno
 import json
@@ -115,11 +114,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def unguard(cell: str) -> str:
-    """Undo the quote that keeps spreadsheets from running a cell that starts like a formula."""
-    return cell[1:] if cell[:1] == "'" and cell[1:2] in tuple("=+-@\t\r") else cell
-
-
 def read_regular(path: Path) -> bytes:
     """Read a file; OSError if it is a pipe, a device or a socket, which would be waited for, or without an end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -136,7 +130,7 @@ def require_regular_files(*runs: Path) -> None:
             if place == str(run):  # not what else may lie there, such as somebody's home
                 folders[:] = [name for name in folders if _is_of_a_run(run / name)]
             for path in (Path(place, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):
+                with suppress(FileNotFoundError):
                     if not stat.S_ISREG(path.stat().st_mode):
                         raise UserError(f"{path} is no regular file; remove it, then run the same command again")
 
