@@ -398,8 +398,8 @@ def _described(out: Path) -> str:
         f"{summary['by_correction']:,} images moved by correction, {summary['by_learning']:,} by learning; "
         f"{summary['fixed']:,} are fixed"
     )
-    before, after = metrics["baselines"].get("before"), metrics["eval"]  # names alone change no score
-    if before and after:
+    before, after = metrics["baselines"].get("before"), metrics["eval"]
+    if before and after and summary["by_correction"] + summary["by_learning"] > 0:
         shown = (f"{name.upper()} {100 * before[name]:.1f} -> {100 * after[name]:.1f}" for name in ("acc", "nmi"))
         lines.append("against true labels: " + ", ".join(shown))
     return "\n".join([*lines, f"assignments  {artifacts.assignments_file(out)}", f"report       {out / 'report.html'}"])

@@ -164,7 +164,14 @@ def test_corrections_that_are_made_already_change_nothing(corrected, tmp_path):
     assert apply(one, again, two) == 0
     shown = {path: data for path, data in contents(two).items() if "report" not in path}
     differ = {path for path, data in contents(one).items() if shown.get(path, data) != data}
-    assert differ == {"config.json", "edits.json", "model/names.json", "model/README.md", "corrections/summary.json"}
+    assert differ == {
+        "checksums.json",
+        "config.json",
+        "edits.json",
+        "model/names.json",
+        "model/README.md",
+        "corrections/summary.json",
+    }
     assert artifacts.names(two)[0] == "other"
 
     # among others they are no evidence a second time
@@ -181,6 +188,7 @@ def test_names_alone_change_only_names(run, tmp_path):
     assert artifacts.names(tmp_path / "named") == {0: "first"}
     before, after = contents(run), contents(tmp_path / "named")
     assert {path for path, data in before.items() if after.get(path) not in (data, None)} == {
+        "checksums.json",
         "config.json",
         "model/README.md",
         "report.html",
@@ -198,7 +206,7 @@ def test_a_corrected_run_claims_no_agreement_of_heads(run, corrected):
 def test_confidence_is_computed_as_in_the_run_before(run, tmp_path):
     """Of a result that is k-means' or spectral clustering's it is that of a head trained on the groups."""
     base, out = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(run, base)
+    unrecorded(Path(shutil.copytree(run, base)))
     config, features = read_config(artifacts.config_file(run)), torch.from_numpy(artifacts.features(run))
 
     def of_head(labels: np.ndarray) -> np.ndarray:

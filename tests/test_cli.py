@@ -310,7 +310,8 @@ def test_a_class_of_one_image_is_scored_like_any_other(tmp_path):
     assert all(np.isfinite(list(scores.values())))
 
 
-def test_no_name_of_a_file_reaches_the_terminal_as_a_command_to_it(photo_run, tmp_path, capsys):
+def test_no_name_of_a_file_reaches_the_terminal_as_a_command_to_it(photo_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # a pipe gets names as they are
     evil = "\x1b]0;pwned\x07\x1b[2J\x9b1m\u202e.png"
     folder = tmp_path / f"in{evil}"
     shutil.copytree(photo_run.parent / "in/turned", folder)
@@ -538,7 +539,7 @@ def test_a_signal_before_and_after_training_ends_the_command_at_once(
 ):
     shutil.copytree(digits_run, tmp_path / "run")
     monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(number))
-    assert run("fit", "digits", "--out", tmp_path / "run", *TINY) == code
+    assert run("fit", "digits", "--out", tmp_path / "run", *DIGITS) == code
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "spice-dist:" in line]
     assert "the same command goes on" in line
     assert not (tmp_path / "run/.owner.json").exists()
@@ -657,6 +658,7 @@ def test_a_run_goes_on_with_a_copy_of_its_images_and_with_no_others(staged_anew,
 
 def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_settings(staged_anew, capsys):
     folder, out = staged_anew
+    unrecorded(out)
     for path in out.glob("*/stage.json"):
         record = json.loads(path.read_text())
         for name in ("data.grey_bits", "data.max_megapixels"):

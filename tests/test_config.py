@@ -173,6 +173,7 @@ STRATEGIES = {
     bool: st.booleans(),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(),
+    tuple[str, ...]: st.lists(st.text()).map(tuple),
     tuple[int, ...]: st.lists(st.integers()).map(tuple),
     tuple[float, ...]: st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple),
     tuple[float, float]: st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),

@@ -184,8 +184,8 @@ def test_a_run_lists_copies_and_marks_the_largest_original(tmp_path):
     shown = [(row["group"], row["path"], row["kind"], row["best"]) for row in rows]
     assert shown == [
         ("0", "05.png", "bytes", "1"),
-        ("0", "'=cmd().png", "bytes", "0"),
-        ("0", "a,\\n\\u202e.png", "bytes", "0"),
+        ("0", "./=cmd().png", "bytes", "0"),
+        ("0", "a,\n\u202e.png", "bytes", "0"),
         ("1", "large.png", "picture", "1"),
         ("1", "09.png", "picture", "0"),
     ]

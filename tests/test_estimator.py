@@ -118,7 +118,7 @@ def test_a_trained_backbone_takes_the_place_of_stage_1(tmp_path):
     model = SpiceClusterer(n_clusters=3, run=tmp_path / "run", settings=few, **trained).fit(pixels(30))
     assert len(model.labels_) == 30
     assert not (tmp_path / "run/moco").exists()
-    with pytest.raises(UserError, match="give --backbone"):
+    with pytest.raises(UserError, match="give backbone"):
         SpiceClusterer(weights="timm").fit(pixels(30))
 
 

@@ -217,7 +217,7 @@ def test_labels_choose_nothing(run, tmp_path):
 @pytest.mark.parametrize(
     ("images", "arguments", "words"),
     [
-        (3, (), "3 images are too few"),
+        (3, (), "few are too few to group: give 4 or more"),
         (30, ("--clusters", "40"), "40, more than the 30 images"),
         (30, ("--until", "moco"), "can end with spice_graph, reliable"),
         (30, ("--backbone", "auto", "--backbone", "resnet18"), "stands alone"),

@@ -163,8 +163,8 @@ def test_what_is_left_out_is_counted_on_one_line(run, photos, tmp_path, capsys):
         (folder / f"link{i}.jpg").symlink_to(photos / "00.jpg")
     assert spice("predict", run, folder, "--out", tmp_path / "new.csv") == 0
     last = capsys.readouterr().err.splitlines()[-1]
-    listed = tmp_path / "new.csv.quarantine.csv"
-    assert last == f"7 of 19 left out: 3 .heic, 2 links, 1 .txt, 1 unreadable; {listed} says why"
+    listed, hint = tmp_path / "new.csv.quarantine.csv", "HEIC is read with pillow-heif: pip install 'spice_dist[heic]'"
+    assert last == f"7 of 19 left out: 3 .heic, 2 links, 1 .txt, 1 unreadable; {hint}; {listed} says why"
     (folder / "broken.jpg").unlink()
     assert spice("predict", run, folder, "--out", tmp_path / "new.csv") == 0
     assert not listed.exists(), "it would be of the call before"
@@ -188,9 +188,14 @@ def test_parquet_csv_and_json_say_the_same(run, photos, tmp_path, capsys, monkey
     files = [*with_broken(photos, tmp_path), tmp_path / "no-utf8-\udcff.png"]
     (tmp_path / "list.txt").write_bytes(b"\n".join(bytes(file) for file in files))
     for out in ("new.csv", "new.parquet"):
-        assert spice("predict", named, tmp_path / "list.txt", "--unreadable", "keep", "--out", tmp_path / out) == 0
+        assert (
+            spice(
+                "predict", named, tmp_path / "list.txt", "--trust-list", "--unreadable", "keep", "--out", tmp_path / out
+            )
+            == 0
+        )
     capsys.readouterr()
-    assert spice("predict", named, tmp_path / "list.txt", "--unreadable", "keep", "--json") == 0
+    assert spice("predict", named, tmp_path / "list.txt", "--trust-list", "--unreadable", "keep", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     table, lines = parquet.read_table(tmp_path / "new.parquet").to_pylist(), rows_of(tmp_path / "new.csv")
     assert len(table) == len(lines) == len(answer["images"]) == answer["given"] == len(files)

@@ -111,7 +111,8 @@ def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted
     stopped_at = int(max(path.name for path in (out / "moco/checkpoints").iterdir()))
     assert 0 < stopped_at < 8 * 7
     wait_until(lambda: all(map(has_ended, family)))
-    assert os.listdir(temporary) == ["ray"], "nothing of Ray is left"
+    # wandb, which Ray imports, makes folders at once
+    assert [name for name in os.listdir(temporary) if "wandb" not in name] == ["ray"], "nothing of Ray is left"
     shutil.rmtree(temporary)
 
     done: list[str] = []

@@ -26,6 +26,7 @@ from spice_dist.errors import Interrupted, NotFinite, UserError, out_of_memory
 from spice_dist.task import Task
 
 NOTHING, SAVE, STOP, NOT_FINITE = 0, 1, 2, 3  # the largest wish of any worker is what all do
+LOOK_STEPS = 10  # between two looks at whether the loss is finite, for which a GPU is waited for
 BETWEEN_FAILURES = 3 * 3600.0  # seconds, before any failure was seen
 FIRST_SECONDS, LEAST_SECONDS = 60.0, 10.0  # between checkpoints: before one was written, and at least
 Probes = Mapping[str, Callable[[], Tensor]]
@@ -255,14 +256,15 @@ class LocalWorker:
         if last:
             raise error
         if self.rank == 0:
-            how = f"{setbacks.LOWERED:g} times its rate" if self.setbacks.count > 1 else "without that step"
+            how = f"with {setbacks.LOWERED:g} times its rate" if self.setbacks.count > 1 else "without that step"
             print(f"{error}: it goes back to its last checkpoint, and on {how}", file=sys.stderr)
 
     def _save_or_stop(self, step: int, total: int, save: Callable[[], Tensors]) -> None:
         if self.rank == 0 and not self.writer.busy and (error := self.writer.wait()):
             warnings.warn(f"no checkpoint at step {self.writer.step} ({error}); training goes on", stacklevel=2)
         wish = STOP if self.stop_requested() else SAVE if self._is_due() else NOTHING
-        if torch.isfinite(self.first_bad):  # nothing can go on from such a state
+        looks = wish != NOTHING or step % LOOK_STEPS == 0 or step == total or self.device.type == "cpu"
+        if looks and torch.isfinite(self.first_bad):  # nothing can go on from such a state
             wish = NOT_FINITE
         decision = collectives.largest_int(wish, self.device)  # all workers save and stop at the same step
         if decision == NOT_FINITE:

@@ -55,6 +55,7 @@ WEAK, STRONG, ORDER, SHUFFLE, SAMPLE, AGAIN = 10, 11, 12, 13, 14, 5  # streams o
 ROUND = 512  # minibatches between two barriers of the workers
 MANY = 100  # clusters from which the entropy term is on by default: SPICE needed it for 200 clusters, not for 10
 FEATURES = ("unit", "raw")
+LOOK_EPOCHS = 10  # between two looks at the largest cluster, for which a GPU is waited for
 FOLLOWED = 4096  # images whose labels by every head and epoch are stored, for a curve of the report
 
 
@@ -184,7 +185,8 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
                 labels = heads(seen[followed]).argmax(2)
             loss = collectives.gather_shares(loss, config.heads)
             selection.update(step // steps_per_epoch, heads, loss, labels)
-            told = told or tell_if_one_takes_all("spice_self", labels[loss.argmin()], worker)
+            if not told and (step + 1 == total or (step + 1) // steps_per_epoch % LOOK_EPOCHS == 0):
+                told = tell_if_one_takes_all("spice_self", labels[loss.argmin()], worker)
         probes = {"select_loss": selection.loss.min} if step + 1 >= steps_per_epoch else {}  # before, it is infinite
         moments = _of_all_heads(optimizer, config.heads)
         # scaled so that the mean over workers is the mean over all heads

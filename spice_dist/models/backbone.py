@@ -293,7 +293,7 @@ def _create(
     except TypeError as error:
         raise UserError(f"backbone {config.name} takes no widths or depths ({error}); leave both empty") from error
     except MISFITS as error:
-        raise _unfit(size, published_data_config(config.name)[0]) from error
+        raise _unfit(size, published_data_config(config.name)[0], error) from error
 
 
 def _wide_resnet(config: BackboneConfig, channels: int) -> nn.Module:
@@ -325,7 +325,7 @@ def _feature_width(body: nn.Module, channels: int, size: int) -> int:
     try:
         return body.eval()(torch.zeros(1, channels, size, size)).shape[1]
     except MISFITS as error:
-        raise _unfit(size, getattr(body, "pretrained_cfg", {}).get("input_size", (0,))[-1]) from error
+        raise _unfit(size, getattr(body, "pretrained_cfg", {}).get("input_size", (0,))[-1], error) from error
     finally:
         body.train(training)
 
@@ -343,8 +343,10 @@ def _positions(body: nn.Module, channels: int, size: int) -> int:
     return last[0, 0].numel() if last.ndim == 4 else 0
 
 
-def _unfit(size: int, own_size: int) -> UserError:
+def _unfit(size: int, own_size: int, error: Exception) -> UserError:
     """Return the error for a network that cannot take images of `size` pixels; `own_size` is 0 if not known."""
+    if size == own_size:  # something else does not fit
+        return UserError(f"this backbone cannot be built: {(str(error).strip() or repr(error)).splitlines()[0]}")
     remedy = f"set data.size to {own_size}, for which it is made" if own_size else "set another data.size"
     return UserError(f"this backbone cannot take images of {size} pixels; {remedy}")
 

@@ -747,7 +747,7 @@ if not stop_at.isdecimal():
     target = {"ingest": ingest}[module]
     good = getattr(target, name)
     def dying(*args, **options):
-        if name == "publish_json" or name == "publish":
+        if name == "publish_sealed":
             os.kill(os.getpid(), 9)
         good(*args, **options)
         os.kill(os.getpid(), 9)
@@ -758,7 +758,7 @@ ingest.ingest(open_source(str(folder / "in")), folder / "out", size=8, format="r
 
 @pytest.mark.parametrize(
     "stop_at",
-    ["1", "40", "64", "ingest.publish_beton", "ingest.publish_json", "ingest._write_quarantine"],
+    ["1", "40", "64", "ingest.publish_beton", "ingest.publish_sealed", "ingest._write_quarantine"],
 )
 def test_an_ingest_killed_at_any_point_goes_on_to_the_bytes_of_one_that_was_not(tmp_path: Path, stop_at: str):
     source = folder_of(tmp_path, 64)

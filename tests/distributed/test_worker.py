@@ -397,6 +397,7 @@ class Heads(Poison):
     """A loop that cannot leave a step out."""
 
     def train(self, task: Any, config: Any, worker: Any) -> None:
+        worker.resume()
         for step in range(6):
             bad = step == 3 and self.left > 0 and config.lr > self.limit
             self.left -= bad

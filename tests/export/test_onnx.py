@@ -75,7 +75,7 @@ def test_the_file_says_what_it_takes_and_what_its_groups_are_called(exported: Ex
     assert {entry.version for entry in model.opset_import if entry.domain == ""} == {20}
     about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     _, task = load_model(artifacts.model(exported.run), CPU)
-    assert about["clusters"] == labels_of(exported.run, 3)
+    assert about["clusters"] == labels_of(artifacts.model(exported.run), 3)
     assert about["preprocessing"]["input_size"] == [task.data.channels, task.data.size, task.data.size]
 
 

@@ -71,7 +71,8 @@ def test_numbers_of_a_step_belong_together_and_a_cpu_launches_no_kernel(finished
     for row in finished[1]["rows"]:
         if row["part"] == "speed":
             assert row["ratio"] == pytest.approx(row["step_ms"] / row["bare_ms"])
-            assert row["images_per_second"] * row["step_ms"] / 1e3 == pytest.approx(64)  # of every batch
+            images = 128 if row["name"] == "spice_semi" else 64  # half of stage 3's have a label
+            assert row["images_per_second"] * row["step_ms"] / 1e3 == pytest.approx(images)
             assert row["operations_a_step"] > 100
             assert row["launches_a_step"] == row["synchronisations_a_step"] == 0
 
@@ -185,8 +186,9 @@ def test_the_check_needs_neither_ray_nor_ffcv_and_what_it_imports_travels():
         "        if name.split('.')[0] in ('ray', 'ffcv'): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Missing())\n"
         "from tests.gpu import check\n"
-        "from importlib.metadata import packages_distributions as all\n"
-        "print(*{name for module in sys.modules for name in all().get(module, ())})\n"
+        "from importlib.metadata import packages_distributions\n"
+        "packages = packages_distributions()\n"
+        "print(*{name for module in sys.modules for name in packages.get(module, ())})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=LAUNCH.parents[1], check=True, timeout=120, capture_output=True, text=True

@@ -222,12 +222,12 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
     run = tmp_path / "run"
     first = fit(config, parts(), run, Launch(workers=0), until="scan")
     assert first["eval"]["acc"] == min(first["heads"], key=lambda head: head["select_loss"])["acc"]
-    assert list(load(run).scores)[2:] == ["SCAN, no self-label"]
+    assert list(load(run).scores)[3:] == ["SCAN, no self-label"]
     found = fit(config, parts(), run, Launch(workers=0))
     assert (found["method"], found["reliable"]["count"], len(found["heads"])) == ("scan", 0, 3)
     assert set(found["seconds"]) == {"data", "moco", "features", "scan", "self_label"}
     scores = load(run).scores
-    assert list(scores)[2:] == ["SCAN, no self-label", "SCAN"]
+    assert list(scores)[3:] == ["SCAN, no self-label", "SCAN"]
     best = min(found["heads"], key=lambda head: head["select_loss"])
     assert (scores["SCAN, no self-label"] or {})["acc"] == best["acc"]
     assert scores["SCAN"] == found["eval"]
@@ -242,7 +242,7 @@ def test_a_run_leaves_scores_of_both_stages_a_report_and_a_model(tmp_path):
     before = weights(run, "moco")
     fit(override(config, {"method": "spice"}), parts(), run, Launch(workers=0))
     assert_same_bits(weights(run, "moco"), before)
-    assert list(load(run).scores)[2:] == ["SPICE-Self", "SPICE"]
+    assert list(load(run).scores)[3:] == ["SPICE-Self", "SPICE"]
     fit(config, parts(), run, Launch(workers=0))  # all is trained: only the scores are made again
     assert load(run).scores == scores
 
