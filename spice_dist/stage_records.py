@@ -132,8 +132,9 @@ def refuse_changes(
         return
     if not record["done"] and not trained:
         return
-    then, now = record["settings"], json.loads(json.dumps(settings))
-    changed = _changes(then, now)
+    now = json.loads(json.dumps(settings))
+    then = _with_defaults(record["settings"], now)
+    changed = _differences(then, now)
     if changed and setbacks.gave_up(run / stage) and all(name.startswith(f"{stage}.") for name in changed):
         print(f"{stage} did not stay finite with its earlier settings: it begins anew", file=sys.stderr)
         shutil.rmtree(run / stage)
@@ -152,8 +153,9 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
     record = stage_record(run, "spice_graph") if "spice_graph" in names else None
     if record is None:
         return
-    then, now = record["settings"], json.loads(json.dumps(settings["spice_graph"]))
-    changed = _changes(then, now)
+    now = json.loads(json.dumps(settings["spice_graph"]))
+    then = _with_defaults(record["settings"], now)
+    changed = _differences(then, now)
     if not changed or any(not name.startswith(("clusters", "spice_graph.")) for name in changed):
         return
     was = then.get("clusters") or "suggested"
@@ -165,9 +167,12 @@ def forget_other_clusters(run: Path, settings: dict[str, dict[str, Any]]) -> Non
         (run / name).unlink(missing_ok=True)
 
 
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the names of the settings that differ; one that a record lacks has its default there."""
-    then = {name: value for name, value in _defaults().items() if name in now} | then
+def _with_defaults(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a record; one that it lacks, since it is newer than the run, has its default."""
+    return {name: value for name, value in _defaults().items() if name in now} | then
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [name for name in sorted({*then, *now}) if name not in then or name not in now or then[name] != now[name]]
 
 

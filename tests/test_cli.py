@@ -714,7 +714,7 @@ def test_a_network_that_takes_another_size_names_that_size(tmp_path, capsys):
 def test_scikit_learns_warnings_are_not_printed(tmp_path):
     """Equal images are fewer distinct ones than clusters, of which scikit-learn warns with a name of its own."""
     (tmp_path / "in").mkdir()
-    for i in range(20):
+    for i in range(30):
         Image.fromarray(np.full((16, 16, 3), 50 + i % 2, np.uint8)).save(tmp_path / "in" / f"{i}.png")
     fit = ("fit", tmp_path / "in", "--clusters", "3", "--out", tmp_path / "run", *PHOTO)
     done = subprocess.run(command(*fit), capture_output=True, text=True, timeout=200)
