@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from tests.gpu import check, equal, travel
 
-FEW = tuple(case for case in equal.CASES if case.name in ("moco", "imc_swav"))
+FEW = tuple(case for case in equal.CASES if case.name == "moco")
 LAUNCH = Path(__file__).resolve().parents[2] / "launch/gpu_check.sh"
 
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, labels: Path) -> tuple[Pa
     folder = tmp_path_factory.mktemp("check")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equal, "CASES", FEW)
-        code, found = run(folder, 3, "--labels", labels, "--out", folder / "out")
+        code, found = run(folder, 30, "--labels", labels, "--out", folder / "out")
     assert code == 0, [row for row in found["rows"] if not row["ok"]]
     return folder, found
 
@@ -54,6 +54,8 @@ def names(found: dict, part: str) -> list[str]:
     return [row["name"] for row in found["rows"] if row["part"] == part]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_part_leaves_its_rows_in_both_tables(finished):
     folder, found = finished
     assert found["done"] == list(check.PARTS)
@@ -67,6 +69,8 @@ def test_every_part_leaves_its_rows_in_both_tables(finished):
     assert json.loads((folder / "out/check.json").read_text()) == found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_numbers_of_a_step_belong_together_and_a_cpu_launches_no_kernel(finished):
     for row in finished[1]["rows"]:
         if row["part"] == "speed":
@@ -77,6 +81,8 @@ def test_numbers_of_a_step_belong_together_and_a_cpu_launches_no_kernel(finished
             assert row["launches_a_step"] == row["synchronisations_a_step"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_is_done_is_not_done_again_and_checkpoints_travel(finished, labels, tmp_path):
     folder, found = finished
     started = time.monotonic()
@@ -113,7 +119,7 @@ def test_the_last_step_of_every_loop_is_nearly_that_in_float64(tmp_path):
 def test_a_step_of_another_precision_is_a_failure_and_a_part_that_fails_is_a_row(monkeypatch, tmp_path):
     monkeypatch.setattr(equal, "CASES", FEW[:1])
     monkeypatch.setattr(equal, "PRECISION", "bf16")
-    code, found = run(tmp_path, 1, "--parts", "equal", "labels")
+    code, found = run(tmp_path, 10, "--parts", "equal", "labels")
     assert code == 1
     assert found["done"] == []
     rows = {(row["part"], row["name"]): row for row in found["rows"]}
@@ -193,9 +199,11 @@ def test_the_check_needs_neither_ray_nor_ffcv_and_what_it_imports_travels():
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=LAUNCH.parents[1], check=True, timeout=120, capture_output=True, text=True
     )
-    imported = {name.lower() for name in done.stdout.split()}
-    assert {"torch", "timm", "beartype"} <= imported
-    assert imported - closure("torch", "torchvision") - {name.lower() for name in travel.PACKAGES} <= {"spice_dist"}
+    imported = {name.lower().replace("_", "-") for name in done.stdout.split()}
+    assert {"torch", "beartype"} <= imported
+    travels = {name.lower().replace("_", "-") for name in (*closure("torch", "torchvision"), *travel.PACKAGES)}
+    # dill and charset-normalizer: torch and requests take them where they are
+    assert imported - travels <= {"spice-dist", "dill", "charset-normalizer"}
 
 
 def closure(*packages: str) -> set[str]:
