@@ -144,8 +144,13 @@ with StopSignal() as stop, ray_train.session(None, num_cpus=1):
 
 @pytest.mark.timeout(120)
 def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driver():
+    temporary = tempfile.mkdtemp(prefix="t-")  # pytest's names are too long for sockets
     child = subprocess.Popen(
-        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", START],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "TMPDIR": temporary},
     )
     assert child.stdout
     try:
@@ -165,6 +170,8 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
     began = time.monotonic()
     wait_until(lambda: all(map(has_ended, family)))
     assert time.monotonic() - began < 20
+    wait_until(lambda: not list(Path(temporary).glob("spice-*/ray")))
+    shutil.rmtree(temporary)
 
 
 POINTS = ("start", "ray", "data", "moco", "features", "spice_self", "reliable", "spice_semi", "evaluate", "report")

@@ -2,16 +2,22 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from spice_dist.errors import UserError
 
 SOCKET_BYTES = 107  # of the name of a Unix socket, which Linux limits
 # the longest name that we and Ray give to a socket below the temporary folder
 SOCKET = "spice-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+# waits for the end of its input; a process that has got the number of one of Ray's in the meantime is left alone; the
+# others need a moment to end, in which they write
+WATCH = 'cat; for p; do grep -qs ray "/proc/$p/cmdline" && kill -9 "$p"; done; sleep 1; rm -rf -- "$0"'
 ROOM = 64 << 20  # bytes: Ray's logs of a run are a few megabytes
 
 
@@ -33,6 +39,22 @@ def private_folder() -> Iterator[Path]:
         yield private / "ray"
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Let a shell end Ray's processes and remove the private folder around `folder` once this process is killed.
+
+    Ray's agents would stay for a minute: they try to tell the head node, which is gone, what has happened.
+    """
+    processes = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    shell = ["/bin/sh", "-c", WATCH, str(folder.parent), *processes]
+    # the pipe closes when this process ends, however it ends
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
 
 
 def keep_logs(folder: Path) -> Path:

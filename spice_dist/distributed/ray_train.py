@@ -44,10 +44,6 @@ RAY_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",  # start none in advance
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
 }
-OWN_SETTINGS = {  # of a cluster of this process alone
-    # its agents seek its killed head for that long before they end
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
-}
 
 
 class RayWorker(LocalWorker):
@@ -109,7 +105,8 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
             except Exception as error:  # Ray raises errors of any kind
                 place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
                 raise UserError(f"{place}: {last_line(str(error))}") from error
-            yield
+            with contextlib.nullcontext() if address else ray_local.watched(folder):
+                yield
         except WorkersLost as error:
             if address:
                 raise
@@ -145,7 +142,7 @@ def prepare(address: str | None, insecure: bool = False) -> str | None:
 
     Raises what `session` raises.
     """
-    for name, value in (RAY_SETTINGS | (OWN_SETTINGS if address is None else {})).items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     if "ray" in sys.modules:  # a notebook imported it, and Ray has read that setting
         from ray._private import auto_init_hook
