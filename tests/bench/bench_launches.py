@@ -1,18 +1,15 @@
-"""What a step asks of a GPU: operations that would start a kernel, bytes that cross, waits; and what its host computes.
+"""What a step asks of a GPU: operations that would start a kernel, bytes that cross, waits.
 
     python -m tests.bench.bench_launches
 
 Nothing here runs on a GPU. Operations are counted on a device that pretends to be one (tests/pretend_gpu.py). The
 number does not depend on the speed of the machine; CUDA may start some more kernels for one operation, or fuse none.
-The host's time has no kernels in it: the same calls on tensors without contents.
 """
 
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from spice_dist.data import augment, views
 from spice_dist.data.views import View
@@ -37,7 +34,7 @@ VIEWS = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("| | launches | bytes sent | waits | ms of the host |\n|---|---|---|---|---|")
+    print("| | launches | bytes sent | waits |\n|---|---|---|---|")
     with pretend_gpu(pytest.MonkeyPatch()) as gpu:
         for name, (view, size) in VIEWS.items():
             count_view(name, view, size, gpu)
@@ -52,19 +49,7 @@ def count_view(name: str, view: View, size: int, gpu: PretendGPU) -> None:
         gpu.reset()
         augment.apply(view, images, index, (0, epoch, 0))
     launches, sent, waits = gpu.launches, gpu.sent, len(gpu.waits)
-    print(f"| {name} | {launches} | {sent:,} | {waits} | {host_ms(view, size, index):.2f} |")
-
-
-def host_ms(view: View, size: int, index: torch.Tensor) -> float:
-    """The least of 20 times in which a host draws a view and dispatches it on tensors without contents."""
-    images = torch.empty((BATCH, 3, size, size), dtype=torch.uint8, device="meta")
-    times = []
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        for epoch in range(20):
-            start = time.perf_counter()
-            augment.apply(view, images, index, (0, epoch, 0))
-            times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+    print(f"| {name} | {launches} | {sent:,} | {waits} |")
 
 
 def count_network(name: str, config: BackboneConfig, gpu: PretendGPU) -> None:
@@ -77,7 +62,7 @@ def count_network(name: str, config: BackboneConfig, gpu: PretendGPU) -> None:
             update_statistics(net)
         else:
             copy_buffers(average, net)
-        print(f"| `{what}`, {name} | {gpu.launches} | {gpu.sent:,} | {len(gpu.waits)} | |")
+        print(f"| `{what}`, {name} | {gpu.launches} | {gpu.sent:,} | {len(gpu.waits)} |")
 
 
 if __name__ == "__main__":
