@@ -101,7 +101,7 @@ def update_statistics(module: nn.Module, times: int = 1) -> None:
         share = known if times == 1 else 1 - (1 - known) ** times
         running = [tensor for norm, _ in of_momentum for tensor in (norm.running_mean, norm.running_var)]
         new = [tensor for _, mean_and_var in of_momentum for tensor in mean_and_var]
-        torch._foreach_lerp_(running, new, share)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        torch._foreach_lerp_(running, new, share)  # pyright: ignore[reportPrivateImportUsage, reportCallIssue]
     for norm in norms:
         norm.pending.clear()
 
