@@ -6,6 +6,8 @@ normalises each by itself, and the running statistics follow the mean over all g
 four groups computes what four workers with one group each compute.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,9 +101,9 @@ def update_statistics(module: nn.Module, times: int = 1) -> None:
         of_momentum = [(norm, new) for norm, new in zip(norms, everywhere, strict=True) if norm.momentum == momentum]
         known = 0.1 if momentum is None else momentum
         share = known if times == 1 else 1 - (1 - known) ** times
-        running = [tensor for norm, _ in of_momentum for tensor in (norm.running_mean, norm.running_var)]
+        running: Any = [tensor for norm, _ in of_momentum for tensor in (norm.running_mean, norm.running_var)]
         new = [tensor for _, mean_and_var in of_momentum for tensor in mean_and_var]
-        torch._foreach_lerp_(running, new, share)  # pyright: ignore[reportPrivateImportUsage, reportCallIssue]
+        torch._foreach_lerp_(running, new, share)  # pyright: ignore[reportPrivateImportUsage]
     for norm in norms:
         norm.pending.clear()
 
