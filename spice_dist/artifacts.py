@@ -61,11 +61,9 @@ def class_names_file(run: Path) -> Path:
 
 
 def class_names(run: Path) -> dict[int, str]:
-    """By number; empty where an older run has noted none, or the file is damaged."""
-    try:
-        return {number: str(name) for number, name in enumerate(json.loads(class_names_file(run).read_text()))}
-    except (OSError, ValueError, TypeError):
-        return {}
+    """By number; empty where an older run has noted none."""
+    path = require_whole(class_names_file(run))
+    return dict(enumerate(json.loads(path.read_text()))) if path.exists() else {}
 
 
 def features_file(run: Path) -> Path:

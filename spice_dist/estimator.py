@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from spice_dist import artifacts, metrics, predicting
 from spice_dist.assignments import read_assignments
 from spice_dist.data.dataset import open_data
+from spice_dist.data.folders import is_image_name
 from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.data.manifest import read_paths
-from spice_dist.data.sources import Source, from_array, from_arrays, from_files, is_image_name
+from spice_dist.data.sources import Source, from_array, from_arrays, from_files
 from spice_dist.errors import UserError
 from spice_dist.group_names import labels_of
 from spice_dist.launching import Launch

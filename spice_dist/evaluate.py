@@ -108,16 +108,15 @@ def conclude(
         "reliable": _reliable(clustering, manifest, y_true),
         "duplicates": inspect(task, run, device),
     }
-    for stage, labels_of in clustering.stages.items():
-        publish_json(
-            artifacts.stage_scores_file(run, stage), None if y_true is None else scores(y_true, scored, labels_of())
-        )
+    of_stages = {} if y_true is None else {name: scores(y_true, scored, of()) for name, of in clustering.stages.items()}
     if clustering.last:
-        publish_json(artifacts.stage_scores_file(run, clustering.last), result["eval"])
+        of_stages[clustering.last] = result["eval"]
+    for stage in {*clustering.stages, *of_stages}:
+        publish_json(artifacts.stage_scores_file(run, stage), of_stages.get(stage))
     if "spice_self" in clustering.stages:
         _write_head_selection(task, run, y_true, manifest.clustered)
     publish_json(artifacts.metrics_file(run), result)
-    written = [f"{stage}/eval.json" for stage in {*clustering.stages, clustering.last} - {""}]
+    written = [f"{stage}/eval.json" for stage in {*clustering.stages, *of_stages}]
     of_no_stage = [name for name in OF_STAGES if not (run / name).with_name("stage.json").exists()]
     record_files(run, [*RECORDED, *written, *of_no_stage])
     return result

@@ -26,7 +26,7 @@ def of_run(out: Path | None = None, **launch) -> IntendedRun:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory, digits_folder) -> Path:
-    from spice_dist.data.ingest import pack
+    from spice_dist.data.packed_files import pack
     from spice_dist.data.sources import open_source
 
     out = tmp_path_factory.mktemp("packed") / "digits.beton"

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from spice_dist.distributed import trackers
+from spice_dist.distributed.metric_log import MetricLog
 from spice_dist.distributed.trackers import Tracker
-from spice_dist.distributed.worker import LocalWorker, MetricLog, StageCall, Worker
+from spice_dist.distributed.worker import LocalWorker, StageCall, Worker
 from spice_dist.errors import Interrupted, UserError
 from spice_dist.task import Task
 

@@ -34,13 +34,13 @@ def add(commands: Commands) -> None:
 
 
 def pack(options: argparse.Namespace, given: list[str]) -> None:
-    from spice_dist.data import ingest
+    from spice_dist.data import packed_files
     from spice_dist.data.decode import MAX_MEGAPIXELS
     from spice_dist.terminal import Bar, StopSignal
 
     source = open_source(options)
     with StopSignal() as stop, Bar("pack", stop) as bar:
-        manifest = ingest.pack(
+        manifest = packed_files.pack(
             source,
             options.out,
             size=options.size,

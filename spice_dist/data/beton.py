@@ -171,9 +171,8 @@ def _read_structure(path: Path, file: BinaryIO, identity: tuple[int, int, int, i
     in_file = np.argsort(offsets, kind="stable")
     require((offsets[in_file][1:] >= (offsets + sizes)[in_file][:-1]).all(), "images overlap")
     if mode == MODES["raw"]:
-        num_bytes = int(heights[0]) * int(widths[0]) * 3
         require((heights == heights[0]).all() and (widths == widths[0]).all(), "raw images of several sizes")
-        require((sizes == num_bytes).all(), "an allocation of another size than its image")
+        require((sizes == int(heights[0]) * int(widths[0]) * 3).all(), "an allocation of another size than its image")
 
     structure = hashlib.sha256(header_bytes + metadata_bytes + table_bytes).digest()
     format = next(name for name, value in MODES.items() if value == mode)

@@ -8,14 +8,16 @@ from pathlib import Path
 from spice_dist.data import beton
 from spice_dist.data.decode import FITS, MAX_MEGAPIXELS, MIN_SIDE, Packing
 from spice_dist.data.files import Progress
+from spice_dist.data.folders import is_image_name
 from spice_dist.data.foreign import foreign_source
-from spice_dist.data.ingest import MAX_SIZE, adopt, ingest, packed_source, require_fit, stored_format
+from spice_dist.data.ingest import MAX_SIZE, ingest, require_fit, stored_format
 from spice_dist.data.lists import SUFFIXES, is_saved_dataset, list_source, saved_dataset_source
 from spice_dist.data.manifest import Ingested, manifest_beside, manifest_path
 from spice_dist.data.named_sets import NAMES, named_source
+from spice_dist.data.packed_files import adopt, packed_source
 from spice_dist.data.remote import is_remote, remote_source
 from spice_dist.data.seal import key_file
-from spice_dist.data.sources import Source, from_files, is_beton, is_image_name, open_source
+from spice_dist.data.sources import Source, from_files, is_beton, open_source
 from spice_dist.errors import UserError
 from spice_dist.settings import setting
 

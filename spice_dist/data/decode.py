@@ -41,7 +41,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from spice_dist.data.beton import MAX_STORED_SIDE, jpeg_size
-from spice_dist.data.sources import HEIC_HINT, BadImage, file_digest, read_file
+from spice_dist.data.left_out import HEIC_HINT
+from spice_dist.data.sources import BadImage, file_digest, read_file
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -22,16 +22,11 @@ from spice_dist.data.beton_writer import BetonWriter, page_size_for, publish_bet
 from spice_dist.data.checksums import differing, publish_sealed, sha256
 from spice_dist.data.decode import LEAST_BITS, MAX_MEGAPIXELS, MAX_STORED_SIDE, MIN_SIDE, Packing
 from spice_dist.data.decode_pool import packed_in_order
-from spice_dist.data.files import Progress, commit, csv_line, path_cell, publish, publish_json, text_cell
+from spice_dist.data.files import Progress, csv_line, path_cell, publish, publish_json, text_cell
 from spice_dist.data.journal import Journal
 from spice_dist.data.manifest import (
     Ingested,
-    beside,
     fingerprint_of,
-    list_beside,
-    manifest_beside,
-    manifest_path,
-    names_beside,
     read_manifest,
 )
 from spice_dist.data.sources import Source, digest_of_image, hash_of_contents, listing
@@ -41,17 +36,9 @@ MAX_SIZE, MOST_MEGAPIXELS = 4_096, 1_000
 RAW_SIZE, RAW_BYTES = 128, 8 << 30  # "auto" stores raw squares up to this side and this much in all
 HASHED = 1 << 30  # bytes of a packed file that are read to see whether it is whole
 NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
-# suffix behind the name of a packed file -> name in a folder
-BESIDE = {
-    ".json": "dataset.beton.json",
-    ".paths.jsonl": "paths.jsonl",
-    ".labels.npy": "labels.npy",
-    ".classes.json": "classes.json",
-    ".quarantine.csv": "quarantine.csv",
-}
 LISTS = ("paths.jsonl", "labels.npy", "classes.json", "quarantine.csv")  # whose digests the manifest holds
-SEAL = ("manifest.json", "labels.npy", "classes.json")
-LINKED = ("dataset.beton", "dataset.beton.json")
+OF_LABELS = ("labels.npy", "classes.json")
+SEAL = ("manifest.json", *OF_LABELS)
 DIGEST_RULE = 3  # which bytes `Packed.digest` hashes: a journal of another rule is started anew
 
 
@@ -93,8 +80,17 @@ def ingest(
         UserError: too many bad images or no good one (quarantine.csv says why), the folder cannot be written, or the
             source is a file that was packed with another `fit`.
     """
-    packing = _packing(source, size, jpeg_side or size, format, quality, grey_bits, max_megapixels, fit)
-    call_hash, quarantine = _call_hash(source, packing, drop_duplicates), out_dir / "quarantine.csv"
+    packing = checked_packing(
+        source,
+        size=size,
+        jpeg_side=jpeg_side,
+        format=format,
+        quality=quality,
+        grey_bits=grey_bits,
+        max_megapixels=max_megapixels,
+        fit=fit,
+    )
+    call_hash, quarantine = call_hash_of(source, packing, drop_duplicates), out_dir / "quarantine.csv"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if finished := _finished(out_dir, call_hash):
@@ -120,16 +116,24 @@ def ingest(
         raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
 
 
-def _packing(
+def checked_packing(
     source: Source,
+    *,
     size: int,
-    jpeg_side: int,
-    format: str,
-    quality: int,
-    grey_bits: int,
-    max_megapixels: int,
-    fit: str,
+    jpeg_side: int | None = None,
+    format: str = "auto",
+    quality: int = 90,
+    grey_bits: int = 0,
+    max_megapixels: int = MAX_MEGAPIXELS,
+    fit: str = "crop",
+    **_: Any,
 ) -> Packing:
+    """Return how `ingest` stores images when it is called with these options; the others do not matter.
+
+    Raises:
+        UserError: an option is out of range, or the source is a file that was packed with another `fit`.
+    """
+    jpeg_side = jpeg_side or size
     require_fit(source, fit, source.name)
     for name, value in (("size", size), ("JPEG size", jpeg_side)):
         if not MIN_SIDE <= value <= MAX_SIZE:
@@ -162,7 +166,7 @@ def stored_format(wanted: str, size: int, images: int) -> str:
     return "raw" if size <= RAW_SIZE and images * size * size * 3 <= RAW_BYTES else "jpg"
 
 
-def _call_hash(source: Source, packing: Packing, drop_duplicates: bool) -> str:
+def call_hash_of(source: Source, packing: Packing, drop_duplicates: bool) -> str:
     """Hash what a data set depends on: equal calls give equal data sets."""
     content = [listing(source), asdict(packing), drop_duplicates, DIGEST_RULE]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -192,7 +196,7 @@ def damaged_files(folder: Path) -> list[str]:
     except DamagedFile:
         return ["dataset.beton"]
     packed = {"dataset.beton": info.sha256} if info.sha256 and info.file_size <= HASHED else {}
-    lists = {name: digest for name, digest in manifest.sha256.items() if name != "labels.npy"}
+    lists = {name: digest for name, digest in manifest.sha256.items() if name not in OF_LABELS}
     return differing(folder, lists | packed)
 
 
@@ -361,93 +365,3 @@ def _check_share(num_good: int, num_bad: int, max_bad: float, quarantine: Path, 
             f"{num_bad} of {total} images cannot be used, more than the {max_bad:.1%} allowed: see {quarantine}; "
             "repair them, or raise the limit with --max-bad"
         )
-
-
-# ---------------------------------------------------------------- one file instead of a folder
-
-
-def pack(source: Source, out: Path, **options: Any) -> Ingested:
-    """Ingest with these options into one file, `out`; what belongs to it is `out`.json, `out`.paths.jsonl, ...
-
-    It works in a hidden folder beside `out`. The same call goes on where it was stopped and does nothing once it has
-    finished.
-    """
-    if out.suffix != ".beton":
-        raise UserError(f"{out} does not end with .beton: give a name such as {out.stem or 'images'}.beton")
-    size = options["size"]
-    kind = [options.get("jpeg_side") or size, options.get("format", "auto"), options.get("quality", 90)]
-    kind += [options.get("grey_bits", 0), options.get("max_megapixels", MAX_MEGAPIXELS), options.get("fit", "crop")]
-    if out.exists() and manifest_path(out).exists() and beton.is_ours(out):
-        finished, packing = manifest_beside(out), _packing(source, size, *kind)
-        if finished.listing == _call_hash(source, packing, options.get("drop_duplicates", False)):
-            beton.verify(out)
-            return finished
-    folder = out.parent / f".{out.name}.packing"
-    manifest = ingest(source, folder, **options)
-    try:
-        for suffix in (*BESIDE, ".manifest.json"):
-            beside(out, suffix).unlink(missing_ok=True)
-        for suffix, name in BESIDE.items():
-            if (folder / name).exists():
-                commit(folder / name, beside(out, suffix))
-        commit(folder / "dataset.beton", out)
-        commit(folder / "manifest.json", beside(out, ".manifest.json"))  # last: it makes the set complete
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    return manifest
-
-
-def adopt(packed: Path, out_dir: Path) -> Ingested:
-    """Make `out_dir` the folder of a data set that `pack` wrote: links to the file, copies of the lists.
-
-    Links are relative, so that the file and the folder can be moved together.
-
-    Raises:
-        UserError: `pack` did not write the file.
-        DamagedFile: the file or what belongs to it is damaged.
-    """
-    manifest = manifest_beside(packed)
-    if beton.verify(packed).fingerprint != manifest.fingerprint:
-        raise DamagedFile(f"{packed} does not belong to its manifest: pack the images again")
-    for name in LISTS:
-        list_beside(packed, name)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name in SEAL:
-            (out_dir / name).unlink(missing_ok=True)
-        for suffix, name in {**BESIDE, "": "dataset.beton", ".manifest.json": "manifest.json"}.items():
-            original = beside(packed.absolute(), suffix)
-            if name in LINKED:
-                (out_dir / name).unlink(missing_ok=True)
-                (out_dir / name).symlink_to(os.path.relpath(os.path.realpath(original), os.path.realpath(out_dir)))
-            elif original.exists():
-                shutil.copyfile(original, out_dir / name)
-    except OSError as error:
-        raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
-    return manifest
-
-
-def packed_source(packed: Path) -> Source:
-    """Return the images of a file that `pack` wrote as a source, by the names that they had."""
-    manifest = manifest_beside(packed)
-    names, labels = names_beside(packed), list_beside(packed, "labels.npy")
-    classes = list_beside(packed, "classes.json")
-    samples = beton.Samples(beton.verify(packed))
-    is_raw, crc32 = manifest.format == "raw", samples.info.crc32
-
-    def read(i: int) -> np.ndarray | bytes:
-        return samples.raw(np.array([i]))[0] if is_raw else bytes(samples.encoded(i))
-
-    return Source(
-        str(packed.absolute()),
-        names,
-        read,
-        np.load(labels, allow_pickle=False) if labels.exists() else None,
-        json.loads(classes.read_text()) if classes.exists() else [],
-        encoded=not is_raw,
-        stamps=lambda i: "" if crc32 is None else str(crc32[i]),
-        extra=manifest.extra,
-        held_out=manifest.held_out,
-        fit=manifest.fit,
-    )

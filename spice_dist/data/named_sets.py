@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_dist.data.sources import Source, files_source, npz_headers, scan
+from spice_dist.data.folders import scan
+from spice_dist.data.sources import Source, files_source, npz_headers
 from spice_dist.errors import UserError
 
 CONTENTS = {  # what must be in the folder

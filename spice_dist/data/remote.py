@@ -4,16 +4,8 @@ import os
 from collections import Counter
 from typing import Any
 
-from spice_dist.data.sources import (
-    IMAGE_SUFFIXES,
-    MAX_CELL_BYTES,
-    SYSTEM_FOLDERS,
-    BadImage,
-    Source,
-    folder_labels,
-    is_image_name,
-    suffix_of,
-)
+from spice_dist.data.folders import IMAGE_SUFFIXES, SYSTEM_FOLDERS, is_image_name, suffix_of
+from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Source, folder_labels
 from spice_dist.errors import UserError
 from spice_dist.redaction import hidden, without_secrets
 

@@ -12,36 +12,25 @@ import os
 import stat
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spice_dist.data.files import printable
+from spice_dist.data.folders import SYMLINK, is_image_name, scan
+from spice_dist.data.left_out import why_no_image
 from spice_dist.errors import UserError
 
-HEIC_SUFFIXES = frozenset({"heic", "heif", "hif"})  # read where pillow-heif is installed
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
-if find_spec("pillow_heif") is not None:
-    IMAGE_SUFFIXES |= HEIC_SUFFIXES
 MAX_FILE_BYTES = 256 << 20  # 50 million uncompressed pixels fit; a video or an archive renamed to .jpg does not
 MAX_CELL_BYTES = 64 << 20  # of an image in a table or from elsewhere, of which many are in memory at once
 KINDS = (
     "'digits', a folder of images, a list (.txt, .csv, .parquet), an .npy or .npz array, NAME:DIR, a URL or a .beton"
 )
-SYMLINK, SPECIAL, SYSTEM, HIDDEN = "symbolic link", "special file", "system folder", "hidden image"
-WITHOUT_SUFFIX = "without suffix"
-HEIC_HINT = "HEIC is read with pillow-heif: pip install 'spice_dist[heic]'"
-# of thumbnails on a NAS, of what macOS adds to archives, of deleted files
-SYSTEM_FOLDERS = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin"})
 LINK_HINT = "give the file that it points to, or --follow-links"
-IMAGE, FOLDER = "an image", "a folder"
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 MISSING = frozenset({"", "-1", "-1.0", "none", "null", "nan", "n/a", "<na>"})  # labels that are no class
 UNLABELLED = -1  # the number of an image without a class
@@ -118,10 +107,6 @@ def open_source(data: str, labels: str | None = None, follow_links: bool = False
         return _array(path, with_labels=labels == "array")
     hint = "; for a single image give the folder it is in" if is_image_name(path.name) else ""
     raise UserError(f"{data!r} is not a kind of data that can be read: give {KINDS}{hint}")
-
-
-def is_image_name(name: str) -> bool:
-    return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def is_beton(data: str) -> bool:
@@ -226,7 +211,7 @@ def from_array(images: np.ndarray) -> Source:
 def _folder(root: Path, *, with_labels: bool, follow_links: bool) -> Source:
     paths, ignored, refused = scan(root, follow_links)
     if not paths:
-        raise UserError(_why_no_image(root, ignored, refused))
+        raise UserError(why_no_image(root, ignored, len(refused)))
     labels, label_names = folder_labels(root, paths) if with_labels else (None, [])
     name = os.fsencode(root.absolute()).decode("utf-8", "backslashreplace")
 
@@ -257,96 +242,6 @@ def _followed(path: Path, tree: str) -> Path:
     """Return where a link points to, if that is within the folder `tree`; else the path itself."""
     target = os.path.realpath(path)
     return Path(target) if os.path.islink(path) and target.startswith(tree + os.sep) else path
-
-
-def scan(root: Path, follow_links: bool = False) -> tuple[list[str], dict[str, int], list[tuple[str, str]]]:
-    """List (names of image files in byte order, counts of what else there is, sub-folders that cannot be entered).
-
-    Hidden names and SYSTEM_FOLDERS are skipped, and no folder is entered twice, however it is mounted. Links to files
-    within `root` are taken if asked for, no others.
-    """
-    tree = os.path.realpath(root)
-    paths: list[str] = []
-    ignored: Counter[str] = Counter()
-    refused: list[tuple[str, str]] = []
-    visited: set[tuple[int, int]] = set()
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            with os.scandir(root / folder) as entries:
-                for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
-                    name = f"{folder}/{entry.name}" if folder else entry.name
-                    kind = _kind_of(entry, tree if follow_links else None)
-                    if kind == IMAGE:
-                        paths.append(name)
-                    elif kind == FOLDER:
-                        folders.append(name)
-                    elif kind is not None:
-                        ignored[kind] += 1
-        except OSError as error:
-            if not folder:
-                raise UserError(f"cannot list the folder {str(root)!r}: {error.strerror}") from error
-            refused.append((folder, f"cannot list this folder: {error.strerror}"))
-    return sorted(paths, key=os.fsencode), dict(ignored), refused
-
-
-def _kind_of(entry: os.DirEntry[str], tree: str | None) -> str | None:
-    """Return IMAGE, FOLDER, or as what the entry is counted; None: it is not even counted.
-
-    Args:
-        tree: the folder within which links are followed; None: they are not.
-    """
-    is_file = entry.is_file(follow_symlinks=False)
-    if entry.name.startswith("."):
-        return HIDDEN if is_file and is_image_name(entry.name) else None
-    if entry.is_symlink():
-        is_taken = tree is not None and is_image_name(entry.name) and os.path.isfile(entry.path)
-        return IMAGE if is_taken and os.path.realpath(entry.path).startswith(f"{tree}{os.sep}") else SYMLINK
-    if entry.is_dir(follow_symlinks=False):
-        return SYSTEM if entry.name.lower() in SYSTEM_FOLDERS else FOLDER
-    if not is_file:
-        return SPECIAL
-    return IMAGE if is_image_name(entry.name) else suffix_of(entry.name)
-
-
-def suffix_of(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
-
-
-def _why_no_image(root: Path, ignored: dict[str, int], refused: list[tuple[str, str]]) -> str:
-    if not ignored and not refused:
-        return f"the folder {str(root)!r} is empty: put images into it ({', '.join(sorted(IMAGE_SUFFIXES))})"
-    largest = sorted(ignored.items(), key=lambda item: -item[1])[:6]
-    others = [counted(kind_of_ignored(kind), count) for kind, count in largest]
-    if refused:
-        others.append(f"{len(refused)} folders without read permission")
-    hint = ""
-    if SYMLINK in ignored:
-        hint = "; links are not followed: give the folder they point to, or --follow-links if that is within this one"
-    elif HEIC_SUFFIXES & ignored.keys():
-        hint = f"; {HEIC_HINT}"
-    return (
-        f"no image file in {str(root)!r}: found {', '.join(others)}, "
-        f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}{hint}"
-    )
-
-
-def kind_of_ignored(kind: str) -> str:
-    """Return a kind of `Source.ignored` as people call it: ".heic", "link"."""
-    if kind == SYMLINK:
-        return "link"
-    return kind if kind in (SPECIAL, SYSTEM, HIDDEN) else f".{kind}" if kind else WITHOUT_SUFFIX
-
-
-def counted(kind: str, count: int) -> str:
-    """Return such as "30 .heic" or "2 links"."""
-    plural = "s" * (count > 1 and kind[0] != "." and kind not in (WITHOUT_SUFFIX, "unreadable"))
-    return f"{count:,} {printable(kind)}{plural}"
 
 
 def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from spice_dist.data.dataset import DataConfig, open_data, prepare
-from spice_dist.data.ingest import ingest, pack
+from spice_dist.data.ingest import ingest
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import read_manifest, read_paths
+from spice_dist.data.packed_files import pack
 from spice_dist.data.sources import BadImage, Source, listing
 from spice_dist.errors import UserError
 

@@ -16,9 +16,9 @@ from spice_dist.data.beton import verify
 from spice_dist.data.dataset import DataConfig, open_data, prepare
 from spice_dist.data.decode import Packing, pack_image
 from spice_dist.data.ffcv_decoder import FFCVDecoder
-from spice_dist.data.ingest import pack
 from spice_dist.data.manifest import read_manifest
 from spice_dist.data.packed import Decoder, PackedImages
+from spice_dist.data.packed_files import pack
 from spice_dist.data.pillow_decoder import PillowDecoder
 from spice_dist.data.stream import stream
 from spice_dist.data.torchvision_decoder import TorchvisionDecoder

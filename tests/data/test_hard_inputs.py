@@ -28,9 +28,10 @@ from spice_dist.data import beton, decode
 from spice_dist.data.dataset import open_data
 from spice_dist.data.decode import Packing, pack_image
 from spice_dist.data.files import csv_line, path_cell, path_of_cell, text_cell, text_of_cell
-from spice_dist.data.ingest import adopt, ingest, pack, packed_source
+from spice_dist.data.ingest import ingest
 from spice_dist.data.left_out import left_out, left_out_line
 from spice_dist.data.manifest import Ingested, read_manifest, read_paths
+from spice_dist.data.packed_files import adopt, pack, packed_source
 from spice_dist.data.sources import Source, content_of, encode_labels, from_files, listing, open_source
 from spice_dist.errors import UserError
 

@@ -23,9 +23,10 @@ from spice_dist.data import ingest as ingest_module
 from spice_dist.data.decode import Packing, pack_image
 from spice_dist.data.decode_pool import packed_in_order
 from spice_dist.data.files import path_of_cell, publish
-from spice_dist.data.ingest import adopt, ingest, pack, packed_source
+from spice_dist.data.ingest import ingest
 from spice_dist.data.journal import RECORD
 from spice_dist.data.manifest import Ingested, read_manifest, read_paths
+from spice_dist.data.packed_files import adopt, pack, packed_source
 from spice_dist.data.sources import Source, from_array, open_source
 from spice_dist.errors import DamagedFile, UserError
 
@@ -683,7 +684,7 @@ def test_the_format_is_raw_up_to_128_pixels_and_8_gib(monkeypatch: pytest.Monkey
     source = source_of(RED, RED)
 
     def chosen(size: int, kind: str = "auto") -> str:
-        return ingest_module._packing(source, size, size, kind, 90, 0, 50, "crop").format
+        return ingest_module.checked_packing(source, size=size, format=kind).format
 
     assert [chosen(size) for size in (32, 128, 129, 224)] == ["raw", "raw", "jpg", "jpg"]
     assert chosen(224, "raw") == "raw"

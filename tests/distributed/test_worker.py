@@ -19,11 +19,11 @@ from torch import Tensor
 from spice_dist.data import augment
 from spice_dist.distributed import checkpoint, setbacks
 from spice_dist.distributed.checkpoint import Tensors
+from spice_dist.distributed.metric_log import MetricLog
 from spice_dist.distributed.worker import (
     NOT_FINITE,
     History,
     LocalWorker,
-    MetricLog,
     StageCall,
     Storage,
     Worker,
@@ -119,7 +119,7 @@ def test_a_damaged_line_in_the_middle_costs_only_itself_and_steps_strictly_rise(
 
 
 def test_appending_without_truncation_would_repeat_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("spice_dist.distributed.worker._lines_up_to", lambda step, text: iter([text]))
+    monkeypatch.setattr("spice_dist.distributed.metric_log._lines_up_to", lambda step, text: iter([text]))
     for _ in range(2):
         MetricLog(tmp_path, 0).write(10, {"loss": 1.0})
     assert steps(tmp_path) == [10, 10]
@@ -157,7 +157,7 @@ def test_a_full_disk_costs_lines_of_the_log_and_tears_none(tmp_path):
 
 def test_without_cutting_back_a_full_disk_would_tear_a_line(tmp_path, monkeypatch):
     log = MetricLog(tmp_path, 0)
-    monkeypatch.setattr("spice_dist.distributed.worker.os.truncate", lambda *_: None)
+    monkeypatch.setattr("spice_dist.distributed.metric_log.os.truncate", lambda *_: None)
     with no_room_for_more_than(9), pytest.warns(UserWarning, match="no metrics"):
         log.write(1, {"loss": 2.0})
     log.write(2, {"loss": 3.0})

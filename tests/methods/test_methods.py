@@ -293,3 +293,14 @@ def test_all_groups_in_one_pass_are_one_pass_per_group(without_stage, smooth, mo
     together = weights(run, stage)
     for name in apart:
         torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-3)
+
+
+def test_one_cluster_that_takes_nearly_all_images_is_one_line(tmp_path, capsys):
+    worker = LocalWorker(tmp_path, "spice_self", torch.device("cpu"))
+    labels = torch.zeros(100, dtype=torch.long)
+    labels[:10] = 3
+    assert not plumbing.tell_if_one_takes_all("spice_self", labels, worker)
+    assert capsys.readouterr().err == ""
+    labels[9] = 0
+    assert plumbing.tell_if_one_takes_all("spice_self", labels, worker)
+    assert capsys.readouterr().err.startswith("spice_self: one cluster takes 91% of the images;")
