@@ -342,10 +342,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
         job = ray_train.Job(
             tuple(stages), run.folder, run.threads, run.stop.requested, progress, message, run.launch.storage
         )
-        if len(run.sizes) == 1:
-            ray_train.train_on_workers(job, run.sizes[0])
-        else:
-            ray_elastic.train(job, run.sizes)
+        ray_elastic.train(job, run.sizes)
         reach(len(names) - 1)
 
 

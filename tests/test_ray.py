@@ -23,7 +23,7 @@ import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
 
 from spice_dist import cli
-from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_train
+from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_elastic, ray_train
 from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
 from spice_dist.stage_records import stage_record
@@ -281,14 +281,14 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
     with ray_train.session(None, num_cpus=2):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="no room"):
-            ray_train.train_on_workers(job, 2)
+            ray_elastic.train(job, (2,))
         waited = time.time() - (tmp_path / "after.0").stat().st_mtime
         assert waited < 120, "the other worker must not wait for its collective to time out"
         assert list(dict.fromkeys(progress.stage for progress in shown))[:4] == [stage.name for stage in stages[:4]]
         stopped = replace(
             job, stages=(StageCall("asking", asking, Task(), None), StageCall("never", looked, Task(), "never"))
         )
-        assert not ray_train.run_group(stopped, 2, max_failures=0)
+        assert not ray_train.run_group(stopped, 2)
         assert shown[-1].stage == "never", "the stage before is done"
     os.kill(os.getpid(), signal.SIGTERM)
     assert terminated == [signal.SIGTERM] * 2, "in the session and after it"

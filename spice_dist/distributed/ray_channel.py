@@ -7,6 +7,7 @@ while Ray's controller is lost. The folder also holds Ray's own files; it exists
 import contextlib
 import io
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ FOLDER = ".ray"
 STOP = f"{FOLDER}/stop"  # asks every worker to save and stop
 PROGRESS = f"{FOLDER}/progress.json"  # of the first worker
 MESSAGES = f"{FOLDER}/messages"  # from the first worker to the user
+NODES = f"{FOLDER}/nodes"  # a file for each node with workers, named by its number in Ray
 RAY_FILES = f"{FOLDER}/train"
 
 
@@ -35,12 +37,25 @@ class Progress(NamedTuple):
 def open_channel(run: Path) -> None:
     """Empty the folder, so that nothing of an earlier group is read."""
     close_channel(run)
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    (run / NODES).mkdir(parents=True, exist_ok=True)
     (run / MESSAGES).touch()
 
 
 def close_channel(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def note_node(run: Path, node: str) -> None:
+    """Note that a worker runs on this node of Ray."""
+    with contextlib.suppress(OSError):
+        (run / NODES / node).touch()
+
+
+def nodes_of_workers(run: Path) -> set[str]:
+    """Return the nodes of Ray on which workers of the group have begun."""
+    with contextlib.suppress(OSError):
+        return set(os.listdir(run / NODES))
+    return set()
 
 
 def write_progress(run: Path, progress: Progress) -> None:

@@ -5,7 +5,8 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 from spice_dist.errors import UserError
 
+LOOK_SECONDS = 3.0  # between two looks at the cluster
+SAY_SECONDS = 30.0  # between two lines on what is waited for
 CONNECT_SECONDS = 3.0  # in which a node that is there takes a connection
 SECONDS = 60.0  # how long the nodes may take to answer: each starts a process for it
 PACKAGES = ("spice_dist", "torch", "ray")
@@ -29,15 +32,25 @@ class Report:
 
 
 def kind_of_seat() -> str:
-    """Return what a worker occupies in this session's cluster: "GPU" if any node has one, else "CPU"."""
+    """Return what is scarce for workers in this session's cluster: "GPU" if any node has one, else "CPU"."""
     import ray
 
     return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
 
+def seat() -> dict[str, float]:
+    """Return the resources that a worker occupies."""
+    return {"CPU": 1, "GPU": 1} if kind_of_seat() == "GPU" else {"CPU": 1}
+
+
+def _seats_in(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    return min(int(resources.get(kind, 0) // amount) for kind, amount in each.items())
+
+
 def seats() -> int:
-    """Return how many workers the nodes that answer could run if nothing else used them."""
-    return sum(amounts(kind_of_seat()))
+    """Return how many workers the nodes that stay could run if nothing else used them."""
+    each = seat()
+    return sum(_seats_in(node["Resources"], each) for node in _nodes())
 
 
 def amounts(kind: str) -> list[int]:
@@ -52,18 +65,66 @@ def fits_a_node(resources: Mapping[str, float]) -> bool:
 
 
 def free_seats() -> int:
-    """Return how many more workers the nodes could run now."""
+    """Return how many more workers the nodes that stay could run now."""
+    each = seat()
+    return sum(_seats_in(free, each) for free in _free())
+
+
+def room_in_words() -> str:
+    """Say what each worker needs, and what of it the nodes have free."""
+    each, nodes, free = seat(), _nodes(), _free()
+    needed = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
+    shares = (
+        f"{sum(node.get(kind, 0) for node in free):g} of "
+        f"{sum(node['Resources'].get(kind, 0) for node in nodes):g} {kind}s"
+        for kind in each
+    )
+    return f"each needs {needed} of one node; free are {', '.join(shares)} on {len(nodes)} nodes"
+
+
+def leaving(among: Collection[str]) -> list[str]:
+    """Say of each of these nodes that is drained when it leaves the cluster.
+
+    Ray's own notice in the workers, `ray.train.get_preemption_info`, is a collective that they would call every step.
+    """
+    deadlines = {number: deadline for number, deadline in _draining().items() if number in among}
+    return [
+        f"node {node['NodeManagerHostname']} leaves "
+        + (
+            f"in {max(0.0, deadlines[node['NodeID']] / 1000 - time.time()):.0f} s"
+            if deadlines[node["NodeID"]]
+            else "soon"
+        )
+        for node in _alive()
+        if node["NodeID"] in deadlines
+    ]
+
+
+def _draining() -> dict[str, int]:
+    """Return {number of a node that is about to leave: when, in milliseconds of UNIX time, or 0}."""
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def _free() -> list[dict[str, float]]:
+    """Return what is free on each node that stays."""
     from ray._private.state import available_resources_per_node
 
-    kind, free = kind_of_seat(), available_resources_per_node()
-    return sum(int(free.get(node["NodeID"], {}).get(kind, 0)) for node in _nodes())
+    free = available_resources_per_node()
+    return [free.get(node["NodeID"], {}) for node in _nodes()]
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """Return the nodes whose daemon takes a connection: Ray itself notices a lost node only after many seconds."""
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
+    """Return the nodes that stay and whose daemon takes a connection: Ray notices a lost node many seconds later."""
+    leaves = _draining()
+    return [node for node in _alive() if node["NodeID"] not in leaves and _answers(node)]
 
 
 def _answers(node: dict[str, Any]) -> bool:

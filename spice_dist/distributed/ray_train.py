@@ -34,7 +34,7 @@ _cluster_is_ours = False  # of the session; Ray allows one
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process; `run_group` looks for nodes that leave itself
     "RAY_TRAIN_METRICS_ENABLED": "0",  # without a dashboard they are not read
     "RAY_enable_metrics_collection": "0",  # metrics of the daemons, which are not read
     "RAY_task_events_report_interval_ms": "0",  # the history of the tasks: never sent
@@ -180,37 +180,20 @@ class WorkersLost(UserError):
     """Workers ended without a report: they were killed, their node went down, or the program has a bug."""
 
 
-def train_on_workers(job: Job, workers: int) -> None:
-    """Train on exactly `workers` workers of the current session.
+def ray_replaces() -> int:
+    """Return how often Ray replaces lost workers by itself.
 
-    Lost workers are replaced three times, and again if the job made progress.
-
-    Raises:
-        Interrupted: `stop_requested` came true; the state is saved.
-        UserError: there is no room for them, or they reported one; WorkersLost if they are lost without progress.
+    Only in our own cluster, where their seats stay. Elsewhere it would wait without a word for a node that is lost.
     """
-    seats, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
-    if seats < workers:
-        raise UserError(f"--workers is {workers}, but Ray has {seats} {kind}s for them; ask for fewer workers")
-    while True:
-        before = job.reached()
-        try:
-            if run_group(job, workers, max_failures=3):
-                return
-            raise Interrupted
-        except WorkersLost as error:
-            if job.stop_requested():  # the signal went to all processes of the job
-                raise Interrupted from error
-            if not job.reached() > before:
-                raise
-            job.message(f"{error}; going on from the last checkpoint")
+    return 3 if _cluster_is_ours else 0
 
 
-def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
+def run_group(job: Job, workers: int, leave: Callable[[], bool] = lambda: False) -> bool:
     """Run one group of workers to its end; return True if all stages are done, False if it saved and stopped.
 
+    It also saves and stops when a node of its workers is about to leave the cluster.
+
     Args:
-        max_failures: how often Ray may replace lost workers by itself.
         leave: asked every quarter of a second; once True, the workers save and stop, as by `stop_requested`.
 
     Raises:
@@ -218,7 +201,7 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
         UserError: the workers reported one; WorkersLost if they did not report at all.
     """
     ray_channel.open_channel(job.run)
-    trainer = _trainer(job, workers, max_failures)
+    trainer = _trainer(job, workers)
     outcome: list[Any] = []
 
     def fit() -> None:
@@ -230,20 +213,45 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     # not in the main thread, which takes signals: Ray would kill the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    stop_at, position = None, 0
+    watch, position, stop, stop_at = _Watch(job, workers), 0, job.run / ray_channel.STOP, None
     try:
         while thread.is_alive():
             thread.join(0.25)
-            if stop_at is None and (job.stop_requested() or leave()):
-                (job.run / ray_channel.STOP).touch()
+            if stop_at is None and job.stop_requested():
+                stop.touch()
                 stop_at = time.monotonic() + STOP_SECONDS
             if stop_at is not None and time.monotonic() > stop_at:
                 raise Interrupted  # workers that never started or hang; what was saved before is intact
+            if not stop.exists() and (watch.node_leaves() or leave()):
+                stop.touch()
             position = _relay(job, position)
         _relay(job, position)
     finally:
         ray_channel.close_channel(job.run)
     return _is_done(outcome[0])
+
+
+class _Watch:
+    """Looks at the nodes of a running group: every LOOK_SECONDS at most."""
+
+    def __init__(self, job: Job, workers: int):
+        self.job, self.workers = job, workers
+        self.started_at = self.looked_at = self.said_at = time.monotonic()
+
+    def node_leaves(self) -> bool:
+        """Tell whether a node of the group is about to leave; say so, or what a group waits for that has not begun."""
+        now = time.monotonic()
+        if now - self.looked_at < ray_nodes.LOOK_SECONDS:
+            return False
+        self.looked_at = now
+        if now - self.said_at >= ray_nodes.SAY_SECONDS and ray_channel.read_progress(self.job.run) is None:
+            self.said_at = now
+            waited = f"{self.workers} workers have not begun after {now - self.started_at:.0f} s"
+            self.job.message(f"{waited}; {ray_nodes.room_in_words()}")
+        leaving = ray_nodes.leaving(ray_channel.nodes_of_workers(self.job.run))
+        if leaving:
+            self.job.message(f"{' and '.join(leaving)}: the workers save and stop")
+        return bool(leaving)
 
 
 def _relay(job: Job, position: int) -> int:
@@ -254,12 +262,13 @@ def _relay(job: Job, position: int) -> int:
     return position
 
 
-def _trainer(job: Job, workers: int, max_failures: int) -> Any:
+def _trainer(job: Job, workers: int) -> Any:
     import ray.train
 
     from spice_dist.distributed.ray_trainer import OnNodeAddress, Trainer
 
-    use_gpu = ray_nodes.kind_of_seat() == "GPU"
+    seat, replaces = ray_nodes.seat(), ray_replaces()
+    use_gpu = "GPU" in seat
     trainer = Trainer(
         _train_loop,
         train_loop_config={
@@ -270,26 +279,31 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker=seat,
             placement_strategy="PACK" if use_gpu else "SPREAD",  # cores of one node are shared with its other workers
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
             storage_path=str(job.run / ray_channel.RAY_FILES),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            # losses of nodes that were drained count apart, and by default Ray replaces their workers for ever
+            failure_config=ray.train.FailureConfig(
+                max_failures=replaces, max_preemption_failures=replaces, controller_failure_limit=replaces
+            ),
         ),
     )  # fmt: skip
-    # an elastic job continues after a lost controller and needs the resources that it reserved
-    trainer.cleans_up = not _cluster_is_ours or max_failures == 0
+    # after a lost controller we go on, and need the resources that it reserved
+    trainer.cleans_up = not _cluster_is_ours
     return trainer
 
 
 def _train_loop(options: dict[str, Any]) -> str:
     """Run the stages on one worker; return how they ended, since an exception would make Ray try again."""
+    import ray
     import ray.train.torch
 
     os.environ.update(options["environment"])
     run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
+    ray_channel.note_node(run, ray.get_runtime_context().get_node_id())
     group = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
     # only the first worker looks: NFS would cache for the others that later stages have no files
     first = collectives.rank() == 0

@@ -26,16 +26,18 @@ class Cluster:
         self.free, self.ran, self.ends = 4, [], []
         self.stop = False
         stages = tuple(StageCall(name, lambda *_: None, Task(), None) for name in ("moco", "features", "spice_semi"))
-        self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, print)
+        self.said: list[str] = []
+        self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, self.said.append)
         for folder in ("moco/checkpoints", "spice_semi/checkpoints", ".ray"):
             (tmp_path / folder).mkdir(parents=True)
-        monkeypatch.setattr(ray_elastic, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ray_nodes, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "CPU")
+        monkeypatch.setattr(ray_nodes, "room_in_words", lambda: "each needs 1 CPU")
         monkeypatch.setattr(ray_nodes, "free_seats", lambda: self.free)
         monkeypatch.setattr(ray_nodes, "seats", lambda: 4)
         monkeypatch.setattr(ray_elastic, "run_group", self.run_group)
 
-    def run_group(self, job: Job, workers: int, max_failures: int, leave) -> bool:
-        assert max_failures == 0  # Ray would wait for as many workers as there were
+    def run_group(self, job: Job, workers: int, leave) -> bool:
         self.ran.append(workers)
         return self.ends.pop(0)(leave)
 
@@ -123,21 +125,51 @@ def test_asked_to_stop_it_does_not_start_again(cluster):
         ray_elastic.train(cluster.job, SIZES)
 
 
-def test_without_room_for_the_smallest_group_it_waits_and_then_says_so(cluster, monkeypatch):
+@pytest.mark.parametrize("sizes", [(2, 4), (2,)], ids=["elastic", "fixed"])
+def test_without_room_for_the_smallest_group_it_says_what_it_waits_for_and_then_ends(cluster, monkeypatch, sizes):
     cluster.free = 1
     monkeypatch.setattr(ray_elastic, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(ray_nodes, "SAY_SECONDS", 0.02)
     with pytest.raises(UserError, match="at least 2"):
-        ray_elastic.train(cluster.job, (2, 4))
+        ray_elastic.train(cluster.job, sizes)
     assert cluster.ran == []
+    assert cluster.said[0] == "no room for 2 workers: each needs 1 CPU; waiting 0 s more"
+    assert 2 <= len(cluster.said) <= 4, "one line an interval"
 
 
 def test_a_group_of_fixed_size_is_started_again_as_long_as_that_brings_the_job_on(cluster, monkeypatch):
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", True)  # where Ray itself has replaced the workers three times
     cluster.ends = [cluster.loses(4, 10), cluster.loses(4, 20), cluster.loses(4, None)]
-    monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "CPU")
-    monkeypatch.setattr(ray_train, "run_group", lambda job, workers, max_failures: cluster.ends.pop(0)(None))
     with pytest.raises(WorkersLost, match="killed"):
-        ray_train.train_on_workers(cluster.job, 2)
+        ray_elastic.train(cluster.job, (2,))
     assert cluster.ends == []
+
+
+def test_more_workers_than_the_cluster_has_seats_are_refused_at_once(cluster):
+    with pytest.raises(UserError, match="--workers is 8, but Ray has 4 CPUs for them"):
+        ray_elastic.train(cluster.job, (8,))
+
+
+def test_a_group_left_by_a_node_that_goes_is_followed_by_one_of_the_size_that_has_room(cluster):
+    cluster.ends = [lambda leave: bool(setattr(cluster, "free", 1)), lambda leave: True]  # saved and stopped; done
+    ray_elastic.train(cluster.job, SIZES)
+    assert cluster.ran == [4, 1]
+
+
+@pytest.mark.parametrize(("deadline", "when"), [(0, "soon"), (2_000_000_060_000, "in 60 s")])
+def test_nodes_that_leave_are_no_room_and_are_named_if_workers_are_on_them(monkeypatch, deadline, when):
+    nodes = [
+        {"NodeID": each, "NodeManagerHostname": each, "Alive": True, "Resources": {"CPU": 2.0, "GPU": gpus}}
+        for each, gpus in (("a", 2.0), ("b", 1.0), ("c", 4.0))
+    ]
+    monkeypatch.setattr(ray_nodes, "_alive", lambda: nodes)
+    monkeypatch.setattr(ray_nodes, "_answers", lambda node: True)
+    monkeypatch.setattr(ray_nodes, "_draining", lambda: {"b": deadline, "gone": 0})
+    monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "GPU")
+    monkeypatch.setattr(ray_nodes.time, "time", lambda: 2_000_000_000.0)
+    assert ray_nodes.seats() == 2 + 2, "each GPU needs a CPU"
+    assert ray_nodes.leaving({"a", "b"}) == [f"node b leaves {when}"]
+    assert ray_nodes.leaving({"a", "c"}) == []
 
 
 @pytest.mark.parametrize(
