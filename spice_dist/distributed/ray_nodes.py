@@ -1,8 +1,10 @@
 """Check the nodes of a Ray cluster: room for workers, versions of the program, access to the run folder."""
 
+import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -98,6 +100,22 @@ def leaving(among: Collection[str]) -> list[str]:
         for node in _alive()
         if node["NodeID"] in deadlines
     ]
+
+
+def kill_worker(node: str, process: int) -> None:
+    """Kill a process of Ray on a node, by a task there; not if another program has got its number meanwhile."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    kill = ray.remote(num_cpus=0, max_retries=0)(kill_here)
+    kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(process)
+
+
+def kill_here(process: int) -> None:
+    """Kill a process of this machine if it is one of Ray's."""
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(process, signal.SIGKILL)
 
 
 def _draining() -> dict[str, int]:

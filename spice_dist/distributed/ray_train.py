@@ -21,7 +21,17 @@ import psutil
 import torch.distributed as dist
 from torch import nn
 
-from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_local, ray_nodes, trackers
+from spice_dist.distributed import (
+    checkpoint,
+    collectives,
+    pace,
+    ray_auth,
+    ray_channel,
+    ray_local,
+    ray_nodes,
+    ray_pulse,
+    trackers,
+)
 from spice_dist.distributed.ray_channel import Progress
 from spice_dist.distributed.worker import LocalWorker, StageCall, Storage
 from spice_dist.errors import Interrupted, UserError
@@ -43,6 +53,12 @@ RAY_SETTINGS = {
     "RAY_num_workers_soft_limit": "0",  # idle processes wake 100 times a second: end them
     "RAY_prestart_worker_first_driver": "0",  # start none in advance
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
+}
+
+NCCL_SETTINGS = {  # Ray's detector of collectives that do not end, where the workers have NVIDIA's program ncclras
+    "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",
+    "RAY_TRAIN_NCCL_RAS_ACTION": "fail",  # the group starts again
+    "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S": "300",
 }
 
 
@@ -72,6 +88,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """Wrap the module to average gradients over all workers; buffers, the same everywhere, are not sent."""
     wrapped = nn.parallel.DistributedDataParallel(module)
     wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
+    pace.time_averaging(wrapped)
     return wrapped
 
 
@@ -213,45 +230,23 @@ def run_group(job: Job, workers: int, leave: Callable[[], bool] = lambda: False)
     # not in the main thread, which takes signals: Ray would kill the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    watch, position, stop, stop_at = _Watch(job, workers), 0, job.run / ray_channel.STOP, None
+    watch = ray_pulse.Watch(job.run, workers, job.message)
+    position, stop_at, asked = 0, None, False
     try:
         while thread.is_alive():
             thread.join(0.25)
             if stop_at is None and job.stop_requested():
-                stop.touch()
                 stop_at = time.monotonic() + STOP_SECONDS
             if stop_at is not None and time.monotonic() > stop_at:
                 raise Interrupted  # workers that never started or hang; what was saved before is intact
-            if not stop.exists() and (watch.node_leaves() or leave()):
-                stop.touch()
+            if (watch.node_leaves() or leave() or stop_at is not None) and not asked:
+                (job.run / ray_channel.STOP).touch()
+                asked = True
             position = _relay(job, position)
         _relay(job, position)
     finally:
         ray_channel.close_channel(job.run)
     return _is_done(outcome[0])
-
-
-class _Watch:
-    """Looks at the nodes of a running group: every LOOK_SECONDS at most."""
-
-    def __init__(self, job: Job, workers: int):
-        self.job, self.workers = job, workers
-        self.started_at = self.looked_at = self.said_at = time.monotonic()
-
-    def node_leaves(self) -> bool:
-        """Tell whether a node of the group is about to leave; say so, or what a group waits for that has not begun."""
-        now = time.monotonic()
-        if now - self.looked_at < ray_nodes.LOOK_SECONDS:
-            return False
-        self.looked_at = now
-        if now - self.said_at >= ray_nodes.SAY_SECONDS and ray_channel.read_progress(self.job.run) is None:
-            self.said_at = now
-            waited = f"{self.workers} workers have not begun after {now - self.started_at:.0f} s"
-            self.job.message(f"{waited}; {ray_nodes.room_in_words()}")
-        leaving = ray_nodes.leaving(ray_channel.nodes_of_workers(self.job.run))
-        if leaving:
-            self.job.message(f"{' and '.join(leaving)}: the workers save and stop")
-        return bool(leaving)
 
 
 def _relay(job: Job, position: int) -> int:
@@ -269,6 +264,9 @@ def _trainer(job: Job, workers: int) -> Any:
 
     seat, replaces = ray_nodes.seat(), ray_replaces()
     use_gpu = "GPU" in seat
+    if use_gpu:
+        for name, value in NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
     trainer = Trainer(
         _train_loop,
         train_loop_config={
@@ -303,13 +301,15 @@ def _train_loop(options: dict[str, Any]) -> str:
 
     os.environ.update(options["environment"])
     run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
-    ray_channel.note_node(run, ray.get_runtime_context().get_node_id())
     group = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
     # only the first worker looks: NFS would cache for the others that later stages have no files
     first = collectives.rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
-    # what other workers print goes to Ray's logs
-    with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
+    with (
+        ray_pulse.beating(run, collectives.rank(), ray.get_runtime_context().get_node_id()),
+        # what other workers print goes to Ray's logs
+        ray_channel.errors_as_messages(run) if first else contextlib.nullcontext(),
+    ):
         for stage in stages[collectives.broadcast_int(finished, device) :]:
             (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may cache that it was missing
             if first:
@@ -366,10 +366,16 @@ def _is_done(outcome: Any) -> bool:
         cause = outcome
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise WorkersLost(f"the training workers failed: {last_line(str(cause))}") from outcome
+        raise WorkersLost(f"the training workers failed: {_reason(cause)}") from outcome
     if outcome.return_value not in ("done", "interrupted"):
         raise UserError(str(outcome.return_value).removeprefix("error: "))
     return outcome.return_value == "done"
+
+
+def _reason(cause: BaseException) -> str:
+    if type(cause).__name__ == "NCCLHangError":  # many lines of advice follow the second, which says what hangs
+        return str(cause).splitlines()[1].partition(". ")[0]
+    return last_line(str(cause))
 
 
 def last_line(text: str) -> str:

@@ -1,10 +1,20 @@
 """How many workers run when: the choice of a size, what a loss and a returning node do. Real clusters: tests/slurm."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 import socket
 from pathlib import Path
 
 import pytest
+import ray.train.v2
+from ray.train.torch import TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
+from ray.train.v2._internal.execution import callback
+from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.exceptions import NCCLHangError
 
 from spice_dist.cli import parser
 from spice_dist.config import override
@@ -200,6 +210,60 @@ def test_the_option_takes_a_number_or_a_range(capsys):
 def test_the_interface_of_an_address_is_found():
     assert ray_trainer.interface_of("127.0.0.1") == "lo"
     assert ray_trainer.interface_of("192.0.2.199") is None
+
+
+OTHER_FRAMEWORKS = ("examples", "horovod", "jax", "lightgbm", "tensorflow", "xgboost")
+
+
+def callbacks_of_ray() -> set[str]:
+    """The callbacks that Ray Train has for its controller and its workers; not the classes that they derive from."""
+    found = set()
+    for module in pkgutil.walk_packages(ray.train.v2.__path__, "ray.train.v2."):
+        if module.name.split(".")[3] not in OTHER_FRAMEWORKS:
+            for name, each in vars(importlib.import_module(module.name)).items():
+                if isinstance(each, type) and issubclass(each, RayTrainCallback) and each.__module__ == module.name:
+                    found.add(name)
+    bases = {name for name, each in vars(callback).items() if isinstance(each, type)}
+    return found - bases - {"RayTrainCallback", "UserCallback"}
+
+
+def test_the_installed_ray_has_no_callback_that_our_trainer_does_not_know():
+    assert callbacks_of_ray() == ray_trainer.KNOWN
+
+
+def test_our_trainer_leaves_out_of_rays_callbacks_only_those_that_it_names(monkeypatch):
+    for name, value in ray_train.RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    trainer = ray_trainer.Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=2))
+    of_ray = {type(each).__name__ for each in TorchTrainer._create_default_callbacks(trainer)}
+    used = {}
+    for trainer.cleans_up in (True, False):
+        used[trainer.cleans_up] = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert of_ray - used[True] == ray_trainer.NEEDLESS
+    assert of_ray - used[False] == {*ray_trainer.NEEDLESS, ray_trainer.CLEANER}
+    assert used[True] == {
+        *("AcceleratorSetupCallback", "BackendSetupCallback", "WorkingDirectorySetupCallback", "UserCallbackHandler"),
+        ray_trainer.CLEANER,
+    }
+
+
+def test_on_gpus_rays_detector_of_hanging_collectives_is_on_and_ends_the_group(monkeypatch):
+    for name, value in (ray_train.RAY_SETTINGS | ray_train.NCCL_SETTINGS).items():
+        monkeypatch.setenv(name, value)
+    trainer = ray_trainer.Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=2))
+    (detector,) = [each for each in trainer._create_default_callbacks() if isinstance(each, NCCLRASCallback)]
+    assert (detector._action, detector._confirm_duration_s) == ("fail", 300)
+
+
+def test_what_rays_detector_finds_is_one_line():
+    found = "1 of 2 communicators have a collective mismatch and made no progress for 300 seconds (20 polls). This ..."
+    error = NCCLHangError(f"{found}\nTo debug:\n  - Read the report\n", {})
+    with pytest.raises(WorkersLost, match=r"^the training workers failed: 1 of 2 .* for 300 seconds \(20 polls\)$"):
+        ray_train._is_done(error)
+
+
+def test_ray_starts_the_process_group_by_the_method_that_we_extend():
+    assert list(inspect.signature(_TorchBackend.on_start).parameters) == ["self", "worker_group", "backend_config"]
 
 
 def test_a_node_whose_daemon_is_gone_does_not_count():
