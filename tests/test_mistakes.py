@@ -63,6 +63,11 @@ BEFORE_TORCH = [
     ("pack {0}/photos {0}/new.beton --quality 0", "give 1 .. 100"),
     ("tune digits --out {0}/new", "required: --space"),
     ("completion fish", "choose from"),
+    ("slurm --nodes 0 -- fit digits --out {0}/new", "argument --nodes: it is 0; give a whole number of at least 1"),
+    ("slurm --gpus two -- fit digits --out {0}/new", "argument --gpus: it is two; give a whole number of at least 0"),
+    ("slurm --nodes 2", "no command for the job; give one after --"),
+    ("slurm -- fti digits", "invalid choice: 'fti'"),
+    ("slurm -- fit s3://me:secret@bucket/a --out {0}/new", "give a place without a password or token"),
 ]
 LATER = [
     ("settings mocoo", "did you mean moco"),
