@@ -205,6 +205,17 @@ def ray_replaces() -> int:
     return 3 if _cluster_is_ours else 0
 
 
+def failure_config() -> Any:
+    """Return when Ray replaces lost workers.
+
+    It counts those of nodes that were drained apart, and by default replaces them for ever.
+    """
+    import ray.train
+
+    most = ray_replaces()
+    return ray.train.FailureConfig(max_failures=most, max_preemption_failures=most, controller_failure_limit=most)
+
+
 def run_group(job: Job, workers: int, leave: Callable[[], bool] = lambda: False) -> bool:
     """Run one group of workers to its end; return True if all stages are done, False if it saved and stopped.
 
@@ -262,7 +273,7 @@ def _trainer(job: Job, workers: int) -> Any:
 
     from spice_dist.distributed.ray_trainer import OnNodeAddress, Trainer
 
-    seat, replaces = ray_nodes.seat(), ray_replaces()
+    seat = ray_nodes.seat()
     use_gpu = "GPU" in seat
     if use_gpu:
         for name, value in NCCL_SETTINGS.items():
@@ -283,10 +294,7 @@ def _trainer(job: Job, workers: int) -> Any:
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
             storage_path=str(job.run / ray_channel.RAY_FILES),
-            # losses of nodes that were drained count apart, and by default Ray replaces their workers for ever
-            failure_config=ray.train.FailureConfig(
-                max_failures=replaces, max_preemption_failures=replaces, controller_failure_limit=replaces
-            ),
+            failure_config=failure_config(),
         ),
     )  # fmt: skip
     # after a lost controller we go on, and need the resources that it reserved

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import ray.train.v2
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
 from ray.train.v2._internal.execution import callback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2.api.callback import RayTrainCallback
-from ray.train.v2.api.exceptions import NCCLHangError
+from ray.train.v2.api.exceptions import NCCLHangError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from spice_dist.cli import parser
 from spice_dist.config import override
@@ -210,6 +213,19 @@ def test_the_option_takes_a_number_or_a_range(capsys):
 def test_the_interface_of_an_address_is_found():
     assert ray_trainer.interface_of("127.0.0.1") == "lo"
     assert ray_trainer.interface_of("192.0.2.199") is None
+
+
+def test_on_a_cluster_that_we_have_joined_ray_waits_for_no_lost_node_and_for_no_drained_one(monkeypatch):
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", False)
+    drained = PreemptionError(PreemptionInfo(None, {"node": [1]}))
+    killed = WorkerGroupError("killed", {1: RayActorError()})
+    by_default = ray.train.FailureConfig(max_failures=0)
+    assert create_failure_policy(by_default).make_decision(drained) == FailureDecision.RETRY, "Ray's count of its own"
+    for error in (drained, killed):
+        assert create_failure_policy(ray_train.failure_config()).make_decision(error) == FailureDecision.RAISE
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", True)
+    ours = create_failure_policy(ray_train.failure_config())
+    assert [ours.make_decision(killed) for _ in range(4)] == [*[FailureDecision.RETRY] * 3, FailureDecision.RAISE]
 
 
 OTHER_FRAMEWORKS = ("examples", "horovod", "jax", "lightgbm", "tensorflow", "xgboost")
