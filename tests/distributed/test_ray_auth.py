@@ -96,6 +96,22 @@ def test_a_token_is_taken_from_a_private_file_and_must_be_the_clusters(environme
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+@pytest.mark.parametrize("default", ["token", "disabled"])
+def test_the_mode_that_ray_takes_by_itself_changes_nothing(environment, default):
+    """It is `disabled` for most clusters of Ray 2.60, and `token` for all from 2.61 on: set here, it stands for that."""
+    environment.setenv("RAY_AUTH_MODE", default)
+    with pytest.raises(UserError, match="no Ray cluster runs on this machine"):
+        ray_auth.resolved("auto")  # Ray is imported without a token
+    for answer, insecure, mode in (("open", True, "disabled"), ("refused", False, "token")):
+        asked = answers(environment, disabled=answer, token="open")
+        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)
+        ray_auth.use_token_of("head:6379", insecure)
+        assert (os.environ["RAY_AUTH_MODE"], asked[0]) == (mode, "disabled")
+        environment.setenv("RAY_AUTH_MODE", default)
+    ray_auth.use_own_token()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
 def test_a_look_for_a_cluster_of_this_machine_that_hangs_ends(environment):
     environment.setattr(ray_auth, "SECONDS", 0.1)
     environment.setattr(ray_auth, "AUTO", "import time; time.sleep(20)")
