@@ -26,9 +26,9 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
     if len(sizes) == 1 and (seats := ray_nodes.seats()) < sizes[0]:
         kind = ray_nodes.kind_of_seat()
         raise UserError(f"--workers is {sizes[0]}, but Ray has {seats} {kind}s for them; ask for fewer workers")
-    lost, attempts = 0, 1 if ray_train.ray_replaces() else ATTEMPTS
+    lost, attempts, size = 0, 1 if ray_train.ray_replaces() else ATTEMPTS, None
     while True:
-        size = _wait_for_room(job, sizes)
+        size = _wait_for_room(job, sizes, sizes[-1] if size is None else None)
         before = job.reached()
         try:
             done = run_group(job, size, leave=_Growth(job, sizes, size).possible)
@@ -47,9 +47,13 @@ def train(job: Job, sizes: tuple[int, ...]) -> None:
         lost = 0
 
 
-def _wait_for_room(job: Job, sizes: tuple[int, ...]) -> int:
-    """Return the largest size that has room, once two looks agree: a lost node is noticed late."""
-    started, before = time.monotonic(), None
+def _wait_for_room(job: Job, sizes: tuple[int, ...], before: int | None) -> int:
+    """Return the largest size that has room, once two looks agree: a lost node is noticed late.
+
+    Args:
+        before: what stands for the first look; None: nothing.
+    """
+    started = time.monotonic()
     say_at = started + ray_nodes.LOOK_SECONDS  # by then a group that has just ended gives its seats back
     while True:
         size = largest(sizes, ray_nodes.free_seats())

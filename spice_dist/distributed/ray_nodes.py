@@ -89,17 +89,12 @@ def leaving(among: Collection[str]) -> list[str]:
 
     Ray's own notice in the workers, `ray.train.get_preemption_info`, is a collective that they would call every step.
     """
-    deadlines = {number: deadline for number, deadline in _draining().items() if number in among}
-    return [
-        f"node {node['NodeManagerHostname']} leaves "
-        + (
-            f"in {max(0.0, deadlines[node['NodeID']] / 1000 - time.time()):.0f} s"
-            if deadlines[node["NodeID"]]
-            else "soon"
-        )
-        for node in _alive()
-        if node["NodeID"] in deadlines
-    ]
+    deadlines, names = _draining(), {node["NodeID"]: node["NodeManagerHostname"] for node in _alive()}
+    told = []
+    for number in sorted(deadlines.keys() & names.keys() & set(among)):
+        left = max(0.0, deadlines[number] / 1000 - time.time())
+        told.append(f"node {names[number]} leaves " + (f"in {left:.0f} s" if deadlines[number] else "soon"))
+    return told
 
 
 def kill_worker(node: str, process: int) -> None:

@@ -129,8 +129,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
-    heads = new_heads(task, config, backbone.dim).to(worker.device)
-    begin_with_earlier(heads, worker.run, "heads")
+    heads = begin_with_earlier(new_heads(task, config, backbone.dim), worker.run, "heads").to(worker.device)
     selection = Selection(heads, config.epochs, min(num_images, FOLLOWED))
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection}
     saved = worker.resume()
