@@ -110,6 +110,12 @@ def has_worker(nodes: Any, name: str) -> bool:
     return any("TrainWorker" in line for line in nodes.processes(name).values())
 
 
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Return the 50th and the 95th."""
+    median, high = np.percentile(seconds, [50, 95])
+    return float(median), float(high)
+
+
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Give the 50th and the 95th percentile of every loss, as Markdown."""
     yield "| loss | n | p50, s | p95, s | goal, s |"
@@ -117,7 +123,7 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     for kind in LOSSES:
         seconds = [each["seconds"] for each in records if each["what"] == "recovery" and each["kind"] == kind]
         if seconds:
-            median, high = np.percentile(seconds, [50, 95])
+            median, high = percentiles(seconds)
             yield f"| {kind} | {len(seconds)} | {median:.1f} | {high:.1f} | {GOALS[kind]} |"
 
 
