@@ -49,6 +49,7 @@ BEFORE_TORCH = [
     ("fit digits --out=", "the value after --out is empty"),
     ("report '' --out {0}/new", "the value after report is empty"),
     ("predict {0}/run digits --out {0}/new.xlsx", "ends with .csv or .parquet"),
+    ("report {0}/run --out {0}/new.pdf", "give a name that ends with .html"),
     ("predict {0}/run digits --out {0}/nowhere/new.csv", "a folder that exists"),
     ("predict {0}/run digits --out {0}/one.png/new.csv", "{0}/one.png is a file, no folder"),
     ("export {0}/run {0}/one.png/new.csv --to csv", "{0}/one.png is a file, no folder; make it, or give another"),

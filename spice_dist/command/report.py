@@ -34,6 +34,8 @@ def report(options: argparse.Namespace, given: list[str]) -> None:
         raise UserError(f"{len(runs)} runs were given: give one run, or two to compare")
     if len(runs) == 2 and out is None:
         raise UserError("two runs are compared on a page of its own: name it by --out page.html")
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is {out}; the report is a page: give a name that ends with .html")
     from spice_dist.report import PAGE_MB, write_comparison, write_report
 
     if len(runs) == 2:
