@@ -68,8 +68,8 @@ def steps_done(run: Path) -> int:
     return progress.done if progress and progress.stage == "moco" else -1
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "training did not go on"
         time.sleep(0.05)
@@ -192,7 +192,7 @@ def has_reached(run: Path, printed: Path, point: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["term", "usr1", "int"])
 def test_every_signal_at_every_point_of_a_run_on_ray_can_be_gone_on_from(uninterrupted, tmp_path, point, number, code):
@@ -201,7 +201,7 @@ def test_every_signal_at_every_point_of_a_run_on_ray_can_be_gone_on_from(uninter
     with printed.open("w") as file:
         child = subprocess.Popen(command(*arguments), stdout=file, stderr=file)
     try:
-        wait_until(lambda: has_reached(out, printed, point))
+        wait_until(lambda: has_reached(out, printed, point), 400)
         assert child.poll() is None, "it has ended before"
         child.send_signal(number)
         began = time.monotonic()

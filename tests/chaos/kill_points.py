@@ -49,8 +49,8 @@ CHANGES = {
     " spice_graph.steps=20 spice_tune.epochs=1",
     "scan": "method=scan scan.epochs=2 scan.batch=64 scan.heads=2 self_label.epochs=2 self_label.batch=64"
     " self_label.threshold=0.15",
-    "imc_swav": "method=imc_swav imc_swav.epochs=2 imc_swav.batch=64 imc_swav.warmup=2 imc_swav.prototypes=24"
-    " imc_swav.dim=16",
+    "imc_swav": "method=imc_swav pretext=imc_swav imc_swav.epochs=2 imc_swav.batch=64 imc_swav.warmup=2"
+    " imc_swav.prototypes=24 imc_swav.dim=16",
     "joint": "spice_self.joint=true",
 }
 # stages that last for seconds on two Ray workers
@@ -233,13 +233,13 @@ ON_RAY = (  # (chain, stage), in the order in which points are drawn
 )  # fmt: skip
 
 
-def on_ray(out: Path, points: int, seed: int) -> None:
+def on_ray(out: Path, first: int, points: int, seed: int) -> None:
     """Kill a worker, or every third time the driver, of runs on two Ray workers."""
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         place = Path(folder)
         images = runs.digits(place, IMAGES)
         calm: dict[str, dict[str, object]] = {}
-        for number in range(points):
+        for number in range(first, points):
             chain, stage = ON_RAY[number % len(ON_RAY)]
             began, draw = time.monotonic(), random.Random(f"{number}/{seed}")
             if chain not in calm:
@@ -307,13 +307,16 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5, help="points of every stage, without Ray")
     parser.add_argument("--chains", nargs="+", default=list(CHAINS), choices=CHAINS)
     parser.add_argument("--ray", type=int, default=0, help="so many points on Ray instead")
+    parser.add_argument(
+        "--first", type=int, default=0, help="the number of the first point on Ray, to go on from there"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path, help="print the table of the lines in this file")
     options = parser.parse_args()
     if options.table:
         print("\n".join(table([json.loads(line) for line in options.table.read_text().splitlines()])))
     elif options.ray:
-        on_ray(options.out, options.ray, options.seed)
+        on_ray(options.out, options.first, options.ray, options.seed)
     else:
         without_ray(options.out, options.each, options.chains, options.seed)
 
