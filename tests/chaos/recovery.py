@@ -40,21 +40,20 @@ def trains(run: Path, since: float) -> bool:
         return False
 
 
-def measure(run: Path, lose: Callable[[], object], times: int, tell: Callable[[float], None]) -> None:
-    """Lose something so many times in a run that trains; tell each time after how long it trains again."""
-    for _ in range(times):
-        since = time.time()
-        runs.wait_until(lambda since=since: trains(run, since), "it does not train")
-        time.sleep(2)  # it has saved
-        since, began = time.time(), time.monotonic()
-        lose()
-        # what was told at the moment of the loss is no recovery
-        runs.wait_until(lambda since=since: trains(run, since + 1), "it does not recover")
-        tell(time.monotonic() - began)
+def seconds_to_recover(run: Path, lose: Callable[[], object]) -> float:
+    """Lose something in a run that trains; return after how many seconds it trains again."""
+    since = time.time()
+    runs.wait_until(lambda: trains(run, since), "it does not train")
+    time.sleep(2)  # it has saved
+    lost_at, began = time.time(), time.monotonic()
+    lose()
+    # what was told at the moment of the loss is no recovery
+    runs.wait_until(lambda: trains(run, lost_at + 1), "it does not recover")
+    return time.monotonic() - began
 
 
 def of_processes(kinds: list[str], times: int, tell: Callable[[str, float], None]) -> None:
-    """Lose a worker, then the driver, of a run on two Ray workers of this machine."""
+    """Lose a worker and the driver in turn, of a run on two Ray workers of this machine."""
     with tempfile.TemporaryDirectory(prefix="recovery-") as name:
         folder = Path(name)
         run = folder / "run"
@@ -72,9 +71,9 @@ def of_processes(kinds: list[str], times: int, tell: Callable[[str, float], None
                 child.child.wait()
                 child.start()
 
-            for kind in kinds:
-                lose = lose_worker if kind == "worker" else lose_driver
-                measure(run, lose, times, lambda seconds, kind=kind: tell(kind, seconds))
+            losses = {"worker": lose_worker, "driver": lose_driver}
+            for kind in kinds * times:
+                tell(kind, seconds_to_recover(run, losses[kind]))
 
 
 def of_nodes(times: int, tell: Callable[[str, float], None]) -> None:
@@ -100,7 +99,7 @@ def of_nodes(times: int, tell: Callable[[str, float], None]) -> None:
             nodes.kill(lost[-1])
 
         for _ in range(times):
-            measure(run, lose, 1, lambda seconds: tell("node", seconds))
+            tell("node", seconds_to_recover(run, lose))
             nodes.boot(lost[-1])
             cluster.start(lost[-1], f"--address={cluster.address}")
             runs.wait_until(lambda: cluster.count() == len(NODES), "the node does not join again")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,11 +143,7 @@ class Command:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGCONT)
                 each.kill()
-        for path in sorted(self.temporary.rglob("*"), reverse=True):
-            with contextlib.suppress(OSError):
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        with contextlib.suppress(OSError):
-            self.temporary.rmdir()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 @contextmanager
