@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -115,3 +116,33 @@ def our_handler_of_sigterm() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = set_handler
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = without_native
+
+
+@contextmanager
+def quiet_driver() -> Iterator[None]:
+    """Let the native part of Ray print nothing in this process if a session starts inside the block; daemons log all.
+
+    Ray Data gives its actors arguments of which that part prints every time, as an error, that they may be lost.
+    """
+    from ray._private import worker
+
+    connect, level = worker.connect, "RAY_BACKEND_LOG_LEVEL"
+
+    def quietly(*arguments: Any, **options: Any) -> None:
+        before, stderr = os.environ.get(level), os.dup(2)
+        os.environ[level] = "fatal"
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)  # it prints too that this variable is set
+        try:
+            connect(*arguments, **options)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.environ.pop(level)
+            os.environ.update({} if before is None else {level: before})
+
+    worker.connect = quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect
