@@ -13,7 +13,7 @@ from spice_dist.command.options import (
     whole_number,
 )
 from spice_dist.data.files import require_regular_files
-from spice_dist.errors import plain
+from spice_dist.errors import UserError, plain
 
 if TYPE_CHECKING:
     from spice_dist.predicting import Predictions
@@ -64,6 +64,8 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.data.dataset import open_given
 
     _check_out(options.out, options.data)
+    if options.workers == 0 and options.address:
+        raise UserError("--workers is 0: this process alone; leave --address out, or give more workers")
     folder = artifacts.trained_model(options.run)
     source = open_given(options.data, options.follow_links, options.trust_list)
 
@@ -85,7 +87,7 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def _check_out(out: Path | None, data: str) -> None:
-    from spice_dist.errors import UserError, no_folder
+    from spice_dist.errors import no_folder
 
     if out is None:
         return

@@ -120,19 +120,20 @@ def our_handler_of_sigterm() -> Iterator[None]:
 
 @contextmanager
 def quiet_driver() -> Iterator[None]:
-    """Let the native part of Ray print nothing in this process if a session starts inside the block; daemons log all.
+    """Let Ray print nothing by itself in this process if a session starts inside the block; its daemons log all.
 
-    Ray Data gives its actors arguments of which that part prints every time, as an error, that they may be lost.
+    Its native part prints of every actor of Ray Data, as an error, that its arguments may be lost. What Ray tells of
+    lost workers goes to standard output, where rows go.
     """
     from ray._private import worker
 
-    connect, level = worker.connect, "RAY_BACKEND_LOG_LEVEL"
+    connect, listen, level = worker.connect, worker.listen_error_messages, "RAY_BACKEND_LOG_LEVEL"
 
     def quietly(*arguments: Any, **options: Any) -> None:
         before, stderr = os.environ.get(level), os.dup(2)
         os.environ[level] = "fatal"
         with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 2)  # it prints too that this variable is set
+            os.dup2(nothing.fileno(), 2)  # it prints that this variable is set
         try:
             connect(*arguments, **options)
         finally:
@@ -141,8 +142,8 @@ def quiet_driver() -> Iterator[None]:
             os.environ.pop(level)
             os.environ.update({} if before is None else {level: before})
 
-    worker.connect = quietly
+    worker.connect, worker.listen_error_messages = quietly, lambda worker, threads_stopped: None
     try:
         yield
     finally:
-        worker.connect = connect
+        worker.connect, worker.listen_error_messages = connect, listen

@@ -42,7 +42,7 @@ from spice_dist.prediction_parts import (
 )
 from spice_dist.terminal import Bar, StopSignal
 
-RESTARTS = 3  # of each worker, on the average, until the next part is done
+RESTARTS = 3  # for each worker, until the next part is done
 POLL_SECONDS = 0.5  # between two looks at whether a signal has come
 MARK = "parts.json"  # by which a folder of parts is known
 
@@ -211,17 +211,17 @@ def _answers(job: PartJob, parts: list[int], room: _Room, stop: StopSignal) -> I
 
     # not in the main thread, which takes signals; it ends with the session
     threading.Thread(target=run, daemon=True).start()
-    restarts = allowed = 0
+    restarts = before = ray_nodes.restarts()
     while True:
         stop.check()
         try:
             result = results.get(timeout=POLL_SECONDS)
         except queue.Empty:
-            restarts = ray_nodes.restarts()  # which Ray Data does without an end
-            if restarts > (allowed := allowed or restarts + RESTARTS * room.workers):
+            restarts = ray_nodes.restarts()  # Ray Data has no limit
+            if restarts - before > RESTARTS * room.workers:
                 raise WorkersLost("workers end again and again (killed, out of memory, a node that is down)") from None
             continue
-        allowed = restarts + RESTARTS * room.workers
+        before = restarts
         if result is None:
             return
         if isinstance(result, BaseException):
