@@ -269,7 +269,12 @@ def _evaluated_otherwise(run: OpenRun) -> bool:
     """Tell whether results are missing or damaged, or are of other stages, methods or settings of evaluation."""
     folder = run.folder
     try:
-        results = differing(folder, sums_in(folder / OF_RUN))
+        recorded = sums_in(folder / OF_RUN)
+        results = differing(folder, recorded)
+        if "metrics.json" not in recorded and any(
+            (stage_record(folder, name) or {}).get("sha256") for name in run.settings
+        ):
+            results = [OF_RUN]  # it was lost; folders of earlier versions have no digests at all
     except DamagedFile:
         results = [OF_RUN]
     damaged = results + [f"model/{name}" for name in damaged_model(artifacts.model(folder))]

@@ -60,6 +60,16 @@ def amounts(kind: str) -> list[int]:
     return [int(node["Resources"].get(kind, 0)) for node in _nodes()]
 
 
+def cpus_each(workers: int) -> int:
+    """Return the most CPUs that each of so many workers, with a GPU each where there are GPUs, can have; 0: no room."""
+    kind = kind_of_seat()
+    nodes = list(zip(amounts("CPU"), amounts(kind), strict=True))
+    for cpus in range(max((cpu for cpu, _ in nodes), default=0), 0, -1):
+        if sum(min(cpu // cpus, seats) for cpu, seats in nodes) >= workers:
+            return cpus
+    return 0
+
+
 def fits_a_node(resources: Mapping[str, float]) -> bool:
     """Return whether a single node that answers has all of these resources."""
     totals = [node["Resources"] for node in _nodes()]
@@ -132,6 +142,15 @@ def _alive() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def restarts() -> int:
+    """Return how often Ray has started processes of this session's actors again."""
+    import ray
+    from ray._private import state
+
+    job = ray.get_runtime_context().get_job_id()
+    return sum(int(actor["NumRestarts"]) for actor in state.actors().values() if actor["JobID"] == job)
 
 
 def _nodes() -> list[dict[str, Any]]:
