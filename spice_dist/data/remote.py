@@ -2,10 +2,11 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from spice_dist.data.folders import IMAGE_SUFFIXES, SYSTEM_FOLDERS, is_image_name, suffix_of
-from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Source, folder_labels
+from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Listed, Source, folder_labels
 from spice_dist.errors import UserError
 from spice_dist.redaction import hidden, without_secrets
 
@@ -33,20 +34,31 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
     if not files:
         raise UserError(f"there is nothing at {shown}: check the address")
     prefix = root.rstrip("/") + "/"
-    stamps = {
-        name.removeprefix(prefix): {key: details[key] for key in STAMPS if key in details}
-        for name, details in files.items()
-        if details.get("type") != "directory" and _is_image(name.removeprefix(prefix))
+    inside = {
+        name.removeprefix(prefix): details for name, details in files.items() if details.get("type") != "directory"
     }
-    names = sorted(stamps, key=os.fsencode)
-    others = [name.removeprefix(prefix) for name, details in files.items() if details.get("type") != "directory"]
-    others = [name for name in others if name not in stamps and not _is_hidden(name)]
+    names = sorted(filter(_is_image, inside), key=os.fsencode)
+    others = [name for name in inside if not _is_image(name) and not _is_hidden(name)]
     if not names:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"no image file at {shown}: found {len(files)} others, looked for {wanted}")
+    labels, label_names = folder_labels(shown, names) if with_labels else (None, [])
+    return replace(
+        remote_files(url, names, [_listed(inside[name]) for name in names]),
+        labels=labels,
+        label_names=label_names,
+        ignored=dict(Counter(suffix_of(name) for name in others)),
+    )
+
+
+def remote_files(url: str, names: list[str], listed: list[Listed]) -> Source:
+    """Take the files of these names below `url`, as `remote_source` has listed them."""
+    shown = without_secrets(url)
+    system, root = _file_system(url, shown)
+    prefix = root.rstrip("/") + "/"
 
     def read(i: int) -> bytes:
-        size = stamps[names[i]].get("size") or 0
+        size = listed[i][0]
         if size > MAX_CELL_BYTES:
             raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
         try:
@@ -57,17 +69,11 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
             raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
         return data
 
-    labels, label_names = folder_labels(shown, names) if with_labels else (None, [])
-    return Source(
-        shown,
-        names,
-        read,
-        labels,
-        label_names,
-        ignored=dict(Counter(suffix_of(name) for name in others)),
-        encoded=True,
-        stamps=lambda i: " ".join(str(value) for value in stamps[names[i]].values()),
-    )
+    return Source(shown, names, read, encoded=True, stamps=lambda i: listed[i][1], listed=listed.__getitem__)
+
+
+def _listed(details: dict[str, Any]) -> Listed:
+    return details.get("size") or 0, " ".join(str(details[key]) for key in STAMPS if key in details)
 
 
 def _file_system(url: str, shown: str) -> tuple[Any, str]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -138,3 +139,34 @@ def our_handler_of_sigterm() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = set_handler
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = without_native
+
+
+@contextmanager
+def quiet_driver() -> Iterator[None]:
+    """Let Ray print nothing by itself in this process if a session starts inside the block; its daemons log all.
+
+    Its native part prints of every actor of Ray Data, as an error, that its arguments may be lost. What Ray tells of
+    lost workers goes to standard output, where rows go.
+    """
+    from ray._private import worker
+
+    connect, listen, level = worker.connect, worker.listen_error_messages, "RAY_BACKEND_LOG_LEVEL"
+
+    def quietly(*arguments: Any, **options: Any) -> None:
+        before, stderr = os.environ.get(level), os.dup(2)
+        os.environ[level] = "fatal"
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)  # it prints that this variable is set
+        try:
+            connect(*arguments, **options)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.environ.pop(level)
+            os.environ.update({} if before is None else {level: before})
+
+    worker.connect, worker.listen_error_messages = quietly, lambda worker, threads_stopped: None
+    try:
+        yield
+    finally:
+        worker.connect, worker.listen_error_messages = connect, listen

@@ -255,7 +255,8 @@ def test_a_later_correction_of_one_image_of_a_pair_is_one_of_both():
 def test_where_a_pair_decides_against_the_posterior_the_posterior_follows():
     """Two images kept apart before, whose best groups are one: the less sure one has the other group, and surely."""
     features, of_image, neighbors = clumps([20, 20])
-    given = no_corrections(40, 2) | {"learned_different": np.array([[0, 1]])}
+    given = no_corrections(40, 2)
+    given["learned_different"] = np.array([[0, 1]])
     probs = np.where(of_image[:, None] == 0, [0.999, 0.001], [0.001, 0.999])
     probs[1] = 0.9, 0.1
     learned = learn(features, probs, of_image, neighbors, Corrections(**given), seed=0)
