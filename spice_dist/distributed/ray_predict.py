@@ -151,10 +151,11 @@ def _computed(
                         break
             except WorkersLost as error:
                 failure = error
-                tqdm.write(f"{error}; going on with what is left", sys.stderr)
             stop.check()
             if len(todo) == before:
                 raise failure
+            if todo:
+                tqdm.write(f"{failure}; going on with what is left", sys.stderr)
     reasons = dict(sorted(reasons.items()))
     if strict:
         require_all(source, reasons)
