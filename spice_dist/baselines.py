@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from spice_dist import graph
 from spice_dist.data.files import Progress
-from spice_dist.data.images import Images
+from spice_dist.data.images import CHUNK, Images
 from spice_dist.data.manifest import Ingested
-from spice_dist.inference import CHUNK
 from spice_dist.methods import spice_graph
 from spice_dist.methods.spice_graph import SpiceGraphConfig
 from spice_dist.neighbors import nearest, search, without_itself

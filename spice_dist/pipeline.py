@@ -22,6 +22,7 @@ from spice_dist.data.files import publish_json, require_regular_files
 from spice_dist.data.sources import Source
 from spice_dist.distributed import setbacks
 from spice_dist.distributed.worker import LocalWorker, StageCall
+from spice_dist.earlier import Earlier, carry_over
 from spice_dist.errors import DamagedFile, Interrupted, UserError, plain
 from spice_dist.evaluate import evaluate, relabel
 from spice_dist.launching import Launch, in_words, plan
@@ -60,6 +61,7 @@ class OpenRun:
     threads: int
     launch: Launch
     stop: StopSignal
+    earlier: Earlier | None = None  # the run that it goes on from
 
     def up_to(self, last: str) -> "OpenRun":
         """Return the same run, ending with the stage `last`."""
@@ -75,18 +77,20 @@ def fit(
     command: list[str] | None = None,
     until: str | None = None,
     network: str = "",
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Run all stages on `data` in the folder `out`; return the contents of metrics.json.
 
     Args:
         until: the last stage to run; the result is the clustering after it.
         network: one line about the network, if it was chosen automatically.
+        earlier: the run that this one goes on from.
 
     Raises:
         UserError: the data, the settings or the folder cannot be used; the message says why.
         Interrupted: a signal ended the run; the same call resumes it.
     """
-    with _opened(config, data, out, launch, command, network) as run:
+    with _opened(config, data, out, launch, command, network, earlier) as run:
         if until is not None:
             run = run.up_to(_end_named(until, run))
         finished_before = _run_stages(run)
@@ -118,7 +122,13 @@ def fit_until(
 
 @contextlib.contextmanager
 def _opened(
-    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None, network: str
+    config: Config,
+    data: str | Source,
+    out: Path,
+    launch: Launch,
+    command: list[str] | None,
+    network: str,
+    earlier: Earlier | None = None,
 ) -> Iterator[OpenRun]:
     """Open the run in the folder `out`; whatever can be refused is refused before anything is trained."""
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
@@ -137,11 +147,14 @@ def _opened(
         raise UserError(f"{folder} holds a sweep; give another --out")
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
+    if earlier is not None and earlier.run.resolve() == folder:
+        raise UserError(f"--from and --out are both {out}; give another --out, or leave --from out to go on in it")
     with owned(folder) as owner, StopSignal() as stop:
         launch = replace(launch, storage=replace(launch.storage, owner=owner))
         require_regular_files(folder)
-        settings = stage_settings(config, source, images_of_run(folder, source))
-        run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
+        digest = earlier.digest if earlier else ""
+        settings = stage_settings(config, source, images_of_run(folder, source), digest)
+        run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop, earlier)
         forget_other_clusters(folder, run.settings)
         for stage, settings in run.settings.items():
             refuse_changes(folder, stage, settings)
@@ -195,6 +208,9 @@ def _run_stages(run: OpenRun) -> set[str]:
                 _pack(run, bar)
         elif not artifacts.packed_file(run.folder).exists():  # a link to a packed file that was moved without the run
             prepare(run.source, run.config.data, artifacts.data(run.folder))
+        if run.earlier is not None and stages:
+            with Bar("from", run.stop) as bar:
+                carry_over(run.earlier, run.config, run.folder, run.device, bar.show)
         if any(row.reads_labels for row in rows):
             relabel(run.folder, run.source)  # the images may have been packed without labels
         if run.sizes == (0,):
@@ -253,7 +269,12 @@ def _evaluated_otherwise(run: OpenRun) -> bool:
     """Tell whether results are missing or damaged, or are of other stages, methods or settings of evaluation."""
     folder = run.folder
     try:
-        results = differing(folder, sums_in(folder / OF_RUN))
+        recorded = sums_in(folder / OF_RUN)
+        results = differing(folder, recorded)
+        if "metrics.json" not in recorded and any(
+            (stage_record(folder, name) or {}).get("sha256") for name in run.settings
+        ):
+            results = [OF_RUN]  # it was lost; folders of earlier versions have no digests at all
     except DamagedFile:
         results = [OF_RUN]
     damaged = results + [f"model/{name}" for name in damaged_model(artifacts.model(folder))]
@@ -342,10 +363,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
         job = ray_train.Job(
             tuple(stages), run.folder, run.threads, run.stop.requested, progress, message, run.launch.storage
         )
-        if len(run.sizes) == 1:
-            ray_train.train_on_workers(job, run.sizes[0])
-        else:
-            ray_elastic.train(job, run.sizes)
+        ray_elastic.train(job, run.sizes)
         reach(len(names) - 1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spice_dist import artifacts
 from spice_dist.data.dataset import DataConfig, is_ours
 from spice_dist.data.files import Progress
+from spice_dist.data.images import chunk_of
 from spice_dist.data.ingest import require_fit
 from spice_dist.data.left_out import left_out
 from spice_dist.data.loaders import open_images
@@ -24,7 +25,7 @@ from spice_dist.data.stream import Batch, Stream
 from spice_dist.data.views import Statistics
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError
-from spice_dist.inference import chunk_of, outputs_of
+from spice_dist.inference import outputs_of
 from spice_dist.model_folder import load_model
 from spice_dist.models.heads import Network
 from spice_dist.task import Task

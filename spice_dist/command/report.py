@@ -29,14 +29,17 @@ def add(commands: Commands) -> None:
 
 def report(options: argparse.Namespace, given: list[str]) -> None:
     require_regular_files(*options.runs)
-    runs, out = options.runs, options.out
+    runs: list[Path] = options.runs
+    out: Path | None = options.out
     if len(runs) > 2:
         raise UserError(f"{len(runs)} runs were given: give one run, or two to compare")
-    if len(runs) == 2 and out is None:
+    if out is None and len(runs) == 2:
         raise UserError("two runs are compared on a page of its own: name it by --out page.html")
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is {out}; the report is a page: give a name that ends with .html")
     from spice_dist.report import PAGE_MB, write_comparison, write_report
 
-    if len(runs) == 2:
+    if len(runs) == 2 and out is not None:
         written = write_comparison(runs[0], runs[1], out)
     else:
         page_mb = PAGE_MB if options.page_mb is None else options.page_mb

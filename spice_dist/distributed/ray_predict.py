@@ -24,12 +24,12 @@ from tqdm import tqdm
 from spice_dist import artifacts
 from spice_dist.data.excerpts import excerpts
 from spice_dist.data.files import publish_json
+from spice_dist.data.images import chunk_of
 from spice_dist.data.sources import Source
 from spice_dist.distributed import ray_local, ray_nodes, ray_train
 from spice_dist.distributed.ray_train import WorkersLost, last_line
 from spice_dist.distributed.worker import usable_cores
 from spice_dist.errors import UserError, plain
-from spice_dist.inference import chunk_of
 from spice_dist.ownership import owned
 from spice_dist.predicting import Predictions, Unreadable, load_for_images, predictions_of, require_all, require_finite
 from spice_dist.prediction_parts import (

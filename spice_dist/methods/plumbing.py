@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spice_dist import artifacts
 from spice_dist.data import augment
 from spice_dist.data.crops import Key
-from spice_dist.data.images import Images
+from spice_dist.data.images import Images, chunk_of
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import Ingested
 from spice_dist.data.order import epoch_order, worker_batches
@@ -33,7 +33,6 @@ from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
 TAKES_ALL = 0.9  # share of the images in one cluster above which it is told
-VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
 
 
 def tell_if_one_takes_all(stage: str, labels: Int[Tensor, " S"], worker: Worker) -> bool:
@@ -233,7 +232,9 @@ def view_features(
     share = collectives.share(len(index))
     results: list[list[Tensor]] = [[] for _ in views]
     index_of_share = index[share.start : share.stop]
-    for batch, _ in augment.view_batches(images, index_of_share, VIEWS_AT_ONCE, views, task.backbone.statistics):
+    for batch, _ in augment.view_batches(
+        images, index_of_share, chunk_of(images.size), views, task.backbone.statistics
+    ):
         for result, function, view in zip(results, functions, batch, strict=True):
             result.append(function(view))
     return [collectives.gather_shares(torch.cat(result), len(index)) for result in results]
@@ -257,6 +258,22 @@ def check_batch(task: Task, stage: str, batch: int, num_images: int) -> None:
 def new_backbone(task: Task) -> Backbone:
     """Build the backbone of the run with random weights, or those that its configuration names."""
     return pretrained_backbone(task.backbone, task.data.channels, task.data.size)
+
+
+def first_backbone(task: Task, run: Path) -> Backbone:
+    """Build the backbone that stage 1 begins with: of the run that this one goes on from, else `new_backbone`."""
+    return begin_with_earlier(new_backbone(task), run, "backbone")
+
+
+def begin_with_earlier(module: M, run: Path, name: str) -> M:
+    """Load the weights of this name of the run that this one goes on from, if there are any of the same shapes."""
+    saved = checkpoint.newest(run / "from/checkpoints")
+    if saved is None or f"{name}.safetensors" not in saved.sha256:
+        return module
+    tensors, wanted = saved.tensors(name), module.state_dict()
+    if {key: tensor.shape for key, tensor in tensors.items()} == {key: value.shape for key, value in wanted.items()}:
+        module.load_state_dict(tensors)
+    return module
 
 
 def load_backbone(task: Task, run: Path) -> Backbone:

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -144,6 +145,14 @@ def overlap(path: Path) -> None:
 def test_structural_damage_is_found_without_the_sidecar(beton_copy: Path, damage: str):
     structural_damage()[damage](beton_copy)
     refused(beton_copy, trusted_sidecar=False)
+
+
+def test_a_jpeg_of_a_longer_side_than_any_that_is_stored_is_refused_without_the_sidecar(
+    packed_folders: dict[str, Path], tmp_path: Path
+):
+    path = Path(shutil.copy(packed_folders["jpg"] / "dataset.beton", tmp_path))
+    patch(path, METADATA_START + 1, (beton.MAX_STORED_SIDE + 1).to_bytes(2, "little"))
+    assert "more than 4096 pixels a side" in refused(path, trusted_sidecar=False)
 
 
 def test_a_sidecar_that_is_missing_altered_or_of_another_file_is_refused(beton_copy: Path):

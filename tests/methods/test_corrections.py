@@ -253,14 +253,16 @@ def test_a_later_correction_of_one_image_of_a_pair_is_one_of_both():
 
 
 def test_where_a_pair_decides_against_the_posterior_the_posterior_follows():
-    """Two images kept apart whose best groups are one: the second one has the other group, and surely."""
+    """Two images kept apart before, whose best groups are one: the less sure one has the other group, and surely."""
     features, of_image, neighbors = clumps([20, 20])
     given = no_corrections(40, 2)
-    given["different"] = np.array([[0, 1], [0, 2], [1, 20], [2, 20]])
+    given["learned_different"] = np.array([[0, 1]])
     probs = np.where(of_image[:, None] == 0, [0.999, 0.001], [0.001, 0.999])
+    probs[1] = 0.9, 0.1
     learned = learn(features, probs, of_image, neighbors, Corrections(**given), seed=0)
-    assert learned.labels[0] != learned.labels[1] == learned.labels[2] != learned.labels[20]
+    np.testing.assert_array_equal(learned.labels, np.where(np.arange(40) == 1, 1, of_image))
     np.testing.assert_array_equal(learned.probs.argmax(1), learned.labels)
+    assert learned.probs[1, 1] > 0.999
 
 
 def test_what_has_the_fewest_groups_left_is_placed_first():

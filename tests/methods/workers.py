@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spice_dist.config import Config
+from spice_dist.distributed import pace
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import features, reliable
 from tests.methods.conftest import CPU, TRAIN
@@ -33,7 +34,9 @@ class GlooWorker(LocalWorker):
         super().__init__(run, stage, CPU)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        pace.time_averaging(wrapped)
+        return wrapped
 
 
 class Group:
