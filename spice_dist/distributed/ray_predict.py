@@ -66,6 +66,10 @@ class Images:
     max_megapixels: int | None
 
 
+class EndlessRestarts(WorkersLost):
+    """Workers are started again and again, and no part is done."""
+
+
 class Answer(NamedTuple):
     """What a worker says of a part: Ray Data's row."""
 
@@ -98,7 +102,8 @@ def predicted(
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="spice-")))
         else:
             folder = out.absolute().with_name(f"{out.name}.parts")
-            if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+            others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+            if others and not (folder / MARK).exists():
                 raise UserError(f"{folder} holds other files than parts of predictions; move it, or give another --out")
         opened.enter_context(owned(folder))
         publish_json(folder / MARK, {"version": 1})
@@ -149,12 +154,15 @@ def _computed(
                         todo = dict.fromkeys(part for part in todo if part < answer.part)
                     if not todo:
                         break
+            except EndlessRestarts:
+                raise  # the workers of this try still have their seats
             except WorkersLost as error:
                 failure = error
-                tqdm.write(f"{error}; going on with what is left", sys.stderr)
             stop.check()
             if len(todo) == before:
                 raise failure
+            if todo:
+                tqdm.write(f"{failure}; going on with what is left", sys.stderr)
     reasons = dict(sorted(reasons.items()))
     if strict:
         require_all(source, reasons)
@@ -219,7 +227,7 @@ def _answers(job: PartJob, parts: list[int], room: _Room, stop: StopSignal) -> I
         except queue.Empty:
             restarts = ray_nodes.restarts()  # Ray Data has no limit
             if restarts - before > RESTARTS * room.workers:
-                raise WorkersLost("workers end again and again (killed, out of memory, a node that is down)") from None
+                raise EndlessRestarts("workers end again and again: killed, out of memory, or a node is down") from None
             continue
         before = restarts
         if result is None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from spice_dist.data import remote
 from spice_dist.data.dataset import open_data
+from spice_dist.data.excerpts import excerpts
 from spice_dist.data.ingest import ingest
 from spice_dist.data.manifest import read_paths
 from spice_dist.errors import UserError
@@ -47,6 +48,20 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def test_parts_of_a_bucket_are_opened_again_without_listing_it(bucket: str, tmp_path: Path, monkeypatch):
+    source = open_data(bucket)
+    divided = excerpts(source, bucket, False, 3, tmp_path)
+    monkeypatch.setattr(remote, "remote_source", None)
+    assert source.stamps
+    for number in range(divided.parts):
+        part, numbers = divided.open(number), divided.numbers(number)
+        assert part.stamps
+        assert part.paths == [source.paths[i] for i in numbers]
+        assert [part.read(i) for i in range(len(numbers))] == [source.read(i) for i in numbers]
+        assert [part.stamps(i) for i in range(len(numbers))] == [source.stamps(i) for i in numbers]
+    assert divided.parts == 3
 
 
 def test_a_bucket_is_a_folder_with_names_labels_and_quarantine(bucket: str, tmp_path: Path):
