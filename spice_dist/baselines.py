@@ -109,7 +109,7 @@ def spectral(
         if clustered <= graph.landmarks(task.clusters):
             found = nearest(reference, min(SPECTRAL_NEIGHBORS + 1, clustered))
             neighbors = without_itself(found.cpu().numpy().astype(np.int32))
-    settings = SpiceGraphConfig(counts=(SPECTRAL_NEIGHBORS,), walks=(0,))
+    settings = SpiceGraphConfig(counts=(SPECTRAL_NEIGHBORS,), walks=(0,), attempts=0)
     labels = spice_graph.clusterings(task, settings, reference, neighbors)[0]
     others = features[clustered:]
     if not len(others):

@@ -14,7 +14,7 @@ import torch
 
 from spice_dist.counting import FLOAT, Cost, Counting, Network, Work
 from spice_dist.data.images import chunk_of
-from spice_dist.graph import DIMENSIONS, landmarks
+from spice_dist.graph import DIMENSIONS, FEATURE_DIMENSIONS, landmarks
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig
@@ -32,6 +32,7 @@ from spice_dist.neighbors import STRIP, STRIP_GPU
 PEAK = {"A100": 312e12, "H100": 989e12}  # bf16 operations per second without sparsity, from their data sheets
 USED = 0.2  # share of the peak that training a ResNet reaches
 SUGGEST_SECONDS, SUGGEST_IMAGES = 8.0, 4_000  # measured, of one core; more images are sampled
+ATTEMPT_SECONDS = 5e-9  # of one core, for an image, a cluster, a coordinate and a clustering of a known map: k-means
 START_SECONDS = 1.5e-8  # of one core, for an image, a cluster, a coordinate and a clustering: eigenvectors and k-means
 SUPPOSED = 20  # clusters, where the features will suggest the number
 MEASURED_SECONDS = 2.0  # at least, of each network
@@ -97,7 +98,10 @@ def spice_graph(counting: Counting, config: SpiceGraphConfig) -> Cost:
     clusters = counting.task.clusters or SUPPOSED
     head_passes = (config.rounds + 1) * (3 * passes_of(config, images) + 1) * images
     sample = min(images, landmarks(clusters))
-    start = config.heads * sample * clusters * (DIMENSIONS * clusters + max(config.counts)) * START_SECONDS
+    coordinates = DIMENSIONS * clusters
+    maps = config.heads * sample * clusters * (coordinates + max(config.counts)) * START_SECONDS
+    attempts = config.attempts_for(clusters) * (2 * coordinates + FEATURE_DIMENSIONS) * ATTEMPT_SECONDS
+    start = maps + config.heads * sample * clusters * attempts
     memory = (images * dim + 4 * images * config.heads * clusters) * FLOAT
     return Cost((Work(counting.backbone, 0, 0),), 2.0 * config.heads * dim * clusters * head_passes, memory, start)
 

@@ -18,6 +18,7 @@ from scipy.sparse import linalg
 
 LANDMARKS, LANDMARKS_OF_CLUSTER = 20_000, 50  # at least; see `landmarks`
 DIMENSIONS = 3  # coordinates of the map for each cluster
+FEATURE_DIMENSIONS, FEATURE_SHARE = 128, 0.5  # principal components beside the map, and their length; the map's is 1
 DENSE = 400  # images up to which all eigenvectors are computed: the iterative solver needs spare ones
 
 
@@ -98,25 +99,78 @@ def kmeans(points: Float[np.ndarray, "N D"], clusters: int, seed: int, starts: i
 
 
 def graph_clusterings(
-    neighbors: Int[np.ndarray, "N S"],
-    clusters: int,
-    counts: Sequence[int],
-    steps: Sequence[int],
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    neighbors: Int[np.ndarray, "N S"], clusters: int, counts: Sequence[int], steps: Sequence[int], seed: int = 0
 ) -> Int[np.ndarray, "T N"]:
     """Cluster once for each number of neighbours and each length of the walk: k-means of the diffusion map.
 
     A walk of 0 steps uses the K - 1 leading coordinates alone: the spectral clustering of Ng, Jordan and Weiss.
     """
+    return _of_maps(_maps(neighbors, clusters, counts, seed), clusters, steps, seed * 1000)
+
+
+def best_clusterings(
+    neighbors: Int[np.ndarray, "N S"],
+    features: Float[np.ndarray, "N D"],
+    clusters: int,
+    counts: Sequence[int],
+    steps: Sequence[int],
+    attempts: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Int[np.ndarray, "T N"]:
+    """Make `graph_clusterings` again and again; return those whose consensus has the largest modularity.
+
+    k-means ends in one of several optima, far apart, and all clusterings of a set may end in the same. Half of the
+    2 `attempts` sets see the features beside the map, at FEATURE_SHARE of its length.
+    """
+    from sklearn.decomposition import PCA
+
+    maps = _maps(neighbors, clusters, counts, seed)
+    dimensions = min(FEATURE_DIMENSIONS, features.shape[1], len(features) - 1)
+    shown = PCA(dimensions, svd_solver="randomized", random_state=seed).fit_transform(features)
+    shown *= FEATURE_SHARE / np.maximum(np.linalg.norm(shown, axis=1, keepdims=True), 1e-12)
+    best, largest, done = None, -np.inf, 0
+    for attempt in range(attempts):
+        for beside in (None, shown):
+            labels = _of_maps(maps, clusters, steps, seed * 1000 + attempt * len(maps) * len(steps), beside)
+            score = consensus_modularity(labels, neighbors, clusters, counts, seed)
+            if score > largest:
+                best, largest = labels, score
+            done += 1
+            progress(done, 2 * attempts)
+    assert best is not None, "at least one attempt is asked for"
+    return best
+
+
+def consensus_modularity(
+    labels: Int[np.ndarray, "T N"], neighbors: Int[np.ndarray, "N S"], clusters: int, counts: Sequence[int], seed: int
+) -> float:
+    """Return the modularity of the clusterings' consensus, the mean over graphs of these numbers of neighbours."""
+    one_hot, near = np.eye(clusters, dtype=np.float32), neighbors[:, : max(counts)]
+    mean, _ = consensus(np.stack([spread(one_hot[row], near) for row in labels]), seed=seed)
+    return float(np.mean([modularity(neighbors[:, :count], mean.argmax(1))[1] for count in counts]))
+
+
+def _maps(
+    neighbors: Int[np.ndarray, "N S"], clusters: int, counts: Sequence[int], seed: int
+) -> list[tuple[Float[np.ndarray, " m"], Float[np.ndarray, "N m"]]]:
+    return [diffusion_map(neighbor_graph(neighbors, count), DIMENSIONS * clusters, seed) for count in counts]
+
+
+def _of_maps(
+    maps: Sequence[tuple[Float[np.ndarray, " m"], Float[np.ndarray, "N m"]]],
+    clusters: int,
+    steps: Sequence[int],
+    first_seed: int,
+    beside: Float[np.ndarray, "N P"] | None = None,
+) -> Int[np.ndarray, "T N"]:
     clusterings = []
-    for count in counts:
-        values, coordinates = diffusion_map(neighbor_graph(neighbors, count), DIMENSIONS * clusters, seed)
+    for values, coordinates in maps:
         for length in steps:
             leading = coordinates if length else coordinates[:, : clusters - 1]
             points = walked(values[: leading.shape[1]], leading, length)
-            clusterings.append(kmeans(points, clusters, seed * 1000 + len(clusterings)))
-            progress(len(clusterings), len(counts) * len(steps))
+            points = points if beside is None else np.hstack([points, beside])
+            clusterings.append(kmeans(points, clusters, first_seed + len(clusterings)))
     return np.stack(clusterings)
 
 

@@ -71,6 +71,24 @@ def test_the_graph_divides_what_no_center_does():
     assert adjusted_rand_score(which, graph.kmeans(points, 2, 0)) < 0.1
 
 
+def test_of_several_attempts_the_one_of_largest_modularity_is_kept():
+    """Thirty clumps in a row, on which k-means often ends with one divided and two together."""
+    points = np.concatenate([np.random.default_rng(9).normal(4 * c, 1, (30, 2)) for c in range(30)])
+    neighbors, which = neighbors_of(points, 8), np.repeat(range(30), 30)
+
+    def scores(labels: np.ndarray, seed: int) -> tuple[float, float]:
+        one_hot = np.eye(30)
+        consensus, _ = graph.consensus(np.stack([graph.spread(one_hot[row], neighbors) for row in labels]), seed=seed)
+        networks = [graph.modularity(neighbors[:, :count], consensus.argmax(1))[1] for count in (5, 8)]
+        return float(np.mean(networks)), adjusted_rand_score(which, consensus.argmax(1))
+
+    once = [scores(graph.graph_clusterings(neighbors, 30, (5, 8), (6,), seed), seed) for seed in range(4)]
+    best = [scores(graph.best_clusterings(neighbors, points, 30, (5, 8), (6,), 4, seed), seed) for seed in range(4)]
+    assert all(kept[0] >= first[0] for first, kept in zip(once, best, strict=True))
+    assert np.mean(best, 0)[0] > np.mean(once, 0)[0] + 0.001
+    assert np.mean(best, 0)[1] > np.mean(once, 0)[1]
+
+
 def test_pieces_of_a_graph_are_clusters():
     points = np.concatenate([np.random.default_rng(2).normal(10 * c, 1, (60, 2)) for c in range(4)])
     labels = graph.graph_clusterings(neighbors_of(points, 10), 4, (5, 10), (0, 100))

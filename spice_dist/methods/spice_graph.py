@@ -1,7 +1,8 @@
 """Stage 2 on the graph of nearest neighbours: SPICE's EM on frozen features, for a network that is trained already.
 
 `spice_self` starts from random heads and encodes random views. Here each image is encoded once, each head starts from a
-clustering of the neighbour graph (`spice_dist.graph`), and neighbours take the place of views. E-step: a head's
+clustering of the neighbour graph (`spice_dist.graph`), the best of several attempts by modularity, and neighbours take
+the place of views. E-step: a head's
 probabilities are spread over neighbours and scaled to the sizes of its clusters, p(k) = mean of its start. These sizes
 are estimated, where SPICE's quotas are equal (P2OT's aim of an uneven prior, by Sinkhorn's scaling). The share `anchor`
 of the start is added, without which the heads drift to the classes that are easiest to separate. M-step: each head, one
@@ -40,6 +41,7 @@ from spice_dist.transfer import send
 SHUFFLE, SAMPLE = 40, 41  # streams of random numbers
 CHUNK = 65_536  # images of a head's forward pass
 MIN_IMAGES = 10
+FEW_CLUSTERS = 20  # up to which all attempts are made
 TEMPERATURES = 1.05 ** np.arange(-60, 61)  # 0.05 to 19
 
 
@@ -59,6 +61,11 @@ class SpiceGraphConfig:
         (10, 15, 20), "k, neighbours of a graph; with walks they make H clusterings and heads", least=1
     )
     walks: tuple[int, ...] = setting((6, 8, 12), "t, steps of the random walk", least=1)
+    attempts: int = setting(
+        5,
+        "at these H clusterings, with and without the features beside the map; fewer above 20 clusters; 0: once",
+        least=0,
+    )
     spread: int = setting(15, "neighbours that a probability is averaged over", above=0)
     rounds: int = setting(2, "E-steps", above=0)
     epochs: int = setting(4, "passes over the images in an M-step, at least", above=0)
@@ -71,6 +78,10 @@ class SpiceGraphConfig:
     @property
     def heads(self) -> int:  # H
         return len(self.counts) * len(self.walks)
+
+    def attempts_for(self, clusters: int) -> int:
+        """Return the number of attempts: k-means takes as much longer as there are more clusters."""
+        return min(self.attempts, max(1, self.attempts * FEW_CLUSTERS // clusters))
 
 
 @torch.no_grad()
@@ -191,15 +202,22 @@ def clusterings(
     neighbors: Int[np.ndarray, "N S"],
     progress: Progress = lambda done, total: None,
 ) -> Int[np.ndarray, "H N"]:
-    """Cluster by `graph.graph_clusterings`; if images are many, a sample, and the others by their nearest landmarks."""
+    """Cluster by `graph.best_clusterings`; if images are many, a sample, and the others by their nearest landmarks."""
+
+    def cluster(rows: Tensor, near: Int[np.ndarray, "M S"]) -> Int[np.ndarray, "H M"]:
+        graphs = (task.clusters, config.counts, config.walks)
+        attempts = config.attempts_for(task.clusters)
+        if not attempts:
+            return graph.graph_clusterings(near, *graphs, task.seed)
+        return graph.best_clusterings(near, rows.cpu().numpy(), *graphs, attempts, task.seed, progress)
+
     most = graph.landmarks(task.clusters)
     if len(neighbors) <= most:
-        return graph.graph_clusterings(neighbors, task.clusters, config.counts, config.walks, task.seed, progress)
+        return cluster(features, neighbors)
     chosen = np.sort(np.random.default_rng([task.seed, SAMPLE]).permutation(len(neighbors))[:most])
     sample = features[torch.from_numpy(chosen).to(features.device)]
     among = nearest(sample, max(config.counts) + 1).cpu().numpy().astype(np.int32)
-    near = without_itself(among)
-    labels = graph.graph_clusterings(near, task.clusters, config.counts, config.walks, task.seed, progress)
+    labels = cluster(sample, without_itself(among))
     _, near = search(sample, features, config.spread)
     near, one_hot = near.cpu().numpy(), np.eye(task.clusters, dtype=np.float32)
     return np.stack([graph.neighbor_mean(one_hot[row], near).argmax(1) for row in labels])
@@ -322,7 +340,7 @@ def predicted(run: Path, index: Int[np.ndarray, " M"], device: torch.device) -> 
 
 def check(task: Task, config: SpiceGraphConfig, neighbors: GraphConfig, num_images: int) -> None:
     """Raise a UserError if these settings cannot train on so many images."""
-    check_ranges("spice_graph", config, "spread", "rounds", "epochs", "steps", "minibatch", "lr")
+    check_ranges("spice_graph", config, "attempts", "spread", "rounds", "epochs", "steps", "minibatch", "lr")
     check_ranges("graph", neighbors, "neighbors", "search")
     for name in ("counts", "walks"):
         if not ((values := getattr(config, name)) and allowed(config, name)):
