@@ -147,13 +147,10 @@ def _opened(
         raise UserError(f"{folder} holds a sweep; give another --out")
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
-    if earlier is not None and earlier.run.resolve() == folder:
-        raise UserError(f"--from and --out are both {out}; give another --out, or leave --from out to go on in it")
     with owned(folder) as owner, StopSignal() as stop:
         launch = replace(launch, storage=replace(launch.storage, owner=owner))
         require_regular_files(folder)
-        digest = earlier.digest if earlier else ""
-        settings = stage_settings(config, source, images_of_run(folder, source), digest)
+        settings = stage_settings(config, source, images_of_run(folder, source), earlier.digest if earlier else "")
         run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop, earlier)
         forget_other_clusters(folder, run.settings)
         for stage, settings in run.settings.items():

@@ -106,6 +106,8 @@ def _earlier(options: argparse.Namespace) -> "Earlier | None":
     settings = ("recipe", "config", "backbone", "weights", "pretext")
     if given := [name for name in settings if getattr(options, name)] or ["method"] * (options.method != "spice"):
         raise UserError(f"--from takes the settings of {options.start}: leave --{given[0]} out")
+    if options.out and options.out.resolve() == options.start.resolve():
+        raise UserError(f"--from and --out are both {options.out}; give another --out")
 
     from spice_dist import artifacts
     from spice_dist.earlier import open_earlier

@@ -17,7 +17,7 @@ from spice_dist.errors import UserError
 
 DEFAULT_TOKEN = Path("~/.ray/auth_token")  # where Ray looks if the environment names none
 SECONDS = 10.0  # how long a cluster may take to answer
-OWN_TOKEN = "token"  # in a private folder
+own_folders: list[Path] = []  # of the tokens that this process made
 OPEN, REFUSED = "open", "refused"
 # Run by a child process, which reads mode and token by itself.
 PROBE = """
@@ -44,17 +44,12 @@ def use_own_token() -> None:
         return
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
-    token = stack.enter_context(ray_local.held_folder(Path(tempfile.gettempdir()))) / OWN_TOKEN
+    own_folders.append(stack.enter_context(ray_local.held_folder(Path(tempfile.gettempdir()))))
+    token = own_folders[-1] / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     _set_mode("token")
-
-
-def own_folders() -> list[Path]:
-    """Return the private folder of the token that this process made, if it made one."""
-    path = token_file()
-    return [path.parent] if path.name == OWN_TOKEN and (path.parent / ray_local.HELD).exists() else []
 
 
 def use_token_of(address: str, insecure: bool = False) -> None:

@@ -49,10 +49,12 @@ def held_folder(parent: Path) -> Iterator[Path]:
 
     Those of killed processes beside it, which may hold a token, are removed first.
     """
-    for abandoned in parent.glob(f"{PREFIX}*/{HELD}"):
-        with contextlib.suppress(OSError), open(abandoned, "rb") as file:  # locked, or another user's
+    for held in parent.glob(f"{PREFIX}*/{HELD}"):
+        # an error: a living process has it locked, or it is another user's
+        with contextlib.suppress(OSError), open(os.open(held, os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(abandoned.parent, ignore_errors=True)
+            if os.fstat(file.fileno()).st_uid == os.getuid():
+                shutil.rmtree(held.parent, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with open(private / f"{HELD}.new", "wb") as file:

@@ -122,7 +122,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
             except Exception as error:  # Ray raises errors of any kind
                 place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
                 raise UserError(f"{place}: {last_line(str(error))}") from error
-            with contextlib.nullcontext() if address else ray_local.watched(folder.parent, *ray_auth.own_folders()):
+            with contextlib.nullcontext() if address else ray_local.watched(folder.parent, *ray_auth.own_folders):
                 yield
         except WorkersLost as error:
             if address:

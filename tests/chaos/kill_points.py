@@ -7,7 +7,7 @@
 Without Ray, a point is a step (before it is reported, after, or while its checkpoint is written) or an operation on a
 file of the stage (open, rename, remove, make a folder). The run is a fork of this process, which has imported all that
 it needs; it begins with a copy of the calm run, from which the stage and those after it are taken away. With Ray, a
-worker or the driver is killed once the stage is seen to have come so far.
+worker, or the driver where none is left or every third time, is killed once the stage is seen to have come so far.
 """
 
 import argparse

@@ -15,7 +15,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,20 @@ def trains(run: Path, since: float) -> bool:
         return False
 
 
-def seconds_to_recover(run: Path, lose: Callable[[], object]) -> float:
-    """Lose something in a run that trains; return after how many seconds it trains again."""
+def seconds_to_recover(run: Path, workers: Callable[[], set[int]], lose: Callable[[], object]) -> float:
+    """Lose something in a run that trains; return after how many seconds other workers train.
+
+    Args:
+        workers: gives the processes of the training workers.
+    """
     since = time.time()
     runs.wait_until(lambda: trains(run, since), "it does not train")
     time.sleep(2)  # it has saved
-    lost_at, began = time.time(), time.monotonic()
+    before, began = workers(), time.monotonic()
     lose()
-    # what was told at the moment of the loss is no recovery
-    runs.wait_until(lambda: trains(run, lost_at + 1), "it does not recover")
+    runs.wait_until(lambda: (now := workers()) and not now & before, "no other workers come")
+    there = time.time()
+    runs.wait_until(lambda: trains(run, there), "it does not recover")
     return time.monotonic() - began
 
 
@@ -62,6 +67,9 @@ def of_processes(kinds: list[str], times: int, tell: Callable[[str, float], None
         with runs.command(arguments, folder / "beside", run) as child:
             child.start()
 
+            def workers() -> set[int]:
+                return {worker.pid for worker in child.training_workers()}
+
             def lose_worker() -> None:
                 draw.choice(child.training_workers()).kill()
 
@@ -73,7 +81,7 @@ def of_processes(kinds: list[str], times: int, tell: Callable[[str, float], None
 
             losses = {"worker": lose_worker, "driver": lose_driver}
             for kind in kinds * times:
-                tell(kind, seconds_to_recover(run, losses[kind]))
+                tell(kind, seconds_to_recover(run, workers, losses[kind]))
 
 
 def of_nodes(times: int, tell: Callable[[str, float], None]) -> None:
@@ -94,19 +102,19 @@ def of_nodes(times: int, tell: Callable[[str, float], None]) -> None:
             nodes.popen(HEAD, *SPICE_DIST, *arguments, env=cluster.environment, stdout=log, stderr=log)
         lost: list[str] = []
 
+        def workers(names: Iterable[str] = NODES) -> set[int]:
+            up = [nodes.processes(name) for name in names if name in nodes.inits]
+            return {pid for processes in up for pid, line in processes.items() if "TrainWorker" in line}
+
         def lose() -> None:
-            lost.append(next(name for name in NODES[1:] if has_worker(nodes, name)))
+            lost.append(next(name for name in NODES[1:] if workers([name])))
             nodes.kill(lost[-1])
 
         for _ in range(times):
-            tell("node", seconds_to_recover(run, lose))
+            tell("node", seconds_to_recover(run, workers, lose))
             nodes.boot(lost[-1])
             cluster.start(lost[-1], f"--address={cluster.address}")
             runs.wait_until(lambda: cluster.count() == len(NODES), "the node does not join again")
-
-
-def has_worker(nodes: Any, name: str) -> bool:
-    return any("TrainWorker" in line for line in nodes.processes(name).values())
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float]:

@@ -16,14 +16,14 @@ from spice_dist.distributed import pace
 from spice_dist.distributed.pace import Pace
 from tests.methods.workers import GlooWorker
 
-STEPS, QUICK, HELD_UP = 60, 0.01, 0.05  # seconds of work in a step
+STEPS, QUICK, HELD_UP = 40, 0.01, 0.15  # seconds of work in a step
 
 
 def train(rank: int, folder: str, seconds: tuple[float, float]) -> None:
     """A loop of work, a backward pass and a report; leaves what was said and how long the process waited."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    pace.SECONDS = 0.4
+    pace.SECONDS = 1.2
     waited = pace.Waits.take
     total: list[float] = []
     pace.Waits.take = lambda waits: total.append(waited(waits)) or total[-1]  # type: ignore[method-assign]
@@ -55,7 +55,7 @@ def test_the_worker_that_the_others_wait_for_is_named_once_with_its_share(tmp_pa
     (line,) = said
     assert line.startswith(f"worker {named} on {socket.gethostname()} is the slowest in moco: it works for ")
     waited = float((tmp_path / f"waited.{1 - named}").read_text())
-    assert waited > 0.9 * STEPS * (HELD_UP - QUICK), "the wait for its gradients is counted"
+    assert waited > 0.8 * STEPS * (HELD_UP - QUICK), "the wait for its gradients is counted"
     own = float((tmp_path / f"waited.{named}").read_text())
     assert own < 0.5 * waited
 

@@ -1,5 +1,6 @@
 """The folder of our own Ray cluster: private, gone at the end, refused in one line where it cannot be."""
 
+import os
 import shutil
 import socket
 import stat
@@ -53,8 +54,10 @@ def test_the_folder_of_a_killed_process_is_removed_at_the_next_start_and_that_of
     for _ in range(2):
         held.append(subprocess.Popen([sys.executable, "-c", HOLD, temporary], stdin=-1, stdout=-1, text=True))
     killed, living = (Path(each.stdout.readline().strip()) for each in held if each.stdout)
-    other = temporary / "spice-of-another"  # program, or of an earlier version
+    other = temporary / "spice-of-another"  # program, and one that would hold up whoever opens it
     other.mkdir()
+    os.mkfifo(other / ray_local.HELD)
+    os.chown(other / ray_local.HELD, 4711, -1) if os.getuid() == 0 else os.remove(other / ray_local.HELD)
     held[0].kill()
     held[0].wait()
     with ray_local.held_folder(temporary) as folder:

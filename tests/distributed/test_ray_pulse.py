@@ -17,7 +17,7 @@ class Group:
     """Workers on two hosts that are looked at every STEP seconds; what is said and killed, with the second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, workers: int = 3):
-        self.now, self.workers = 0.0, workers
+        self.now, self.beats = 0.0, [0] * workers
         self.said: list[tuple[float, str]] = []
         self.killed: list[tuple[float, str, int]] = []
         monkeypatch.setattr(ray_pulse.time, "monotonic", lambda: self.now)
@@ -30,9 +30,10 @@ class Group:
         """Look so often, at workers of which those beat of which `beats` tells so."""
         for _ in range(looks):
             self.now += STEP
+            self.beats = [count + beats(rank) for rank, count in enumerate(self.beats)]
             pulses = {
-                rank: Pulse(int(self.now if beats(rank) else 0), f"host{rank}", f"node{rank}", 100 + rank, waited(rank))
-                for rank in range(self.workers)
+                rank: Pulse(count, f"host{rank}", f"node{rank}", 100 + rank, waited(rank))
+                for rank, count in enumerate(self.beats)
             }
             self.watchdog.look(pulses)
 
@@ -99,7 +100,8 @@ def test_only_a_process_of_ray_is_killed():
                 pass
             ray_nodes.kill_here(process.pid)
         assert others[0].wait(10) == -9
-        assert others[1].poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            others[1].wait(0.5)
     finally:
         for process in others:
             process.kill()
