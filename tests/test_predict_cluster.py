@@ -326,29 +326,6 @@ def test_a_killed_worker_costs_only_its_part(run, folder, tmp_path, on_workers, 
 
 
 @pytest.mark.timeout(300)
-def test_workers_that_die_again_and_again_end_the_call_in_one_line(
-    run, folder, tmp_path, on_workers, monkeypatch, capfd
-):
-    monkeypatch.setattr(ray_predict, "RESTARTS", 1)
-    over = threading.Event()
-
-    def kill() -> None:
-        while not over.wait(0.1):
-            for victim in workers(psutil.Process()):
-                with contextlib.suppress(psutil.Error):
-                    victim.kill()
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    try:
-        assert spice("predict", run, folder, "--workers", "1", "--out", tmp_path / "new.csv") == 1
-    finally:
-        over.set()
-        thread.join()
-    assert "workers end again and again" in capfd.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.timeout(300)
 def test_after_a_killed_driver_the_written_parts_are_not_decoded_again(run, folder, tmp_path, on_workers, alone):
     out = tmp_path / "out/new.parquet"
     out.parent.mkdir()
@@ -372,3 +349,27 @@ def test_after_a_killed_driver_the_written_parts_are_not_decoded_again(run, fold
     again = {answer.part: answer.decoded for answer in on_workers}
     assert again == {part: 0 if part in written else 4 if part == 3 else 32 for part in range(4)}
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.mark.timeout(300)
+def test_workers_that_die_again_and_again_end_the_call_in_one_line(
+    run, folder, tmp_path, on_workers, monkeypatch, capfd
+):
+    # the last test of the shared session: what it leaves there goes on
+    monkeypatch.setattr(ray_predict, "RESTARTS", 1)
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.1):
+            for victim in workers(psutil.Process()):
+                with contextlib.suppress(psutil.Error):
+                    victim.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        assert spice("predict", run, folder, "--workers", "1", "--out", tmp_path / "new.csv") == 1
+    finally:
+        over.set()
+        thread.join()
+    assert "workers end again and again" in capfd.readouterr().err.splitlines()[-1]
