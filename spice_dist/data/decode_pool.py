@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -24,23 +24,25 @@ REUSED_BYTES = 64 << 20  # freed memory that a child does not give back
 CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 
 
-def packed_in_order(source: Source, packing: Packing, workers: int, first: int = 0) -> Generator[Result, None, None]:
-    """Yield for each image from `first` on, in order, the bytes to store, or the reason why it cannot be used.
+def packed_in_order(
+    source: Source, packing: Packing, workers: int, which: Sequence[int] | None = None
+) -> Generator[Result, None, None]:
+    """Yield for each image of `which`, in order, the bytes to store, or the reason why it cannot be used.
 
     Untrusted files are decoded in `workers` child processes, arrays in as many threads of this one. At most
     CHUNK * AHEAD * workers images are held at once, whatever their number.
     """
-    children = _Children(packing)
+    children, which = _Children(packing), range(len(source.paths)) if which is None else which
 
-    def work(chunk: range) -> list[Result]:
+    def work(chunk: Sequence[int]) -> list[Result]:
         return children.pack(source, chunk) if source.encoded else _pack_arrays(source, chunk, packing)
 
     ahead: deque[Future[list[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, "ingest")
     try:
         with strict_pillow(packing.max_megapixels):
-            for start in range(first, len(source.paths), CHUNK):
-                ahead.append(pool.submit(work, range(start, min(start + CHUNK, len(source.paths)))))
+            for start in range(0, len(which), CHUNK):
+                ahead.append(pool.submit(work, which[start : start + CHUNK]))
                 if len(ahead) >= AHEAD * workers:
                     yield from ahead.popleft().result()
             while ahead:
@@ -52,7 +54,7 @@ def packed_in_order(source: Source, packing: Packing, workers: int, first: int =
         children.close()
 
 
-def _pack_arrays(source: Source, chunk: range, packing: Packing) -> list[Result]:
+def _pack_arrays(source: Source, chunk: Sequence[int], packing: Packing) -> list[Result]:
     results: list[Result] = []
     for i in chunk:
         try:
@@ -72,7 +74,7 @@ class _Children:
         self._closed = False
         self._lock = threading.Lock()
 
-    def pack(self, source: Source, chunk: range) -> list[Result]:
+    def pack(self, source: Source, chunk: Sequence[int]) -> list[Result]:
         """Pack a chunk; one that ends its child is packed again image by image, so that only the cause is lost."""
         results: dict[int, Result] = {}
         items: dict[int, Path | bytes] = {}
