@@ -1,5 +1,6 @@
 """Packing and evaluation on several workers: the bytes of one process, also where others were stopped."""
 
+import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 
 from spice_dist.data import decode_pool, journal, pieces
+from spice_dist.data.dataset import can_travel, open_data
 from spice_dist.data.decode import Packing
 from spice_dist.data.decode_pool import Result
 from spice_dist.data.ingest import Call, call_with, ingest
 from spice_dist.data.pieces import stored_count
-from spice_dist.data.sources import Source, open_source
+from spice_dist.data.sources import Source, from_files, open_source
 from spice_dist.errors import DamagedFile
 from tests.methods.workers import on_workers
 
@@ -130,6 +132,21 @@ def test_what_one_worker_cannot_read_costs_no_image_if_another_can(images, packe
     with pytest.warns(UserWarning, match="63 images could not be read by another worker"):
         ingest(images, tmp_path, **OPTIONS)
     assert content(tmp_path) == packed
+
+
+def test_files_and_buckets_can_be_read_in_another_process_and_folder(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    (tmp_path / "list.txt").write_text("in/a.png\nin/b.png\n")
+    monkeypatch.chdir(tmp_path)
+    given = ["in", "list.txt", f"local://{tmp_path}/in"]
+    sent = [pickle.dumps(source) for source in (*map(open_data, given), from_files(["in/a.png", "in/b.png"]))]
+    monkeypatch.chdir("/")
+    for source in map(pickle.loads, sent):
+        assert can_travel(source)
+        assert source.read(1) == b"b.png"
+    assert not can_travel(open_source("digits"))
 
 
 def test_a_damaged_piece_is_refused(images, tmp_path):

@@ -18,11 +18,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
+from PIL import Image
 
 from spice_dist import cli
+from spice_dist.data.journal import RECORD
 from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_train
 from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
@@ -31,6 +34,7 @@ from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
 
 SETTINGS = ["--workers", "2", *LONGER[2:]]
+RESULTS = ("assignments.csv", "metrics.json", "model/model.safetensors", "model/model.json", "duplicates.csv")
 
 
 def training_workers() -> list[psutil.Process]:
@@ -127,6 +131,78 @@ def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted
     assert cli.main([*arguments, "--workers", "0"]) == 0
     assert (out / "assignments.csv").read_bytes() == uninterrupted
     assert not (out / ".ray").exists()
+
+
+def slow_folder(folder: Path) -> Path:
+    """Links to a few images that take some time to decode, in seven pieces."""
+    folder.mkdir()
+    for i in range(400):
+        image = folder / f"{i:03d}.png"
+        if i < 8:
+            noise = np.random.default_rng(i).integers(0, 256, (900, 900, 3), np.uint8)
+            Image.fromarray(noise).save(image, compress_level=1)
+        else:
+            os.link(folder / f"{i % 8:03d}.png", image)
+    return folder
+
+
+def kill_when(condition: Callable[[], bool], then: Callable[[], None] = lambda: None) -> threading.Thread:
+    """SIGKILL the last training worker once the condition holds; call `then` when others have taken their place."""
+
+    def kill() -> None:
+        wait_until(condition)
+        workers = training_workers()
+        workers[-1].kill()
+        wait_until(lambda: len(now := training_workers()) == len(workers) and not {*now} & {*workers})
+        then()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.timeout(480)  # starts Ray twice and workers four times
+def test_a_worker_killed_while_it_packs_or_evaluates_costs_no_byte(uninterrupted_run, tmp_path, capfd):
+    images, pack = slow_folder(tmp_path / "in"), ["--size", "32", "--format", "raw"]
+    assert cli.main(["pack", str(images), str(tmp_path / "one.beton"), *pack]) == 0
+    working = tmp_path / ".two.beton.packing/data"
+    before: dict[Path, int] = {}
+
+    def finished_pieces() -> dict[Path, int]:
+        records = working.glob(".pieces/*/*/records")
+        return {path: path.stat().st_ino for path in records if path.stat().st_size == 64 * RECORD.itemsize}
+
+    def some_are_finished() -> bool:
+        before.update(finished_pieces())
+        return len(before) > 1
+
+    def go_on_with_them() -> None:
+        wait_until(lambda: len(finished_pieces()) > len(before))
+        assert before.items() <= finished_pieces().items(), "they are not stored again"
+
+    killer = kill_when(some_are_finished, go_on_with_them)
+    assert cli.main(["pack", str(images), str(tmp_path / "two.beton"), *pack, "--workers", "2"]) == 0
+    killer.join(10)
+    assert not killer.is_alive()
+    for one in tmp_path.glob("one.beton*"):
+        assert one.read_bytes() == one.with_name(one.name.replace("one", "two")).read_bytes(), one
+    assert not working.parent.exists()
+
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted_run, out)
+    expected = {name: (out / name).read_bytes() for name in RESULTS}
+    for name in RESULTS:
+        (out / name).unlink()
+
+    def evaluating() -> bool:
+        progress = ray_channel.read_progress(out)
+        return progress is not None and progress.stage == "evaluate" and progress.total > 0
+
+    killer = kill_when(evaluating)
+    assert cli.main(["fit", "digits", "--out", str(out), *SETTINGS]) == 0
+    killer.join(10)
+    assert not killer.is_alive()
+    assert {name: (out / name).read_bytes() for name in RESULTS} == expected
 
 
 START = """

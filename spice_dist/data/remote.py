@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from spice_dist.data.folders import IMAGE_SUFFIXES, SYSTEM_FOLDERS, is_image_name, suffix_of
@@ -45,29 +46,45 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"no image file at {shown}: found {len(files)} others, looked for {wanted}")
 
-    def read(i: int) -> bytes:
-        size = stamps[names[i]].get("size") or 0
-        if size > MAX_CELL_BYTES:
-            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
-        try:
-            data = system.cat_file(prefix + names[i], start=0, end=MAX_CELL_BYTES + 1)
-        except Exception as error:  # as above; the run goes on without this image
-            raise BadImage(f"cannot read: {_first_line(error, url)}") from error
-        if not 0 < len(data) <= MAX_CELL_BYTES:
-            raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
-        return data
-
+    bucket = _Bucket(system, prefix, names, stamps, url)
     labels, label_names = folder_labels(shown, names) if with_labels else (None, [])
     return Source(
         shown,
         names,
-        read,
+        bucket.read,
         labels,
         label_names,
         ignored=dict(Counter(suffix_of(name) for name in others)),
         encoded=True,
-        stamps=lambda i: " ".join(str(value) for value in stamps[names[i]].values()),
+        stamps=bucket.stamp,
     )
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Files elsewhere; unlike functions within functions, its methods can be sent to any process."""
+
+    system: Any  # of fsspec
+    prefix: str
+    names: list[str]
+    stamps: dict[str, dict[str, Any]]  # by name
+    url: str = field(repr=False)  # may hold a password
+
+    def read(self, i: int) -> bytes:
+        name = self.names[i]
+        size = self.stamps[name].get("size") or 0
+        if size > MAX_CELL_BYTES:
+            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
+        try:
+            data = self.system.cat_file(self.prefix + name, start=0, end=MAX_CELL_BYTES + 1)
+        except Exception as error:  # every file system raises other errors; the run goes on without this image
+            raise BadImage(f"cannot read: {_first_line(error, self.url)}") from error
+        if not 0 < len(data) <= MAX_CELL_BYTES:
+            raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
+        return data
+
+    def stamp(self, i: int) -> str:
+        return " ".join(str(value) for value in self.stamps[self.names[i]].values())
 
 
 def _file_system(url: str, shown: str) -> tuple[Any, str]:
