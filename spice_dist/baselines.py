@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from spice_dist import graph
 from spice_dist.data.files import Progress
-from spice_dist.data.images import Images
+from spice_dist.data.images import CHUNK, Images
 from spice_dist.data.manifest import Ingested
 from spice_dist.distributed import helpers
-from spice_dist.inference import CHUNK
 from spice_dist.methods import spice_graph
 from spice_dist.methods.plumbing import open_run_dataset
 from spice_dist.methods.spice_graph import SpiceGraphConfig

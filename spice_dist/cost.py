@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from spice_dist.counting import FLOAT, Cost, Counting, Network, Work
+from spice_dist.data.images import chunk_of
 from spice_dist.graph import DIMENSIONS, landmarks
-from spice_dist.inference import chunk_of
 from spice_dist.methods.byol import BYOLConfig
 from spice_dist.methods.imc_swav import ImcSwavConfig
 from spice_dist.methods.moco import MoCoConfig

@@ -11,9 +11,9 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from spice_dist.data.images import chunk_of
 from spice_dist.data.ingest import stored_format
 from spice_dist.data.loaders import RESIDENT_BYTES
-from spice_dist.inference import chunk_of
 from spice_dist.methods.plumbing import autocast
 from spice_dist.models.backbone import Backbone, BackboneConfig
 from spice_dist.task import Task

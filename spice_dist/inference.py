@@ -13,15 +13,13 @@ from spice_dist import artifacts
 from spice_dist.allocator import keep_freed_memory
 from spice_dist.data import augment
 from spice_dist.data.files import Progress
-from spice_dist.data.images import Images
+from spice_dist.data.images import Images, chunk_of
 from spice_dist.data.views import PLAIN, Statistics
 from spice_dist.distributed import helpers
 from spice_dist.errors import UserError
 from spice_dist.methods.plumbing import autocast, open_run_dataset, place
 from spice_dist.models.backbone import Backbone, unit
 from spice_dist.task import Task
-
-CHUNK = 512  # images of up to 64 pixels in a forward pass; fewer larger ones, see `chunk_of`
 
 
 def outputs(
@@ -53,11 +51,6 @@ def outputs_of(
         with torch.no_grad(), autocast(image.device, precision):
             out = model(augment.apply(PLAIN, image, number, (), statistics))
         yield number, out.float()
-
-
-def chunk_of(size: int) -> int:
-    """Return how many images of `size` pixels a forward pass takes: about the pixels of CHUNK images of 64."""
-    return max(16, min(CHUNK, CHUNK * 64**2 // size**2))
 
 
 Reduce = Callable[[Float[Tensor, "..."]], helpers.Rows]

@@ -15,9 +15,10 @@ from spice_dist import artifacts, duplicates, outliers
 from spice_dist.data import beton
 from spice_dist.data.decode import formats
 from spice_dist.data.files import Progress, csv_line, path_cell, publish
+from spice_dist.data.images import chunk_of
 from spice_dist.data.manifest import read_paths
 from spice_dist.distributed import helpers
-from spice_dist.inference import batches_of, chunk_of
+from spice_dist.inference import batches_of
 from spice_dist.methods.plumbing import open_run_dataset
 from spice_dist.task import Task
 

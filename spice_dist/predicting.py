@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from spice_dist import artifacts
 from spice_dist.data.dataset import DataConfig, is_ours, prepare
 from spice_dist.data.files import Progress
+from spice_dist.data.images import chunk_of
 from spice_dist.data.left_out import left_out
 from spice_dist.data.loaders import open_images
 from spice_dist.data.sources import Source
 from spice_dist.data.stream import stream
 from spice_dist.errors import UserError
-from spice_dist.inference import chunk_of, outputs_of
+from spice_dist.inference import outputs_of
 from spice_dist.model_folder import load_model
 from spice_dist.task import Task
 

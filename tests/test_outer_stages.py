@@ -1,5 +1,6 @@
 """Packing and evaluation on several workers: the bytes of one process, also where others were stopped."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,19 @@ def hostile_folder(folder: Path) -> Path:
         else:
             side = int(rng.integers(2, 40))
             Image.fromarray(rng.integers(0, 256, (side, side + i % 3, 3), np.uint8)).save(path)
+    return folder
+
+
+def slow_folder(folder: Path) -> Path:
+    """Links to a few images that take some time to decode, in seven pieces."""
+    folder.mkdir()
+    for i in range(400):
+        image = folder / f"{i:03d}.png"
+        if i < 8:
+            noise = np.random.default_rng(i).integers(0, 256, (900, 900, 3), np.uint8)
+            Image.fromarray(noise).save(image, compress_level=1)
+        else:
+            os.link(folder / f"{i % 8:03d}.png", image)
     return folder
 
 

@@ -18,11 +18,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
-from PIL import Image
 
 from spice_dist import cli
 from spice_dist.data.journal import RECORD
@@ -32,6 +30,7 @@ from spice_dist.errors import UserError
 from spice_dist.stage_records import stage_record
 from spice_dist.task import Task
 from tests.test_cli import LONGER, command, wait_for
+from tests.test_outer_stages import slow_folder
 
 SETTINGS = ["--workers", "2", *LONGER[2:]]
 RESULTS = ("assignments.csv", "metrics.json", "model/model.safetensors", "model/model.json", "duplicates.csv")
@@ -131,19 +130,6 @@ def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted
     assert cli.main([*arguments, "--workers", "0"]) == 0
     assert (out / "assignments.csv").read_bytes() == uninterrupted
     assert not (out / ".ray").exists()
-
-
-def slow_folder(folder: Path) -> Path:
-    """Links to a few images that take some time to decode, in seven pieces."""
-    folder.mkdir()
-    for i in range(400):
-        image = folder / f"{i:03d}.png"
-        if i < 8:
-            noise = np.random.default_rng(i).integers(0, 256, (900, 900, 3), np.uint8)
-            Image.fromarray(noise).save(image, compress_level=1)
-        else:
-            os.link(folder / f"{i % 8:03d}.png", image)
-    return folder
 
 
 def kill_when(condition: Callable[[], bool], then: Callable[[], None] = lambda: None) -> threading.Thread:

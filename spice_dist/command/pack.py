@@ -53,6 +53,7 @@ def pack(options: argparse.Namespace, given: list[str]) -> None:
     from functools import partial
 
     from spice_dist.data import packed_files
+    from spice_dist.data.dataset import can_travel
     from spice_dist.data.decode import MAX_MEGAPIXELS
     from spice_dist.data.ingest import ingest
     from spice_dist.errors import UserError
@@ -60,10 +61,14 @@ def pack(options: argparse.Namespace, given: list[str]) -> None:
 
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}; give 1 or more, or 0 for none")
-    many = bool(options.workers or options.address)
+    source = open_source(options)
+    if options.workers and not can_travel(source):
+        raise UserError(
+            f"workers share a folder, a list of files or a bucket; {source.name} is none: leave --workers out"
+        )
+    many = bool(options.workers) or (options.workers is None and options.address and can_travel(source))
     if many and options.processes:
         raise UserError("--processes is of packing without workers, which take all cores of their nodes; leave it out")
-    source = open_source(options)
     with StopSignal() as stop, Bar("pack", stop) as bar:
         manifest = packed_files.pack(
             source,
@@ -93,17 +98,12 @@ def _on_workers(
     """Ingest on the workers of a Ray cluster."""
     from tqdm import tqdm
 
-    from spice_dist.data.dataset import can_travel
+    from spice_dist.data import beton
     from spice_dist.data.manifest import read_manifest
-    from spice_dist.distributed import ray_nodes, ray_train
+    from spice_dist.distributed import ray_elastic, ray_nodes, ray_train
     from spice_dist.distributed.ray_channel import Progress
-    from spice_dist.errors import UserError, plain
+    from spice_dist.errors import plain
     from spice_dist.outer_stages import packing
-
-    if not can_travel(source):
-        raise UserError(
-            f"workers share a folder, a list of files or a bucket, and {source.name} is none; leave --workers out"
-        )
 
     def show(progress: Progress) -> None:
         if progress.total:
@@ -118,7 +118,11 @@ def _on_workers(
         stop.check()  # Ray takes many seconds to start, and cannot be interrupted meanwhile
         if options.address:
             ray_nodes.require_shared(run)
-        workers = options.workers or (ray_nodes.count() if ray_nodes.kind_of_seat() == "CPU" else ray_nodes.seats())
-        stages = (packing(None, source, ingest),)
-        ray_train.train_on_workers(ray_train.Job(stages, run, 1, stop.requested, show, tell), workers)
+        job = ray_train.Job((packing(None, source, ingest),), run, 1, stop.requested, show, tell)
+        if options.workers:
+            ray_train.train_on_workers(job, options.workers)
+        else:  # fewer after the loss of a node
+            nodes = ray_nodes.count() if ray_nodes.kind_of_seat() == "CPU" else ray_nodes.seats()
+            ray_elastic.train(job, tuple(range(1, nodes + 1)))
+    beton.seal_anew(folder / "dataset.beton")
     return read_manifest(folder)

@@ -15,6 +15,13 @@ from torch import Tensor
 from spice_dist.data.crops import Crop, Key
 from spice_dist.transfer import send_beside
 
+CHUNK = 512  # images of up to 64 pixels in a forward pass; fewer larger ones, see `chunk_of`
+
+
+def chunk_of(size: int) -> int:
+    """Return how many images of `size` pixels a forward pass takes: about the pixels of CHUNK images of 64."""
+    return max(16, min(CHUNK, CHUNK * 64**2 // size**2))
+
 
 @runtime_checkable
 class Images(Protocol):

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from spice_dist import artifacts, verdict
 from spice_dist.data.files import commit, publish, publish_json
+from spice_dist.data.images import CHUNK
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.inference import CHUNK, outputs
+from spice_dist.inference import outputs
 from spice_dist.methods.plumbing import load_backbone, open_dataset, place
 from spice_dist.mixing import COMPARED, choose_weight
 from spice_dist.models.backbone import Backbone, unit

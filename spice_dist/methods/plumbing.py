@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spice_dist import artifacts
 from spice_dist.data import augment
 from spice_dist.data.crops import Key
-from spice_dist.data.images import Images
+from spice_dist.data.images import Images, chunk_of
 from spice_dist.data.loaders import open_images
 from spice_dist.data.manifest import Ingested
 from spice_dist.data.order import epoch_order, worker_batches
@@ -33,7 +33,6 @@ from spice_dist.task import Task
 
 M = TypeVar("M", bound=nn.Module)
 TAKES_ALL = 0.9  # share of the images in one cluster above which it is told
-VIEWS_AT_ONCE = 512  # images whose views `view_features` draws at a time
 
 
 def tell_if_one_takes_all(stage: str, labels: Int[Tensor, " S"], worker: Worker) -> bool:
@@ -233,7 +232,9 @@ def view_features(
     share = collectives.share(len(index))
     results: list[list[Tensor]] = [[] for _ in views]
     index_of_share = index[share.start : share.stop]
-    for batch, _ in augment.view_batches(images, index_of_share, VIEWS_AT_ONCE, views, task.backbone.statistics):
+    for batch, _ in augment.view_batches(
+        images, index_of_share, chunk_of(images.size), views, task.backbone.statistics
+    ):
         for result, function, view in zip(results, functions, batch, strict=True):
             result.append(function(view))
     return [collectives.gather_shares(torch.cat(result), len(index)) for result in results]

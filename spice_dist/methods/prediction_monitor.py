@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spice_dist.data.images import CHUNK
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Probes, Worker
-from spice_dist.inference import CHUNK
 from spice_dist.methods.label_refresh import ReliableLabels
 from spice_dist.methods.plumbing import autocast
 from spice_dist.task import Task

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spice_dist import artifacts, inference, metrics
 from spice_dist.config import Config
+from spice_dist.data.images import CHUNK
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.losses import double_softmax_cross_entropy
 from spice_dist.methods.plumbing import named, open_run_dataset
@@ -46,7 +47,7 @@ class Scorer:
         x, inputs = (torch.from_numpy(rows.astype(np.float32)).to(self.device) for rows in (features, seen))
         heads = heads.to(self.device)
         with torch.no_grad():
-            by_head = torch.cat([heads(rows).argmax(2) for rows in inputs.split(inference.CHUNK)], 1).cpu().numpy()
+            by_head = torch.cat([heads(rows).argmax(2) for rows in inputs.split(CHUNK)], 1).cpu().numpy()
         chosen = int(loss.argmin())
         scores = self._of_clusters(by_head[chosen])
         if len(by_head) > 1:
@@ -124,4 +125,4 @@ def students(
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return torch.cat([heads(rows) for rows in features.split(inference.CHUNK)], 1)
+        return torch.cat([heads(rows) for rows in features.split(CHUNK)], 1)

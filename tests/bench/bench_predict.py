@@ -19,8 +19,9 @@ import torch
 
 from spice_dist import predicting
 from spice_dist.data.dataset import DataConfig, open_data
+from spice_dist.data.images import chunk_of
 from spice_dist.data.sources import Source, from_array
-from spice_dist.inference import chunk_of, outputs_of
+from spice_dist.inference import outputs_of
 from spice_dist.model_folder import load_model, save_model
 from spice_dist.models.backbone import Backbone, BackboneConfig
 from spice_dist.models.heads import ClusterHeads, ClusterNet

@@ -164,7 +164,8 @@ def outcome(case: Case, whole: Path) -> tuple[str, str]:
             clear = "Traceback" not in printed and told and told[0].startswith("spice-dist: ")
             return ("one line" if clear else "traceback"), printed
         if results(case.command, run) != before:
-            return ("one line" if "damaged" in printed else "silent"), printed
+            is_said = "damaged" in printed or "missing" in printed
+            return ("one line" if is_said else "silent"), printed
         return ("made again" if "again" in printed or "set aside" in printed else "harmless"), printed
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spice_dist import baselines, inference, outer_stages
+from spice_dist import baselines, outer_stages
+from spice_dist.data import images
 from spice_dist.data.sources import open_source
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import features, reliable
@@ -86,7 +87,7 @@ def _serve(rank: int, world: int, port: int, requests: Connection) -> None:
                 folder, options = config
                 outer_stages.packing(None, open_source(folder), options).run(worker, 1)
             elif stage == "evaluate":
-                inference.CHUNK = baselines.CHUNK = 80  # three parts of 200 images
+                images.CHUNK = baselines.CHUNK = 80  # three parts of 200 images
                 outer_stages.evaluation(config, stages_of(config)[-1].name).run(worker, 1)
             else:
                 TRAIN[stage](config, worker)
