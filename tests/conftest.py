@@ -50,16 +50,10 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that one process, without Ray and never stopped, makes of the settings LONGER: read only."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The assignments that one process, without Ray and never stopped, makes of the settings LONGER."""
     from tests.test_cli import LONGER, run
 
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run("fit", "digits", "--out", out, *LONGER) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(uninterrupted_run: Path) -> bytes:
-    """Its assignments."""
-    return (uninterrupted_run / "assignments.csv").read_bytes()
+    return (out / "assignments.csv").read_bytes()
