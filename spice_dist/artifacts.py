@@ -105,6 +105,52 @@ def head_features(run: Path) -> Float16[np.ndarray, "N D"]:
     return _array(head_features_file(run), "r")
 
 
+def earlier_labels_file(run: Path) -> Path:
+    """Of a run that goes on from an earlier one."""
+    return run / "from/assignments.npy"
+
+
+def earlier_labels(run: Path) -> Int[np.ndarray, " N"] | None:
+    """The earlier run's cluster of each image, UNRELIABLE where it has none; None where there is no earlier run."""
+    path = earlier_labels_file(run)
+    return _array(path) if path.exists() else None
+
+
+def earlier_clusters_file(run: Path) -> Path:
+    """How many clusters the earlier run has, and their names."""
+    return run / "from/clusters.json"
+
+
+def earlier_clusters(run: Path) -> tuple[int, dict[str, str]]:
+    about = _object(earlier_clusters_file(run))
+    return about["clusters"], about["names"]
+
+
+def earlier_rows_file(run: Path) -> Path:
+    """Which images have the features in `earlier_features_file`; only where the network is the same."""
+    return run / "from/rows.npy"
+
+
+def earlier_features_file(run: Path) -> Path:
+    return run / "from/features.npy"
+
+
+def earlier_features(run: Path) -> tuple[Int[np.ndarray, " M"], Float16[np.ndarray, "M D"]] | None:
+    """The images whose features an earlier run has, and these features, memory-mapped; None where there are none."""
+    if not earlier_rows_file(run).exists():
+        return None
+    return _array(earlier_rows_file(run)), _array(earlier_features_file(run), "r")
+
+
+def earlier_mixture_file(run: Path) -> Path:
+    """As `mixture_file`, of the earlier features."""
+    return run / "from/mixture.json"
+
+
+def earlier_mixture(run: Path) -> dict[str, Any]:
+    return _object(earlier_mixture_file(run))
+
+
 def neighbors_file(run: Path) -> Path:
     return run / "graph/neighbors.npy"
 

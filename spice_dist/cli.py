@@ -19,12 +19,13 @@ from spice_dist.command import (
     predict,
     report,
     settings,
+    slurm,
     suggest_k,
     tune,
 )
 
 OK, MISTAKE, REQUEUE, INTERRUPTED, CLOSED = 0, 1, 75, 130, 141
-COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, apply, export, evaluate, completion)
+COMMANDS = (fit, tune, doctor, suggest_k, settings, pack, predict, report, apply, export, evaluate, slurm, completion)
 
 
 FIRST_STEPS = """spice-dist clusters images without labels.

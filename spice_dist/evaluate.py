@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from spice_dist import artifacts, metrics, objectives, verdict
+from spice_dist import artifacts, graph, metrics, objectives, verdict
 from spice_dist.assignments import write_assignments
 from spice_dist.baselines import kmeans, of_features, of_pixels
 from spice_dist.catalog import USING_LABELS
@@ -30,6 +30,7 @@ from spice_dist.inspection import inspect
 from spice_dist.methods.plumbing import finished
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
+from spice_dist.models.heads import ClusterNet, LinearNet, renumber
 from spice_dist.pseudo_labels import UNRELIABLE
 from spice_dist.stages import evaluation_settings, result_of
 from spice_dist.task import Task
@@ -77,10 +78,10 @@ def conclude(
     task, manifest = clustering.task, artifacts.manifest(run)
     artifacts.metrics_file(run).unlink(missing_ok=True)  # it comes last: a call that was cut off is seen by it
     record_files(run, ["config.json"], anew=True)
-    # other images must be scaled as these were
-    bits = manifest.grey_bits or task.data.grey_bits
-    save_model(clustering.net, replace(task, data=replace(task.data, grey_bits=bits)), artifacts.model(run))
+    bits = manifest.grey_bits or task.data.grey_bits  # other images must be scaled as these were
     labels, confidence, baselines = _labels_and_baselines(clustering, run, device, manifest, progress)
+    labels = _numbered_as_earlier(clustering, labels, run)
+    save_model(clustering.net, replace(task, data=replace(task.data, grey_bits=bits)), artifacts.model(run))
     reliable = clustering.reliable
     has_reliable = np.zeros(manifest.n, bool) if reliable is None else reliable.labels != UNRELIABLE
     write_assignments(
@@ -129,6 +130,23 @@ def conclude(
     of_no_stage = [name for name in OF_STAGES if not (run / name).with_name("stage.json").exists()]
     record_files(run, [*RECORDED, *written, *of_no_stage])
     return result
+
+
+def _numbered_as_earlier(clustering: Clustering, labels: Int[np.ndarray, " N"], run: Path) -> Int[np.ndarray, " N"]:
+    """Give the clusters the numbers, and the names, of the run that this one goes on from; return the labels."""
+    earlier, net = artifacts.earlier_labels(run), clustering.net
+    if earlier is None:
+        return labels
+    path, (_, names) = artifacts.names_file(run), artifacts.earlier_clusters(run)
+    if names and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        publish_json(path, names)
+    if clustering.choice is not None and clustering.choice.name == "spice_graph":
+        return labels  # its stage has numbered them, and left their probabilities
+    assert isinstance(net, ClusterNet | LinearNet)  # of SPICE
+    numbers = graph.numbered_as(earlier, labels, clustering.task.clusters)
+    renumber(net, numbers)
+    return numbers[labels]
 
 
 def _labels_and_baselines(

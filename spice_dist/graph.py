@@ -129,6 +129,16 @@ def matched(reference: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], clu
     return linear_sum_assignment(-shared)[1]
 
 
+def numbered_as(earlier: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], clusters: int) -> Int[np.ndarray, " K"]:
+    """Return a number for each cluster of `labels`: of that of `earlier` with which it has most images in common.
+
+    Args:
+        earlier: below 0 where an image has no cluster. Clusters beyond theirs get the next numbers.
+    """
+    known = earlier >= 0
+    return matched(earlier[known], labels[known], clusters)
+
+
 def consensus(
     probs: Float[np.ndarray, "T N K"], rounds: int = 3, seed: int = 0
 ) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, " N"]]:

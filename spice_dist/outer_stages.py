@@ -25,6 +25,7 @@ from spice_dist.distributed.worker import StageCall, Worker, usable_cores
 from spice_dist.errors import DamagedFile, UserError
 from spice_dist.evaluate import evaluate
 from spice_dist.model_folder import damaged_model
+from spice_dist.stage_records import stage_record
 from spice_dist.stages import check_settings, evaluation_settings
 from spice_dist.task import Task
 
@@ -44,7 +45,10 @@ def evaluation(config: Config, until: str) -> StageCall:
 def is_evaluated(config: Config, run: Path, stages: set[str]) -> bool:
     """Tell whether the results are there and whole: of these stages, this method and these settings of evaluation."""
     try:
-        results = differing(run, sums_in(run / OF_RUN))
+        recorded = sums_in(run / OF_RUN)
+        results = differing(run, recorded)
+        if "metrics.json" not in recorded and any((stage_record(run, name) or {}).get("sha256") for name in stages):
+            results = [OF_RUN]  # it was lost; folders of earlier versions have no digests at all
     except DamagedFile:
         results = [OF_RUN]
     damaged = results + [f"model/{name}" for name in damaged_model(artifacts.model(run))]

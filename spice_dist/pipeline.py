@@ -23,6 +23,7 @@ from spice_dist.data.files import publish_json, require_regular_files
 from spice_dist.data.sources import Source
 from spice_dist.distributed import setbacks
 from spice_dist.distributed.worker import LocalWorker, StageCall
+from spice_dist.earlier import Earlier, carry_over
 from spice_dist.errors import Interrupted, UserError, plain
 from spice_dist.evaluate import note_seconds, relabel
 from spice_dist.launching import Launch, in_words, plan
@@ -61,6 +62,7 @@ class OpenRun:
     threads: int
     launch: Launch
     stop: StopSignal
+    earlier: Earlier | None = None  # the run that it goes on from
 
     def up_to(self, last: str) -> "OpenRun":
         """Return the same run, ending with the stage `last`."""
@@ -76,18 +78,20 @@ def fit(
     command: list[str] | None = None,
     until: str | None = None,
     network: str = "",
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Run all stages on `data` in the folder `out`; return the contents of metrics.json.
 
     Args:
         until: the last stage to run; the result is the clustering after it.
         network: one line about the network, if it was chosen automatically.
+        earlier: the run that this one goes on from.
 
     Raises:
         UserError: the data, the settings or the folder cannot be used; the message says why.
         Interrupted: a signal ended the run; the same call resumes it.
     """
-    with _opened(config, data, out, launch, command, network) as run:
+    with _opened(config, data, out, launch, command, network, earlier) as run:
         if until is not None:
             run = run.up_to(_end_named(until, run))
         _run_stages(run, evaluates=True)
@@ -119,7 +123,13 @@ def fit_until(
 
 @contextlib.contextmanager
 def _opened(
-    config: Config, data: str | Source, out: Path, launch: Launch, command: list[str] | None, network: str
+    config: Config,
+    data: str | Source,
+    out: Path,
+    launch: Launch,
+    command: list[str] | None,
+    network: str,
+    earlier: Earlier | None = None,
 ) -> Iterator[OpenRun]:
     """Open the run in the folder `out`; whatever can be refused is refused before anything is trained."""
     source = data if isinstance(data, Source) else open_data(data, launch.labels)
@@ -138,11 +148,14 @@ def _opened(
         raise UserError(f"{folder} holds a sweep; give another --out")
     if artifacts.corrections_summary_file(folder).exists():
         raise UserError(f"{folder} holds corrected groups, which fit would make anew; give another --out")
+    if earlier is not None and earlier.run.resolve() == folder:
+        raise UserError(f"--from and --out are both {out}; give another --out, or leave --from out to go on in it")
     with owned(folder) as owner, StopSignal() as stop:
         launch = replace(launch, storage=replace(launch.storage, owner=owner))
         require_regular_files(folder)
-        settings = stage_settings(config, source, images_of_run(folder, source))
-        run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop)
+        digest = earlier.digest if earlier else ""
+        settings = stage_settings(config, source, images_of_run(folder, source), digest)
+        run = OpenRun(config, source, settings, folder, device, sizes, threads, launch, stop, earlier)
         forget_other_clusters(folder, run.settings)
         for stage, settings in run.settings.items():
             refuse_changes(folder, stage, settings)
@@ -205,7 +218,11 @@ def _run_stages(run: OpenRun, evaluates: bool) -> None:
             stages.insert(0, packing(run.config, run.source, ingest_options(run.config.data)))
         elif "data" not in finished:
             with _recorded(run, "data") as bar:
-                _pack(run, bar)
+                folder = artifacts.data(run.folder)
+                accept(run.config, prepare(run.source, run.config.data, folder, bar.show), folder)
+        if run.earlier is not None and stages:
+            with Bar("from", run.stop) as bar:
+                carry_over(run.earlier, run.config, run.folder, run.device, bar.show)
         if run.sizes == (0,):
             _train_here(run, stages)
         elif stages:
@@ -346,10 +363,7 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
         job = ray_train.Job(
             tuple(stages), run.folder, run.threads, run.stop.requested, progress, message, run.launch.storage
         )
-        if len(run.sizes) == 1:
-            ray_train.train_on_workers(job, run.sizes[0])
-        else:
-            ray_elastic.train(job, run.sizes)
+        ray_elastic.train(job, run.sizes)
         reach(len(names) - 1)
 
 
@@ -357,13 +371,7 @@ def _packs_on_workers(run: OpenRun) -> bool:
     """Tell whether workers pack the images: those of one node would share the cores that this process uses too."""
     from spice_dist.distributed import ray_nodes
 
-    return run.sizes != (0,) and can_travel(run.source) and ray_nodes.count() > 1
-
-
-def _pack(run: OpenRun, bar: Bar) -> None:
-    """Pack the images into one verified file in FFCV's format, in this process."""
-    folder = artifacts.data(run.folder)
-    accept(run.config, prepare(run.source, run.config.data, folder, bar.show), folder)
+    return run.sizes != (0,) and run.earlier is None and can_travel(run.source) and ray_nodes.count() > 1
 
 
 def _with_plain_loader(run: OpenRun) -> Config:

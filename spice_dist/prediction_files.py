@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from spice_dist.data.files import csv_line, path_cell, printable, publish, text_cell
 from spice_dist.predicting import Predictions
 
 COLUMNS = ("index", "path", "cluster", "confidence", "name")
+ROW_GROUP = 65_536  # rows of a parquet file that are in memory at once
 
 
 def write_predictions(out: Path, predictions: Predictions) -> Path | None:
@@ -48,14 +50,17 @@ def one_line(predictions: Predictions) -> str:
     return f"{printable(path)}: cluster {cluster}{named}, confidence {confidence:.2f}"
 
 
-def as_json(predictions: Predictions) -> str:
-    """Return an object with the images, how many files were given, and how many are left out, by reason."""
-    images = [dict(zip(COLUMNS, row, strict=True)) for row in predictions.rows()]
+def json_pieces(predictions: Predictions) -> Iterator[str]:
+    """Yield, piece by piece, an object with the images, how many files were given and are left out, and why."""
+    yield '{\n "images": ['
+    for i, row in enumerate(predictions.rows()):
+        image = json.dumps(dict(zip(COLUMNS, row, strict=True)), indent=1).replace("\n", "\n  ")
+        yield f"{',' if i else ''}\n  {image}"
     unreadable = [
         {"index": i, "path": predictions.source.paths[i], "reason": reason} for i, reason in predictions.reasons.items()
     ]
-    result = {"given": predictions.given(), "left_out": predictions.left_out(), "unreadable": unreadable}
-    return json.dumps({"images": images, **result}, indent=1)
+    rest = {"given": predictions.given(), "left_out": predictions.left_out(), "unreadable": unreadable}
+    yield f"\n ],{json.dumps(rest, indent=1)[1:]}\n"
 
 
 def _write_parquet(out: Path, predictions: Predictions) -> None:
@@ -63,9 +68,12 @@ def _write_parquet(out: Path, predictions: Predictions) -> None:
     import pyarrow.parquet as parquet
 
     types = (pa.int64(), pa.string(), pa.int64(), pa.float32(), pa.string())
-    index, path, *others = zip(*predictions.rows(), strict=True)
-    # a name that is no UTF-8, which parquet cannot hold
-    path = [name.encode("utf-8", "backslashreplace").decode() for name in path]
-    columns = [pa.array(column, kind) for column, kind in zip((index, path, *others), types, strict=True)]
-    with publish(out) as file:
-        parquet.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), file)
+    schema = pa.schema(zip(COLUMNS, types, strict=True))
+    rows = predictions.rows()
+    with publish(out) as file, parquet.ParquetWriter(file, schema) as writer:
+        while chunk := list(islice(rows, ROW_GROUP)):
+            index, path, *others = zip(*chunk, strict=True)
+            # a name that is no UTF-8, which parquet cannot hold
+            path = [name.encode("utf-8", "backslashreplace").decode() for name in path]
+            columns = [pa.array(column, kind) for column, kind in zip((index, path, *others), types, strict=True)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))

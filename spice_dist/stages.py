@@ -224,11 +224,12 @@ def estimate(config: Config, training: int, clustered: int, workers: int = 1, pa
     }
 
 
-def stage_settings(config: Config, source: Source, images: str = "") -> dict[str, dict[str, Any]]:
+def stage_settings(config: Config, source: Source, images: str = "", earlier: str = "") -> dict[str, dict[str, Any]]:
     """Collect for each stage what its result depends on: its own settings and those of the stages before it.
 
     Args:
         images: what identifies the images; default: `images_of`.
+        earlier: what identifies the run that this one goes on from, if it does.
     """
     evaluation = {name for stage in TABLE for name in stage.evaluation}
     values = {name: value for name, value in flatten(config).items() if name not in HARMLESS and name not in evaluation}
@@ -238,6 +239,7 @@ def stage_settings(config: Config, source: Source, images: str = "") -> dict[str
 
     depends = {"images": images or images_of(source)} | under("data")
     settings = {"data": dict(depends)}
+    depends |= {"from": earlier} if earlier else {}
     depends["weights"] = weights_fingerprint(config.backbone)
     for stage in stages_of(config):
         if stage.reads_labels:

@@ -21,14 +21,14 @@ multiprocessing.set_forkserver_preload(["tests.methods.workers"])
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where processes share the tests, let one take a whole folder, or a file outside of them, with its fixtures.
 
-    Both places whose tests start Ray are one, so that one Ray runs at a time.
+    The places whose tests start Ray are one, so that one Ray runs at a time.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByPlace(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             place = Path(nodeid.split("::")[0]).relative_to("tests").parts[0]
-            return "sweep" if place == "test_ray.py" else place
+            return "sweep" if place in ("test_ray.py", "test_predict_cluster.py") else place
 
     return ByPlace(config, log)
 

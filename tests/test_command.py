@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import spice_dist
 from spice_dist import cli
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 MODULE = [sys.executable, "-m", "spice_dist"]
 
 
@@ -180,6 +182,55 @@ def test_folders_that_are_closed_are_one_line_in_every_command(tmp_path):
         assert len([words for words in shown if words.startswith("spice-dist: ")]) == 1, (line, said)
         assert shown[-1].startswith("spice-dist: "), (line, said)
         assert "closed" in shown[-1] or "ermission" in shown[-1], (line, said)
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "meaning"),
+    [
+        (
+            "--nodes 4 --gpus 8",
+            "--nodes=4 --gpus-per-node=8 --cpus-per-task=64 --mem=256G --time=24:00:00",
+            "4 nodes for 24:00:00, each with 8 GPUs, 64 CPUs, 256G of memory; 32 workers, a number that bn_groups must "
+            "be a multiple of (--set bn_groups=32)",
+        ),
+        (
+            "--cpus 2 --mem 5000M --time 20 --partition main",
+            "--nodes=1 --cpus-per-task=2 --mem=5000M --time=20 --partition=main",
+            "1 node for 20, each with 2 CPUs, 5000M of memory",
+        ),
+    ],
+)
+def test_slurm_prints_what_sbatch_is_given_and_what_it_means(capsys, monkeypatch, options, line, meaning):
+    monkeypatch.setenv("SPICE_HOME", str(REPOSITORY))
+    command = "fit digits --out 'a b'"
+    assert cli.main(["slurm", *options.split(), "--", *shlex.split(command)]) == 0
+    assert capsys.readouterr().out == f"sbatch {line} {REPOSITORY}/slurm/fit.sbatch {command}\n{meaning}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (None, "this machine has no sbatch"),
+        (
+            "echo 'sbatch: error: invalid partition specified: urgent' >&2; exit 1",
+            "invalid partition specified: urgent",
+        ),
+    ],
+)
+def test_what_keeps_slurm_from_taking_a_job_is_one_line(capsys, monkeypatch, tmp_path, program, words):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if program:
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+    assert cli.main(["slurm", "--submit", "--", "fit", "digits", "--out", "runs/a"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert words in said
+
+
+def test_slurm_without_a_checkout_says_how_to_name_one(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPICE_HOME", str(tmp_path))
+    assert cli.main(["slurm", "--", "fit", "digits", "--out", "runs/a"]) == 1
+    assert "name the checkout, which has it, in SPICE_HOME" in capsys.readouterr().err
 
 
 def completed(script: str, line: str, folder: Path) -> list[str]:

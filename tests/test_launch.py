@@ -1,5 +1,6 @@
 """The files in launch/ against the schemas of what reads them, and their rules for tokens and dashboards."""
 
+import argparse
 import copy
 import os
 import re
@@ -17,32 +18,49 @@ import yaml
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 GROUP = {"rayStartParams": STRINGS, "template": {"type": "object"}}
-# Of the fields in KubeRay's reference of its resources, those that the file may use: its CRD comes in no package.
-RAY_JOB = {
-    "apiVersion": {"const": "ray.io/v1"},
-    "kind": {"const": "RayJob"},
-    "metadata": {"type": "object"},
-    "spec": {
-        "entrypoint": {"type": "string"},
-        "backoffLimit": {"type": "integer", "minimum": 0},
-        "shutdownAfterJobFinishes": {"type": "boolean"},
-        "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
-        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-        "rayClusterSpec": {
-            "rayVersion": {"type": "string"},
-            "authOptions": {"mode": {"enum": ["token", "disabled"]}, "secretName": {"type": "string"}},
-            "headGroupSpec": GROUP,
-            "workerGroupSpecs": [
-                {
-                    "groupName": {"type": "string"},
-                    "replicas": {"type": "integer", "minimum": 0},
-                    "minReplicas": {"type": "integer", "minimum": 0},
-                    "maxReplicas": {"type": "integer", "minimum": 0},
-                    **GROUP,
-                }
-            ],
-        },
+# Of the fields in the API reference of KubeRay 1.7.1, those that the files may use: its CRDs come in no package.
+JOB_SPEC = {
+    "entrypoint": {"type": "string"},
+    "backoffLimit": {"type": "integer", "minimum": 0},
+    "shutdownAfterJobFinishes": {"type": "boolean"},
+    "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
+    "deletionStrategy": {
+        "deletionRules": [
+            {
+                "policy": {"enum": ["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"]},
+                "condition": {
+                    "jobStatus": {"enum": ["SUCCEEDED", "FAILED"]},
+                    "jobDeploymentStatus": {"const": "Failed"},
+                    "ttlSeconds": {"type": "integer", "minimum": 0},
+                },
+            }
+        ]
     },
+    "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    "rayClusterSpec": {
+        "rayVersion": {"type": "string"},
+        "authOptions": {"mode": {"enum": ["token", "disabled"]}, "secretName": {"type": "string"}},
+        "headGroupSpec": GROUP,
+        "workerGroupSpecs": [
+            {
+                "groupName": {"type": "string"},
+                "replicas": {"type": "integer", "minimum": 0},
+                "minReplicas": {"type": "integer", "minimum": 0},
+                "maxReplicas": {"type": "integer", "minimum": 0},
+                **GROUP,
+            }
+        ],
+    },
+}
+CRON_SPEC = {
+    "schedule": {"type": "string", "pattern": r"^\S+( \S+){4}$"},
+    "timeZone": {"type": "string", "minLength": 1},
+    "suspend": {"type": "boolean"},
+    "jobTemplate": JOB_SPEC,
+}
+KINDS = {
+    kind: {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": {"type": "object"}, "spec": spec}
+    for kind, spec in (("RayJob", JOB_SPEC), ("RayCronJob", CRON_SPEC))
 }
 
 
@@ -61,13 +79,21 @@ def schema(fields: Any) -> dict:
     }
 
 
-@pytest.fixture
-def resources() -> list[dict]:
-    return list(yaml.safe_load_all((LAUNCH / "kuberay.yaml").read_text()))
+RUN, NIGHTLY = "kuberay.yaml", "kuberay_cron.yaml"
+
+
+def resources(name: str) -> list[dict]:
+    """The resources of a file and of the base that is applied with it, those of KubeRay first."""
+    files = [(LAUNCH / file).read_text() for file in (name, "kuberay_base.yaml")]
+    return [resource for file in files for resource in yaml.safe_load_all(file)]
+
+
+def job_spec(resource: dict) -> dict:
+    return resource["spec"].get("jobTemplate", resource["spec"])
 
 
 def pods(job: dict) -> list[dict]:
-    cluster = job["spec"]["rayClusterSpec"]
+    cluster = job_spec(job)["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [{"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(group["template"])} for group in groups]
 
@@ -75,47 +101,122 @@ def pods(job: dict) -> list[dict]:
 def check_kubernetes(resources: list[dict]) -> None:
     """ValidationError unless the RayJob has only fields of KubeRay's, and all else only of Kubernetes'."""
     job, *others = resources
-    jsonschema.validate(job, schema(RAY_JOB))
+    jsonschema.validate(job, schema(KINDS[job["kind"]]))
     for resource in [*pods(job), *others]:
         kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_kuberay_file_is_as_kuberay_and_kubernetes_define_it(resources):
-    check_kubernetes(resources)
+def check_deletion(job: dict) -> None:
+    """AssertionError unless KubeRay's webhook and, with a queue, Kueue's would take what is deleted when."""
+    spec = job_spec(job)
+    queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+    assert spec.get("shutdownAfterJobFinishes") or not queue, "Kueue wants its resources back"
+    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    assert not rules or not {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & set(spec), "one way or the other"
+    order = ["DeleteWorkers", "DeleteCluster", "DeleteSelf"]
+    seconds: dict[str, list[tuple[int, int]]] = {}
+    for rule in rules:
+        condition = dict(rule["condition"])
+        after = condition.pop("ttlSeconds", 0)
+        ((_, state),) = condition.items()
+        seconds.setdefault(state, []).append((after, order.index(rule["policy"])))
+    for steps in seconds.values():
+        assert [policy for _, policy in sorted(steps)] == sorted(policy for _, policy in steps), "the smallest first"
 
 
+@pytest.mark.parametrize("name", [RUN, NIGHTLY])
+def test_the_kuberay_files_are_as_kuberay_and_kubernetes_define_them(name):
+    check_kubernetes(resources(name))
+    check_deletion(resources(name)[0])
+
+
+CLUSTER = ("rayClusterSpec",)
+
+
+@pytest.mark.parametrize("name", [RUN, NIGHTLY])
 @pytest.mark.parametrize(
     "path",
     [
-        (0, "spec", "entrypont"),
-        (0, "spec", "rayClusterSpec", "authOption"),
-        (0, "spec", "rayClusterSpec", "workerGroupSpecs", 0, "replica"),
-        (0, "spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "container"),
-        (0, "spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "volumeMount"),
-        (1, "spec", "accessMode"),
-        (2, "spec", "ingres"),
+        ("entrypont",),
+        (*CLUSTER, "authOption"),
+        (*CLUSTER, "workerGroupSpecs", 0, "replica"),
+        (*CLUSTER, "headGroupSpec", "template", "spec", "container"),
+        (*CLUSTER, "headGroupSpec", "template", "spec", "containers", 0, "volumeMount"),
     ],
 )
-def test_a_misspelt_field_would_be_found(resources, path):
-    place = resources
+def test_a_misspelt_field_would_be_found(name, path):
+    found = resources(name)
+    misspell(job_spec(found[0]), path)
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_kubernetes(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("PersistentVolumeClaim", ("spec", "accessMode")),
+        ("NetworkPolicy", ("spec", "ingres")),
+        ("ConfigMap", ("date",)),
+        ("RayCronJob", ("spec", "timezone")),
+        ("RayCronJob", ("spec", "jobTemplate", "deletionStrategy", "deletionRules", 0, "condition", "ttl")),
+    ],
+)
+def test_a_misspelt_field_beside_the_job_would_be_found(kind, path):
+    found = resources(NIGHTLY)
+    misspell(next(resource for resource in found if resource["kind"] == kind), path)
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_kubernetes(found)
+
+
+def misspell(place: Any, path: tuple) -> None:
     for name in path[:-1]:
         place = place[name]
-    place[path[-1]] = "x"  # pyright: ignore[reportCallIssue, reportArgumentType]
-    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
-        check_kubernetes(resources)
+    place[path[-1]] = "x"
 
 
-def test_a_kuberay_run_asks_for_a_token_and_runs_a_command_that_exists(resources):
+def test_a_kuberay_run_asks_for_a_token_and_runs_a_command_that_exists():
     from spice_dist.cli import parser
 
-    spec = resources[0]["spec"]
+    (job, *_) = resources(RUN)
+    spec = job_spec(job)
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     options = parser().parse_args(spec["entrypoint"].split()[1:])
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     assert options.workers == (2, 1 + group["maxReplicas"])  # the head is one
-    mounted = pods(resources[0])[0]["spec"]["containers"][0]["volumeMounts"]
+    mounted = pods(job)[0]["spec"]["containers"][0]["volumeMounts"]
     assert str(options.out).startswith(mounted[0]["mountPath"])
     assert not options.insecure
+
+
+def test_every_night_goes_on_from_the_newest_run_that_is_finished(tmp_path):
+    """Its script is run, with a program in place of spice-dist that prints its arguments."""
+    from spice_dist.cli import parser
+
+    job, script, *_ = resources(NIGHTLY)
+    spec = job_spec(job)
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    program = tmp_path / "bin/spice-dist"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"")
+    program.chmod(0o755)
+    runs, (name, text) = tmp_path / "runs", script["data"].popitem()
+    assert spec["entrypoint"] == f"bash /scripts/{name}"
+    environment = {"PATH": f"{program.parent}:{os.environ['PATH']}", "DATA": "s3://bucket/photos", "RUNS": str(runs)}
+
+    def tonight() -> argparse.Namespace:
+        done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=True)
+        return parser().parse_args(done.stdout.splitlines())
+
+    first = tonight()
+    assert (first.data, first.start, first.out.parent) == ("s3://bucket/photos", None, runs)
+    for day, finished in (("2026-11-28", True), ("2026-11-29", True), ("2026-11-30", False), (first.out.name, True)):
+        (runs / day).mkdir(parents=True)
+        if finished:
+            (runs / day / "metrics.json").touch()
+    again = tonight()
+    assert (again.start, again.out) == (runs / "2026-11-29", first.out)
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert again.workers == (1, 1 + group["maxReplicas"])
 
 
 def test_ray_up_takes_the_cluster_file():

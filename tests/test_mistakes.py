@@ -17,6 +17,7 @@ BEFORE_TORCH = [
     ("fit", "required: data; see spice-dist fit --help"),
     ("fit digits", "give --out"),
     ("fit digits --out", "expected one argument"),
+    ("fit digits --from {0}/run --recipe digits --out {0}/new", "leave --recipe out"),
     ("fit {0}/nowhere --out {0}/new", "check the path"),
     ("fit {0}/empty --out {0}/new", "put images into it"),
     ("fit {0}/texts --out {0}/new", "found 1 .txt, looked for avif"),
@@ -64,6 +65,11 @@ BEFORE_TORCH = [
     ("pack {0}/photos {0}/new.beton --quality 0", "give 1 .. 100"),
     ("tune digits --out {0}/new", "required: --space"),
     ("completion fish", "choose from"),
+    ("slurm --nodes 0 -- fit digits --out {0}/new", "argument --nodes: it is 0; give a whole number of at least 1"),
+    ("slurm --gpus two -- fit digits --out {0}/new", "argument --gpus: it is two; give a whole number of at least 0"),
+    ("slurm --nodes 2", "no command for the job; give one after --"),
+    ("slurm -- fti digits", "invalid choice: 'fti'"),
+    ("slurm -- fit s3://me:secret@bucket/a --out {0}/new", "give a place without a password or token"),
 ]
 LATER = [
     ("settings mocoo", "did you mean moco"),
@@ -75,6 +81,7 @@ LATER = [
         "Expecting ',' delimiter: line 2 column 1 (char 13)",
     ),
     ("fit digits --recipe digit --out {0}/new", "digits, photos"),
+    ("fit digits --from {0}/photos --out {0}/new", "give --from the folder of a finished one"),
     ("fit digits --config {0}/nowhere.json --out {0}/new", "nowhere.json"),
     ("fit digits --set moco.lr --out {0}/new", "NAME=VALUE"),
     ("fit digits --set moco.temprature=1 --out {0}/new", 'did you mean "moco.temperature"'),

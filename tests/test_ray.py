@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -25,7 +26,15 @@ import ray  # noqa: F401  as in a notebook, before any token is set: with that, 
 
 from spice_dist import cli, pipeline
 from spice_dist.data.journal import RECORD
-from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_nodes, ray_train
+from spice_dist.distributed import (
+    checkpoint,
+    collectives,
+    ray_channel,
+    ray_elastic,
+    ray_nodes,
+    ray_pulse,
+    ray_train,
+)
 from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
 from spice_dist.stage_records import stage_record
@@ -72,8 +81,8 @@ def steps_done(run: Path) -> int:
     return progress.done if progress and progress.stage == "moco" else -1
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "training did not go on"
         time.sleep(0.05)
@@ -228,7 +237,8 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
     )
     assert child.stdout
     try:
-        wait_until(lambda: bool(psutil.Process(child.pid).children()))  # Ray's first process
+        # Ray's first process; importing may start others, before signals are taken
+        wait_until(lambda: any("gcs_server" in name_of(each) for each in psutil.Process(child.pid).children()))
         while not select.select([child.stdout], [], [], 0.5)[0]:
             assert child.poll() is None, "the signal has ended the process"
             child.send_signal(signal.SIGTERM)
@@ -244,8 +254,34 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
     began = time.monotonic()
     wait_until(lambda: all(map(has_ended, family)))
     assert time.monotonic() - began < 20
-    wait_until(lambda: not list(Path(temporary).glob("spice-*/ray")))
+    wait_until(lambda: not list(Path(temporary).glob("spice-*")))  # also that of the token
     shutil.rmtree(temporary)
+
+
+@pytest.mark.slow  # the others wait for the killer
+@pytest.mark.timeout(480)
+def test_a_worker_that_is_stopped_in_training_is_named_and_killed_and_the_run_leaves_the_same_bits(
+    uninterrupted, tmp_path, monkeypatch, capfd
+):
+    """Without the watchdog the other worker would wait for ten minutes, and no line would name anybody."""
+    monkeypatch.setattr(ray_pulse, "SILENT_SECONDS", 12.0)
+    monkeypatch.setattr(ray_pulse, "KILL_SECONDS", 20.0)
+    out, stopped = tmp_path / "run", []
+
+    def stop_one() -> None:
+        wait_until(lambda: steps_done(out) > 5)
+        pulse = ray_channel.read_pulses(out)[1]
+        os.kill(pulse.process, signal.SIGSTOP)
+        stopped.append((pulse.process, time.monotonic()))
+
+    threading.Thread(target=stop_one, daemon=True).start()
+    assert cli.main(["fit", "digits", "--out", str(out), *SETTINGS]) == 0
+    ((process, at),) = stopped
+    assert time.monotonic() - at < 200
+    said = capfd.readouterr().err
+    assert f"worker 1 (process {process} on {socket.gethostname()}) has shown no sign of life for " in said
+    assert f"worker 1 (process {process} on {socket.gethostname()}) is killed, since the others wait for it" in said
+    assert (out / "assignments.csv").read_bytes() == uninterrupted
 
 
 POINTS = ("start", "ray", "data", "moco", "features", "spice_self", "reliable", "spice_semi", "evaluate", "report")
@@ -265,7 +301,7 @@ def has_reached(run: Path, printed: Path, point: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["term", "usr1", "int"])
 def test_every_signal_at_every_point_of_a_run_on_ray_can_be_gone_on_from(uninterrupted, tmp_path, point, number, code):
@@ -274,7 +310,7 @@ def test_every_signal_at_every_point_of_a_run_on_ray_can_be_gone_on_from(uninter
     with printed.open("w") as file:
         child = subprocess.Popen(command(*arguments), stdout=file, stderr=file)
     try:
-        wait_until(lambda: has_reached(out, printed, point))
+        wait_until(lambda: has_reached(out, printed, point), 400)
         assert child.poll() is None, "it has ended before"
         child.send_signal(number)
         began = time.monotonic()
@@ -355,14 +391,14 @@ def test_one_group_goes_through_all_stages_and_each_begins_when_the_first_worker
     with ray_train.session(None, num_cpus=2):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="no room"):
-            ray_train.train_on_workers(job, 2)
+            ray_elastic.train(job, (2,))
         waited = time.time() - (tmp_path / "after.0").stat().st_mtime
         assert waited < 120, "the other worker must not wait for its collective to time out"
         assert list(dict.fromkeys(progress.stage for progress in shown))[:4] == [stage.name for stage in stages[:4]]
         stopped = replace(
             job, stages=(StageCall("asking", asking, Task(), None), StageCall("never", looked, Task(), "never"))
         )
-        assert not ray_train.run_group(stopped, 2, max_failures=0)
+        assert not ray_train.run_group(stopped, 2)
         assert shown[-1].stage == "never", "the stage before is done"
     os.kill(os.getpid(), signal.SIGTERM)
     assert terminated == [signal.SIGTERM] * 2, "in the session and after it"

@@ -258,12 +258,13 @@ def train_one_step(task: Task, config: None, worker: Worker) -> None:
 
 @pytest.mark.slow
 def test_the_first_of_two_ray_workers_reports(mlflow, tmp_path):
-    from spice_dist.distributed.ray_train import Job, session, train_on_workers
+    from spice_dist.distributed import ray_elastic
+    from spice_dist.distributed.ray_train import Job, session
 
     with session(None, num_cpus=2):
         trackers.request(["mlflow"])  # after Ray has started, so that its workers do not just inherit it
         job = Job((StageCall("moco", train_one_step, Task(), None),), tmp_path / "cats", 1, lambda: False, print, print)
-        train_on_workers(job, 2)
+        ray_elastic.train(job, (2,))
     (found,) = mlflow_runs(mlflow)
     assert found.info.status == "FINISHED"
     assert history(mlflow, found) == [(1, 7.0)]

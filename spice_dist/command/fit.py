@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spice_dist.command.evaluate import print_scores
 from spice_dist.command.options import (
@@ -16,10 +17,14 @@ from spice_dist.command.options import (
 )
 from spice_dist.errors import plain
 
+if TYPE_CHECKING:
+    from spice_dist.earlier import Earlier
+
 EXAMPLES = """examples:
   spice-dist fit digits --out runs/digits                         a first run: 1,797 handwritten digits
   spice-dist fit photos/ --out runs/photos                        as many groups as the images suggest
   spice-dist fit photos/ --out runs/photos --clusters 12          other groups of the same run: seconds
+  spice-dist fit photos/ --out runs/more --from runs/photos       more photos: clusters keep their numbers and names
   spice-dist fit cifar10:data --out runs/cifar --recipe cifar10 --dry-run    what it would cost
 """
 
@@ -33,6 +38,14 @@ def add(commands: Commands) -> None:
         "data", help="'digits' (built in), a folder, a list file, an array, NAME:DIR, a URL or a .beton"
     )
     command.add_argument("--out", type=Path, help="the run folder; the same command resumes a run in it")
+    command.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="RUN",
+        help="go on from a finished run with other images, such as more of them: its settings and weights; clusters "
+        "keep their numbers and names",
+    )
     command.add_argument("--dry-run", action="store_true", help="only tell what the run would cost: hours and memory")
     command.add_argument(
         "--until",
@@ -67,6 +80,7 @@ def fit(options: argparse.Namespace, given: list[str]) -> None:
     source = open_source(options)
     if "torch" not in sys.modules:  # its import takes seconds
         print(f"{len(source.paths):,} images found; loading torch", file=sys.stderr)
+    earlier = _earlier(options)
     resolved = configuration(options, source)
 
     from spice_dist import launching, pipeline
@@ -79,5 +93,23 @@ def fit(options: argparse.Namespace, given: list[str]) -> None:
         print(launching.dry_run(resolved.config, source, launch(options)))
         return
     command = ["spice-dist", *given]
-    pipeline.fit(resolved.config, source, out, launch(options), command, options.until, resolved.network)
+    pipeline.fit(resolved.config, source, out, launch(options), command, options.until, resolved.network, earlier)
     print_scores(out)
+
+
+def _earlier(options: argparse.Namespace) -> "Earlier | None":
+    """Open the run of --from; the options get its settings."""
+    from spice_dist.errors import UserError
+
+    if options.start is None:
+        return None
+    settings = ("recipe", "config", "backbone", "weights", "pretext")
+    if given := [name for name in settings if getattr(options, name)] or ["method"] * (options.method != "spice"):
+        raise UserError(f"--from takes the settings of {options.start}: leave --{given[0]} out")
+
+    from spice_dist import artifacts
+    from spice_dist.earlier import open_earlier
+
+    earlier = open_earlier(options.start, options.clusters)
+    options.config, options.clusters = artifacts.config_file(earlier.run), options.clusters or earlier.clusters
+    return earlier

@@ -161,6 +161,12 @@ def number_of_clusters(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"it is {text}; give a whole number such as 4, or 0")
+    return int(text)
+
+
 def number_of_workers(text: str) -> int | tuple[int, int]:
     """Parse N, or MIN:MAX of an elastic run."""
     least, colon, most = text.partition(":")

@@ -119,10 +119,8 @@ def _on_workers(
         if options.address:
             ray_nodes.require_shared(run)
         job = ray_train.Job((packing(None, source, ingest),), run, 1, stop.requested, show, tell)
-        if options.workers:
-            ray_train.train_on_workers(job, options.workers)
-        else:  # fewer after the loss of a node
-            nodes = ray_nodes.count() if ray_nodes.kind_of_seat() == "CPU" else ray_nodes.seats()
-            ray_elastic.train(job, tuple(range(1, nodes + 1)))
+        most = ray_nodes.count() if ray_nodes.kind_of_seat() == "CPU" else ray_nodes.seats()
+        # without a number, fewer after the loss of a node
+        ray_elastic.train(job, (options.workers,) if options.workers else tuple(range(1, most + 1)))
     beton.seal_anew(folder / "dataset.beton")
     return read_manifest(folder)

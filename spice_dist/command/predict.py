@@ -5,9 +5,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spice_dist.command.options import Commands, add_reading_options, add_trust_list_option
+from spice_dist.command.options import (
+    Commands,
+    add_cluster_options,
+    add_reading_options,
+    add_trust_list_option,
+    whole_number,
+)
 from spice_dist.data.files import require_regular_files
-from spice_dist.errors import plain
+from spice_dist.errors import UserError, plain
 
 if TYPE_CHECKING:
     from spice_dist.predicting import Predictions
@@ -17,6 +23,7 @@ EXAMPLES = """examples:
   spice-dist predict runs/photos new.jpg                          one image: its cluster on the screen
   spice-dist predict runs/photos new_photos/ --out new.csv        or new.parquet
   find new_photos -name '*.jpg' | spice-dist predict runs/photos - --unreadable keep --out new.csv
+  spice-dist predict runs/photos s3://bucket/photos --out new.parquet --address auto    on a Ray cluster
   spice-dist predict runs/photos new_photos/ --json | jq '.images[] | select(.cluster == 3).path'
 """
 
@@ -40,6 +47,14 @@ def add(commands: Commands) -> None:
     )
     add_reading_options(command)
     add_trust_list_option(command)
+    command.add_argument(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="processes that share the images, by Ray Data; 0: this one alone, without Ray (default; with --address "
+        "as many as the cluster has room for)",
+    )
+    add_cluster_options(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
@@ -49,19 +64,30 @@ def predict(options: argparse.Namespace, given: list[str]) -> None:
     from spice_dist.data.dataset import open_given
 
     _check_out(options.out, options.data)
+    if options.workers == 0 and options.address:
+        raise UserError("--workers is 0: this process alone; leave --address out, or give more workers")
     folder = artifacts.trained_model(options.run)
     source = open_given(options.data, options.follow_links, options.trust_list)
 
     from spice_dist import predicting
     from spice_dist.terminal import Bar
 
-    with Bar("predict") as bar:
-        predictions = predicting.predict(folder, source, options.unreadable, bar.show, options.max_megapixels)
-    _show(predictions, options)
+    if options.workers == 0 or options.workers is options.address is None:
+        with Bar("predict") as bar:
+            predictions = predicting.predict(folder, source, options.unreadable, bar.show, options.max_megapixels)
+        _show(predictions, options)
+        return
+
+    from spice_dist.distributed.ray_predict import Cluster, Images, predicted
+
+    images = Images(source, options.data, options.trust_list, options.max_megapixels)
+    cluster = Cluster(options.workers, options.address, options.insecure)
+    with predicted(folder, images, options.out, options.unreadable, cluster) as predictions:
+        _show(predictions, options)
 
 
 def _check_out(out: Path | None, data: str) -> None:
-    from spice_dist.errors import UserError, no_folder
+    from spice_dist.errors import no_folder
 
     if out is None:
         return
@@ -81,7 +107,7 @@ def _show(predictions: "Predictions", options: argparse.Namespace) -> None:
 
     listed = files.write_predictions(options.out, predictions) if options.out else None
     if options.json:
-        print(files.as_json(predictions))
+        sys.stdout.writelines(files.json_pieces(predictions))
     elif options.out:
         print(plain(f"wrote {options.out}"))
     elif options.data == predictions.source.paths[0]:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,31 +28,49 @@ CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 def packed_in_order(
     source: Source, packing: Packing, workers: int, which: Sequence[int] | None = None
 ) -> Generator[Result, None, None]:
-    """Yield for each image of `which`, in order, the bytes to store, or the reason why it cannot be used.
+    """As `DecodePool.in_order`, in a pool for this source alone."""
+    with closing(DecodePool(packing, workers)) as pool:
+        yield from pool.in_order(source, which)
 
-    Untrusted files are decoded in `workers` child processes, arrays in as many threads of this one. At most
-    CHUNK * AHEAD * workers images are held at once, whatever their number.
+
+class DecodePool:
+    """Decodes sources one after another in the same processes, which `close` ends.
+
+    Untrusted files are decoded in `workers` child processes, arrays in as many threads of this one.
     """
-    children, which = _Children(packing), range(len(source.paths)) if which is None else which
 
-    def work(chunk: Sequence[int]) -> list[Result]:
-        return children.pack(source, chunk) if source.encoded else _pack_arrays(source, chunk, packing)
+    def __init__(self, packing: Packing, workers: int):
+        self._packing, self._workers = packing, workers
+        self._children = _Children(packing)
+        self._threads = ThreadPoolExecutor(workers, "ingest")
 
-    ahead: deque[Future[list[Result]]] = deque()
-    pool = ThreadPoolExecutor(workers, "ingest")
-    try:
-        with strict_pillow(packing.max_megapixels):
-            for start in range(0, len(which), CHUNK):
-                ahead.append(pool.submit(work, which[start : start + CHUNK]))
-                if len(ahead) >= AHEAD * workers:
+    def in_order(self, source: Source, which: Sequence[int] | None = None) -> Generator[Result, None, None]:
+        """Yield for each image of `which`, by default all, the bytes to store, or the reason why it cannot be used.
+
+        At most CHUNK * AHEAD * workers images are held at once, whatever their number.
+        """
+        ahead: deque[Future[list[Result]]] = deque()
+        which = range(len(source.paths)) if which is None else which
+        try:
+            with strict_pillow(self._packing.max_megapixels):
+                for start in range(0, len(which), CHUNK):
+                    ahead.append(self._threads.submit(self._pack, source, which[start : start + CHUNK]))
+                    if len(ahead) >= AHEAD * self._workers:
+                        yield from ahead.popleft().result()
+                while ahead:
                     yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        children.kill()
-        pool.shutdown(wait=True)
-        children.close()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._children.kill()
+        self._threads.shutdown(wait=True)
+        self._children.close()
+
+    def _pack(self, source: Source, chunk: Sequence[int]) -> list[Result]:
+        return self._children.pack(source, chunk) if source.encoded else _pack_arrays(source, chunk, self._packing)
 
 
 def _pack_arrays(source: Source, chunk: Sequence[int], packing: Packing) -> list[Result]:

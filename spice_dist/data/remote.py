@@ -2,11 +2,11 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spice_dist.data.folders import IMAGE_SUFFIXES, SYSTEM_FOLDERS, is_image_name, suffix_of
-from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Source, folder_labels
+from spice_dist.data.sources import MAX_CELL_BYTES, BadImage, Listed, Source, folder_labels
 from spice_dist.errors import UserError
 from spice_dist.redaction import hidden, without_secrets
 
@@ -34,30 +34,33 @@ def remote_source(url: str, *, with_labels: bool) -> Source:
     if not files:
         raise UserError(f"there is nothing at {shown}: check the address")
     prefix = root.rstrip("/") + "/"
-    stamps = {
-        name.removeprefix(prefix): {key: details[key] for key in STAMPS if key in details}
-        for name, details in files.items()
-        if details.get("type") != "directory" and _is_image(name.removeprefix(prefix))
+    inside = {
+        name.removeprefix(prefix): details for name, details in files.items() if details.get("type") != "directory"
     }
-    names = sorted(stamps, key=os.fsencode)
-    others = [name.removeprefix(prefix) for name, details in files.items() if details.get("type") != "directory"]
-    others = [name for name in others if name not in stamps and not _is_hidden(name)]
+    names = sorted(filter(_is_image, inside), key=os.fsencode)
+    others = [name for name in inside if not _is_image(name) and not _is_hidden(name)]
     if not names:
         wanted = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"no image file at {shown}: found {len(files)} others, looked for {wanted}")
-
-    bucket = _Bucket(system, prefix, names, stamps, url)
     labels, label_names = folder_labels(shown, names) if with_labels else (None, [])
-    return Source(
-        shown,
-        names,
-        bucket.read,
-        labels,
-        label_names,
+    return replace(
+        remote_files(url, names, [_listed(inside[name]) for name in names]),
+        labels=labels,
+        label_names=label_names,
         ignored=dict(Counter(suffix_of(name) for name in others)),
-        encoded=True,
-        stamps=bucket.stamp,
     )
+
+
+def remote_files(url: str, names: list[str], listed: list[Listed]) -> Source:
+    """Take the files of these names below `url`, as `remote_source` has listed them."""
+    shown = without_secrets(url)
+    system, root = _file_system(url, shown)
+    bucket = _Bucket(system, root.rstrip("/") + "/", names, listed, url)
+    return Source(shown, names, bucket.read, encoded=True, stamps=bucket.stamp, listed=listed.__getitem__)
+
+
+def _listed(details: dict[str, Any]) -> Listed:
+    return details.get("size") or 0, " ".join(str(details[key]) for key in STAMPS if key in details)
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,15 @@ class _Bucket:
     system: Any  # of fsspec
     prefix: str
     names: list[str]
-    stamps: dict[str, dict[str, Any]]  # by name
+    listed: list[Listed]
     url: str = field(repr=False)  # may hold a password
 
     def read(self, i: int) -> bytes:
-        name = self.names[i]
-        size = self.stamps[name].get("size") or 0
+        size = self.listed[i][0]
         if size > MAX_CELL_BYTES:
             raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
         try:
-            data = self.system.cat_file(self.prefix + name, start=0, end=MAX_CELL_BYTES + 1)
+            data = self.system.cat_file(self.prefix + self.names[i], start=0, end=MAX_CELL_BYTES + 1)
         except Exception as error:  # every file system raises other errors; the run goes on without this image
             raise BadImage(f"cannot read: {_first_line(error, self.url)}") from error
         if not 0 < len(data) <= MAX_CELL_BYTES:
@@ -84,7 +86,7 @@ class _Bucket:
         return data
 
     def stamp(self, i: int) -> str:
-        return " ".join(str(value) for value in self.stamps[self.names[i]].values())
+        return self.listed[i][1]
 
 
 def _file_system(url: str, shown: str) -> tuple[Any, str]:

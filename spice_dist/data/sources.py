@@ -34,6 +34,8 @@ LINK_HINT = "give the file that it points to, or --follow-links"
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 MISSING = frozenset({"", "-1", "-1.0", "none", "null", "nan", "n/a", "<na>"})  # labels that are no class
 UNLABELLED = -1  # the number of an image without a class
+Listed = tuple[int, str]
+"""Size in bytes and stamp of a remote file."""
 UNREAD = bytes(16)  # in place of the `file_digest` of a file that cannot be read
 
 
@@ -57,6 +59,7 @@ class Source:
     file: Callable[[int], Path] | None = None  # of local files: where image i is, so that children read it themselves
     # of other sources: a text that changes when image i does, where that is cheaper than reading it
     stamps: Callable[[int], str] | None = None
+    listed: Callable[[int], Listed] | None = None  # of remote files: what other processes read image i by
     extra: int = 0  # images after the clustered ones that only train stages 1 and 3
     held_out: int = 0  # images after those that train nothing and are scored
     fit: str = ""  # of a packed file, with which it was packed (see `decode`); "": not packed yet
@@ -224,13 +227,18 @@ def _folder(root: Path, *, with_labels: bool, follow_links: bool) -> Source:
     )
 
 
-def files_source(name: str, paths: list[str], folder: Path, tree: Path | None = None) -> Source:
+def files_source(
+    name: str, paths: list[str], folder: Path, tree: Path | None = None, places: list[str] | None = None
+) -> Source:
     """Take images in local files: image i is at folder / paths[i].
 
     Args:
         tree: a folder; links are followed to files within it. None: links are not followed.
+        places: where the images are below the folder, if not at their paths.
     """
-    files = _Files(folder.absolute(), paths, None if tree is None else os.path.realpath(tree))
+    files = _Files(
+        folder.absolute(), paths if places is None else places, None if tree is None else os.path.realpath(tree)
+    )
     return Source(name, paths, files.read, encoded=True, file=files.place)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spice_dist.distributed.pace import waits
 from spice_dist.errors import UserError
 from spice_dist.transfer import send
 
@@ -49,7 +50,8 @@ def all_gather(x: Tensor) -> Tensor:
     if alone():
         return x
     parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
+    with waits.during(x.device):
+        dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
@@ -72,7 +74,8 @@ def exchange(x: Tensor, order: np.ndarray) -> Tensor:
     incoming = torch.empty_like(outgoing)
     senders = owner[rank()]
     counts = np.bincount(senders, minlength=world())
-    dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
+    with waits.during(x.device):
+        dist.all_to_all_single(incoming, outgoing, counts.tolist(), [len(rows) for rows in sent])
     place = np.argsort(senders, kind="stable")  # rows arrive by sender, those of a sender in order
     return torch.empty_like(incoming).index_copy_(0, _index(place, x), incoming)
 
@@ -111,7 +114,8 @@ def mean(x: Tensor) -> Tensor:
     if alone():
         return x
     total = x.clone()
-    dist.all_reduce(total)
+    with waits.during(x.device):
+        dist.all_reduce(total)
     return total / world()
 
 
@@ -128,7 +132,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         summed = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)
+        with waits.during(x.device):
+            dist.all_reduce(summed)
         return summed
 
     @staticmethod
@@ -141,8 +146,9 @@ def largest_int(value: int, device: torch.device) -> int:
     if alone():
         return value
     votes = torch.tensor([value], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return int(votes.item())
+    with waits.during(device):
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return int(votes.item())
 
 
 def broadcast_int(value: int, device: torch.device) -> int:
@@ -150,13 +156,15 @@ def broadcast_int(value: int, device: torch.device) -> int:
     if alone():
         return value
     message = torch.tensor([value], device=device)
-    dist.broadcast(message, src=0)
-    return int(message.item())
+    with waits.during(device):
+        dist.broadcast(message, src=0)
+        return int(message.item())
 
 
 def barrier() -> None:
     if not alone():
-        dist.barrier()
+        with waits.during(torch.device("cpu")):  # it holds the process, on a GPU too
+            dist.barrier()
 
 
 def patient_group() -> Any:

@@ -1,6 +1,7 @@
 """Authenticate at Ray clusters by a private token, since a process that may use a cluster can run any code on it."""
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -11,10 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from spice_dist.distributed import ray_local
 from spice_dist.errors import UserError
 
 DEFAULT_TOKEN = Path("~/.ray/auth_token")  # where Ray looks if the environment names none
 SECONDS = 10.0  # how long a cluster may take to answer
+OWN_TOKEN = "token"  # in a private folder
 OPEN, REFUSED = "open", "refused"
 # Run by a child process, which reads mode and token by itself.
 PROBE = """
@@ -39,13 +42,19 @@ def use_own_token() -> None:
         require_private_token()
         _set_mode("token")
         return
-    private = tempfile.TemporaryDirectory(prefix="spice-")
-    atexit.register(private.cleanup)
-    token = Path(private.name) / "token"
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    token = stack.enter_context(ray_local.held_folder(Path(tempfile.gettempdir()))) / OWN_TOKEN
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     _set_mode("token")
+
+
+def own_folders() -> list[Path]:
+    """Return the private folder of the token that this process made, if it made one."""
+    path = token_file()
+    return [path.parent] if path.name == OWN_TOKEN and (path.parent / ray_local.HELD).exists() else []
 
 
 def use_token_of(address: str, insecure: bool = False) -> None:

@@ -7,6 +7,7 @@ while Ray's controller is lost. The folder also holds Ray's own files; it exists
 import contextlib
 import io
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ FOLDER = ".ray"
 STOP = f"{FOLDER}/stop"  # asks every worker to save and stop
 PROGRESS = f"{FOLDER}/progress.json"  # of the first worker
 MESSAGES = f"{FOLDER}/messages"  # from the first worker to the user
+PULSES = f"{FOLDER}/pulses"  # a file for each worker, named by its rank
 RAY_FILES = f"{FOLDER}/train"
 
 
@@ -32,10 +34,20 @@ class Progress(NamedTuple):
     loss: float | None  # None: the stage has none
 
 
+class Pulse(NamedTuple):
+    """A sign of life of a worker."""
+
+    beat: int  # how many it has given
+    host: str
+    node: str  # number of its node in Ray
+    process: int
+    waited: float  # seconds for which it has waited for the others, in one collective; 0: it works
+
+
 def open_channel(run: Path) -> None:
     """Empty the folder, so that nothing of an earlier group is read."""
     close_channel(run)
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    (run / PULSES).mkdir(parents=True, exist_ok=True)
     (run / MESSAGES).touch()
 
 
@@ -45,10 +57,7 @@ def close_channel(run: Path) -> None:
 
 def write_progress(run: Path, progress: Progress) -> None:
     """Write the progress of this worker; a full disk stops the bar, not the training."""
-    with contextlib.suppress(OSError):
-        temporary = run / f"{PROGRESS}.new"
-        temporary.write_text(json.dumps(progress))
-        temporary.replace(run / PROGRESS)
+    _write(run / PROGRESS, progress)
 
 
 def read_progress(run: Path) -> Progress | None:
@@ -57,6 +66,27 @@ def read_progress(run: Path) -> Progress | None:
         return Progress(*json.loads((run / PROGRESS).read_bytes()))
     except (OSError, ValueError):
         return None
+
+
+def write_pulse(run: Path, rank: int, pulse: Pulse) -> None:
+    _write(run / PULSES / str(rank), pulse)
+
+
+def read_pulses(run: Path) -> dict[int, Pulse]:
+    """Read the last sign of life of every worker that has begun, by rank."""
+    pulses = {}
+    with contextlib.suppress(OSError):
+        for name in filter(str.isdecimal, os.listdir(run / PULSES)):
+            with contextlib.suppress(OSError, ValueError):  # on NFS, while another machine writes it
+                pulses[int(name)] = Pulse(*json.loads((run / PULSES / name).read_bytes()))
+    return pulses
+
+
+def _write(path: Path, value: tuple) -> None:
+    with contextlib.suppress(OSError):
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_text(json.dumps(value))
+        temporary.replace(path)
 
 
 def pass_on_messages(run: Path, position: int, message: Callable[[str], None]) -> int:

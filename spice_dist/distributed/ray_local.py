@@ -1,5 +1,7 @@
 """Our own Ray cluster on this machine: private files, servers on the loopback interface, our handler of SIGTERM."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -17,7 +20,8 @@ SOCKET_BYTES = 107  # of the name of a Unix socket, which Linux limits
 SOCKET = "spice-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
 # waits for the end of its input; a process that has got the number of one of Ray's in the meantime is left alone; the
 # others need a moment to end, in which they write
-WATCH = 'cat; for p; do grep -qs ray "/proc/$p/cmdline" && kill -9 "$p"; done; sleep 1; rm -rf -- "$0"'
+WATCH = 'cat; for p in $0; do grep -qs ray "/proc/$p/cmdline" && kill -9 "$p"; done; sleep 1; rm -rf -- "$@"'
+PREFIX, HELD = "spice-", "held"  # names of a private folder, and of the file in it that its process holds locked
 ROOM = 64 << 20  # bytes: Ray's logs of a run are a few megabytes
 
 
@@ -31,24 +35,42 @@ def private_folder() -> Iterator[Path]:
         UserError: the temporary folder cannot be used for it.
     """
     parent = temporary_folder()
-    try:
-        private = Path(tempfile.mkdtemp(prefix="spice-", dir=parent))
-    except OSError as error:
-        raise _unusable(parent, error.strerror or str(error)) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            private = stack.enter_context(held_folder(parent))
+        except OSError as error:
+            raise _unusable(parent, error.strerror or str(error)) from error
         yield private / "ray"
+
+
+@contextmanager
+def held_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder that no other user can enter, and remove it at the end.
+
+    Those of killed processes beside it, which may hold a token, are removed first.
+    """
+    for abandoned in parent.glob(f"{PREFIX}*/{HELD}"):
+        with contextlib.suppress(OSError), open(abandoned, "rb") as file:  # locked, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(abandoned.parent, ignore_errors=True)
+    private = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        with open(private / f"{HELD}.new", "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.rename(file.name, private / HELD)  # locked from its first moment on
+            yield private
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
 
 @contextmanager
-def watched(folder: Path) -> Iterator[None]:
-    """Let a shell end Ray's processes and remove the private folder around `folder` once this process is killed.
+def watched(*folders: Path) -> Iterator[None]:
+    """Let a shell end Ray's processes and remove these folders once this process is killed.
 
     Ray's agents would stay for a minute: they try to tell the head node, which is gone, what has happened.
     """
-    processes = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    shell = ["/bin/sh", "-c", WATCH, str(folder.parent), *processes]
+    processes = " ".join(str(child.pid) for child in psutil.Process().children(recursive=True))
+    shell = ["/bin/sh", "-c", WATCH, processes, *map(str, folders)]
     # the pipe closes when this process ends, however it ends
     with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as watcher:
         try:
@@ -115,3 +137,34 @@ def our_handler_of_sigterm() -> Iterator[None]:
     finally:
         utils.set_sigterm_handler = set_handler
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = without_native
+
+
+@contextmanager
+def quiet_driver() -> Iterator[None]:
+    """Let Ray print nothing by itself in this process if a session starts inside the block; its daemons log all.
+
+    Its native part prints of every actor of Ray Data, as an error, that its arguments may be lost. What Ray tells of
+    lost workers goes to standard output, where rows go.
+    """
+    from ray._private import worker
+
+    connect, listen, level = worker.connect, worker.listen_error_messages, "RAY_BACKEND_LOG_LEVEL"
+
+    def quietly(*arguments: Any, **options: Any) -> None:
+        before, stderr = os.environ.get(level), os.dup(2)
+        os.environ[level] = "fatal"
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)  # it prints that this variable is set
+        try:
+            connect(*arguments, **options)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.environ.pop(level)
+            os.environ.update({} if before is None else {level: before})
+
+    worker.connect, worker.listen_error_messages = quietly, lambda worker, threads_stopped: None
+    try:
+        yield
+    finally:
+        worker.connect, worker.listen_error_messages = connect, listen

@@ -1,11 +1,14 @@
 """Check the nodes of a Ray cluster: room for workers, versions of the program, access to the run folder."""
 
+import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any, NamedTuple
 
 from spice_dist.errors import UserError
 
+LOOK_SECONDS = 3.0  # between two looks at the cluster
+SAY_SECONDS = 30.0  # between two lines on what is waited for
 CONNECT_SECONDS = 3.0  # in which a node that is there takes a connection
 SECONDS = 60.0  # how long the nodes may take to answer: each starts a process for it
 PACKAGES = ("spice_dist", "torch", "ray")
@@ -29,15 +34,25 @@ class Report:
 
 
 def kind_of_seat() -> str:
-    """Return what a worker occupies in this session's cluster: "GPU" if any node has one, else "CPU"."""
+    """Return what is scarce for workers in this session's cluster: "GPU" if any node has one, else "CPU"."""
     import ray
 
     return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
 
+def seat() -> dict[str, float]:
+    """Return the resources that a worker occupies."""
+    return {"CPU": 1, "GPU": 1} if kind_of_seat() == "GPU" else {"CPU": 1}
+
+
+def _seats_in(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    return min(int(resources.get(kind, 0) // amount) for kind, amount in each.items())
+
+
 def seats() -> int:
-    """Return how many workers the nodes that answer could run if nothing else used them."""
-    return sum(amounts(kind_of_seat()))
+    """Return how many workers the nodes that stay could run if nothing else used them."""
+    each = seat()
+    return sum(_seats_in(node["Resources"], each) for node in _nodes())
 
 
 def count() -> int:
@@ -50,6 +65,16 @@ def amounts(kind: str) -> list[int]:
     return [int(node["Resources"].get(kind, 0)) for node in _nodes()]
 
 
+def cpus_each(workers: int) -> int:
+    """Return the most CPUs that each of so many workers, with a GPU each where there are GPUs, can have; 0: no room."""
+    kind = kind_of_seat()
+    nodes = list(zip(amounts("CPU"), amounts(kind), strict=True))
+    for cpus in range(max((cpu for cpu, _ in nodes), default=0), 0, -1):
+        if sum(min(cpu // cpus, seats) for cpu, seats in nodes) >= workers:
+            return cpus
+    return 0
+
+
 def fits_a_node(resources: Mapping[str, float]) -> bool:
     """Return whether a single node that answers has all of these resources."""
     totals = [node["Resources"] for node in _nodes()]
@@ -57,18 +82,86 @@ def fits_a_node(resources: Mapping[str, float]) -> bool:
 
 
 def free_seats() -> int:
-    """Return how many more workers the nodes could run now."""
+    """Return how many more workers the nodes that stay could run now."""
+    each = seat()
+    return sum(_seats_in(free, each) for free in _free())
+
+
+def room_in_words() -> str:
+    """Say what each worker needs, and what of it the nodes have free."""
+    each, nodes, free = seat(), _nodes(), _free()
+    needed = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
+    shares = (
+        f"{sum(node.get(kind, 0) for node in free):g} of "
+        f"{sum(node['Resources'].get(kind, 0) for node in nodes):g} {kind}s"
+        for kind in each
+    )
+    return f"each needs {needed} of one node; free are {', '.join(shares)} on {len(nodes)} nodes"
+
+
+def leaving(among: Collection[str]) -> list[str]:
+    """Say of each of these nodes that is drained when it leaves the cluster.
+
+    Ray's own notice in the workers, `ray.train.get_preemption_info`, is a collective that they would call every step.
+    """
+    deadlines, names = _draining(), {node["NodeID"]: node["NodeManagerHostname"] for node in _alive()}
+    told = []
+    for number in sorted(deadlines.keys() & names.keys() & set(among)):
+        left = max(0.0, deadlines[number] / 1000 - time.time())
+        told.append(f"node {names[number]} leaves " + (f"in {left:.0f} s" if deadlines[number] else "soon"))
+    return told
+
+
+def kill_worker(node: str, process: int) -> None:
+    """Kill a process of Ray on a node, by a task there; not if another program has got its number meanwhile."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    kill = ray.remote(num_cpus=0, max_retries=0)(kill_here)
+    kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(process)
+
+
+def kill_here(process: int) -> None:
+    """Kill a process of this machine if it is one of Ray's."""
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(process, signal.SIGKILL)
+
+
+def _draining() -> dict[str, int]:
+    """Return {number of a node that is about to leave: when, in milliseconds of UNIX time, or 0}."""
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def _free() -> list[dict[str, float]]:
+    """Return what is free on each node that stays."""
     from ray._private.state import available_resources_per_node
 
-    kind, free = kind_of_seat(), available_resources_per_node()
-    return sum(int(free.get(node["NodeID"], {}).get(kind, 0)) for node in _nodes())
+    free = available_resources_per_node()
+    return [free.get(node["NodeID"], {}) for node in _nodes()]
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def restarts() -> int:
+    """Return how often Ray has started processes of this session's actors again."""
+    import ray
+    from ray._private import state
+
+    job = ray.get_runtime_context().get_job_id()
+    return sum(int(actor["NumRestarts"]) for actor in state.actors().values() if actor["JobID"] == job)
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """Return the nodes whose daemon takes a connection: Ray itself notices a lost node only after many seconds."""
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"] and _answers(node)]
+    """Return the nodes that stay and whose daemon takes a connection: Ray notices a lost node many seconds later."""
+    leaves = _draining()
+    return [node for node in _alive() if node["NodeID"] not in leaves and _answers(node)]
 
 
 def _answers(node: dict[str, Any]) -> bool:

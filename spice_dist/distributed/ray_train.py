@@ -20,7 +20,17 @@ import psutil
 from torch import nn
 
 from spice_dist.data.pieces import stored_count
-from spice_dist.distributed import checkpoint, collectives, ray_auth, ray_channel, ray_local, ray_nodes, trackers
+from spice_dist.distributed import (
+    checkpoint,
+    collectives,
+    pace,
+    ray_auth,
+    ray_channel,
+    ray_local,
+    ray_nodes,
+    ray_pulse,
+    trackers,
+)
 from spice_dist.distributed.ray_channel import Progress
 from spice_dist.distributed.worker import LocalWorker, StageCall, Storage
 from spice_dist.errors import Interrupted, UserError
@@ -32,7 +42,7 @@ _cluster_is_ours = False  # of the session; Ray allows one
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a finished stage is noticed soon; four looks cost 5 % of a core
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch on a busy laptop takes minutes
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # signals reach us through the stop file
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process; `run_group` looks for nodes that leave itself
     "RAY_TRAIN_METRICS_ENABLED": "0",  # without a dashboard they are not read
     "RAY_enable_metrics_collection": "0",  # metrics of the daemons, which are not read
     "RAY_task_events_report_interval_ms": "0",  # the history of the tasks: never sent
@@ -41,6 +51,12 @@ RAY_SETTINGS = {
     "RAY_num_workers_soft_limit": "0",  # idle processes wake 100 times a second: end them
     "RAY_prestart_worker_first_driver": "0",  # start none in advance
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives our session must not start another cluster
+}
+
+NCCL_SETTINGS = {  # Ray's detector of collectives that do not end, where the workers have NVIDIA's program ncclras
+    "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",
+    "RAY_TRAIN_NCCL_RAS_ACTION": "fail",  # the group starts again
+    "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S": "300",
 }
 
 
@@ -70,6 +86,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """Wrap the module to average gradients over all workers; buffers, the same everywhere, are not sent."""
     wrapped = nn.parallel.DistributedDataParallel(module)
     wrapped.broadcast_buffers = False  # the argument for it has another name from torch 2.15 on
+    pace.time_averaging(wrapped)
     return wrapped
 
 
@@ -103,7 +120,7 @@ def session(address: str | None, num_cpus: int, insecure: bool = False) -> Itera
             except Exception as error:  # Ray raises errors of any kind
                 place = f"no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
                 raise UserError(f"{place}: {last_line(str(error))}") from error
-            with contextlib.nullcontext() if address else ray_local.watched(folder):
+            with contextlib.nullcontext() if address else ray_local.watched(folder.parent, *ray_auth.own_folders()):
                 yield
         except WorkersLost as error:
             if address:
@@ -182,37 +199,31 @@ class WorkersLost(UserError):
     """Workers ended without a report: they were killed, their node went down, or the program has a bug."""
 
 
-def train_on_workers(job: Job, workers: int) -> None:
-    """Train on exactly `workers` workers of the current session.
+def ray_replaces() -> int:
+    """Return how often Ray replaces lost workers by itself.
 
-    Lost workers are replaced three times, and again if the job made progress.
-
-    Raises:
-        Interrupted: `stop_requested` came true; the state is saved.
-        UserError: there is no room for them, or they reported one; WorkersLost if they are lost without progress.
+    Only in our own cluster, where their seats stay. Elsewhere it would wait without a word for a node that is lost.
     """
-    seats, kind = ray_nodes.seats(), ray_nodes.kind_of_seat()
-    if seats < workers:
-        raise UserError(f"--workers is {workers}, but Ray has {seats} {kind}s for them; ask for fewer workers")
-    while True:
-        before = job.reached()
-        try:
-            if run_group(job, workers, max_failures=3):
-                return
-            raise Interrupted
-        except WorkersLost as error:
-            if job.stop_requested():  # the signal went to all processes of the job
-                raise Interrupted from error
-            if not job.reached() > before:
-                raise
-            job.message(f"{error}; going on from the last checkpoint")
+    return 3 if _cluster_is_ours else 0
 
 
-def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], bool] = lambda: False) -> bool:
+def failure_config() -> Any:
+    """Return when Ray replaces lost workers.
+
+    It counts those of nodes that were drained apart, and by default replaces them for ever.
+    """
+    import ray.train
+
+    most = ray_replaces()
+    return ray.train.FailureConfig(max_failures=most, max_preemption_failures=most, controller_failure_limit=most)
+
+
+def run_group(job: Job, workers: int, leave: Callable[[], bool] = lambda: False) -> bool:
     """Run one group of workers to its end; return True if all stages are done, False if it saved and stopped.
 
+    It also saves and stops when a node of its workers is about to leave the cluster.
+
     Args:
-        max_failures: how often Ray may replace lost workers by itself.
         leave: asked every quarter of a second; once True, the workers save and stop, as by `stop_requested`.
 
     Raises:
@@ -220,7 +231,7 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
         UserError: the workers reported one; WorkersLost if they did not report at all.
     """
     ray_channel.open_channel(job.run)
-    trainer = _trainer(job, workers, max_failures)
+    trainer = _trainer(job, workers)
     outcome: list[Any] = []
 
     def fit() -> None:
@@ -232,15 +243,18 @@ def run_group(job: Job, workers: int, max_failures: int, leave: Callable[[], boo
     # not in the main thread, which takes signals: Ray would kill the workers
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    stop_at, position = None, 0
+    watch = ray_pulse.Watch(job.run, workers, job.message)
+    position, stop_at, asked = 0, None, False
     try:
         while thread.is_alive():
             thread.join(0.25)
-            if stop_at is None and (job.stop_requested() or leave()):
-                (job.run / ray_channel.STOP).touch()
+            if stop_at is None and job.stop_requested():
                 stop_at = time.monotonic() + STOP_SECONDS
             if stop_at is not None and time.monotonic() > stop_at:
                 raise Interrupted  # workers that never started or hang; what was saved before is intact
+            if (watch.node_leaves() or leave() or stop_at is not None) and not asked:
+                (job.run / ray_channel.STOP).touch()
+                asked = True
             position = _relay(job, position)
         _relay(job, position)
     finally:
@@ -256,12 +270,16 @@ def _relay(job: Job, position: int) -> int:
     return position
 
 
-def _trainer(job: Job, workers: int, max_failures: int) -> Any:
+def _trainer(job: Job, workers: int) -> Any:
     import ray.train
 
     from spice_dist.distributed.ray_trainer import OnNodeAddress, Trainer
 
-    use_gpu = ray_nodes.kind_of_seat() == "GPU"
+    seat = ray_nodes.seat()
+    use_gpu = "GPU" in seat
+    if use_gpu:
+        for name, value in NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
     trainer = Trainer(
         _train_loop,
         train_loop_config={
@@ -272,22 +290,23 @@ def _trainer(job: Job, workers: int, max_failures: int) -> Any:
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker=seat,
             placement_strategy="PACK" if use_gpu else "SPREAD",  # cores of one node are shared with its other workers
         ),
         run_config=ray.train.RunConfig(
             name=secrets.token_hex(4),  # never an old one: Ray must not resume by itself
             storage_path=str(job.run / ray_channel.RAY_FILES),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
+            failure_config=failure_config(),
         ),
     )  # fmt: skip
-    # an elastic job continues after a lost controller and needs the resources that it reserved
-    trainer.cleans_up = not _cluster_is_ours or max_failures == 0
+    # after a lost controller we go on, and need the resources that it reserved
+    trainer.cleans_up = not _cluster_is_ours
     return trainer
 
 
 def _train_loop(options: dict[str, Any]) -> str:
     """Run the stages on one worker; return how they ended, since an exception would make Ray try again."""
+    import ray
     import ray.train.torch
 
     os.environ.update(options["environment"])
@@ -296,8 +315,11 @@ def _train_loop(options: dict[str, Any]) -> str:
     # only the first worker looks: NFS would cache for the others that later stages have no files
     first = collectives.rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
-    # what other workers print goes to Ray's logs
-    with ray_channel.errors_as_messages(run) if first else contextlib.nullcontext():
+    with (
+        ray_pulse.beating(run, collectives.rank(), ray.get_runtime_context().get_node_id()),
+        # what other workers print goes to Ray's logs
+        ray_channel.errors_as_messages(run) if first else contextlib.nullcontext(),
+    ):
         for stage in stages[collectives.broadcast_int(finished, device) :]:
             if stage.has_folder:
                 (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may cache that it was missing
@@ -351,10 +373,16 @@ def _is_done(outcome: Any) -> bool:
         cause = outcome
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise WorkersLost(f"the training workers failed: {last_line(str(cause))}") from outcome
+        raise WorkersLost(f"the training workers failed: {_reason(cause)}") from outcome
     if outcome.return_value not in ("done", "interrupted"):
         raise UserError(str(outcome.return_value).removeprefix("error: "))
     return outcome.return_value == "done"
+
+
+def _reason(cause: BaseException) -> str:
+    if type(cause).__name__ == "NCCLHangError":  # many lines of advice follow the second, which says what hangs
+        return str(cause).splitlines()[1].partition(". ")[0]
+    return last_line(str(cause))
 
 
 def last_line(text: str) -> str:

@@ -9,6 +9,32 @@ import ray.util
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
+# Of Ray 2.60. A version that has others is looked at before it is used: a callback can be a process more, or decide
+# what follows a loss.
+NEEDLESS = {"DatasetsCallback"}  # hands out Ray's data sets; there are none
+CLEANER = "PlacementGroupCleanerCallback"  # gives back what a lost controller has reserved
+KNOWN = {
+    *NEEDLESS,
+    CLEANER,
+    "AcceleratorSetupCallback",  # shows each worker the GPUs of its node
+    "BackendSetupCallback",  # starts the process group: `OnNodeAddress`
+    "WorkingDirectorySetupCallback",
+    "UserCallbackHandler",  # calls those of the user; there are none
+    "NCCLRASCallback",  # finds collectives that do not end; with GPUs: ray_train.NCCL_SETTINGS
+    # off by ray_train.RAY_SETTINGS, or by default
+    "ControllerMetricsCallback",
+    "WorkerMetricsCallback",
+    "PreemptionCallback",  # ray_pulse.Watch looks for nodes that leave
+    "StateManagerCallback",
+    # parts of Ray's controller
+    "CheckpointManager",
+    "ReportCallbackHandler",
+    "ValidationManager",
+    "ElasticScalingPolicy",
+    "FixedScalingPolicy",
+    "ScalingPolicy",
+}
+
 
 class Trainer(TorchTrainer):
     """Starts fewer processes beside the workers: each imports for seconds and then wakes 100 times a second."""
@@ -17,9 +43,7 @@ class Trainer(TorchTrainer):
 
     # Ray's own method; where a version has renamed it, the processes start again
     def _create_default_callbacks(self) -> list:
-        needless = {"DatasetsCallback"}  # hands out Ray's data sets; there are none
-        if not self.cleans_up:
-            needless.add("PlacementGroupCleanerCallback")
+        needless = NEEDLESS if self.cleans_up else {*NEEDLESS, CLEANER}
         return [each for each in super()._create_default_callbacks() if type(each).__name__ not in needless]
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from spice_dist.data import augment
-from spice_dist.distributed import checkpoint, collectives, setbacks, trackers
+from spice_dist.distributed import checkpoint, collectives, pace, setbacks, trackers
 from spice_dist.distributed.checkpoint import Checkpoint, Tensors
 from spice_dist.distributed.metric_log import MetricLog
+from spice_dist.distributed.pace import Pace
 from spice_dist.distributed.setbacks import Setbacks
 from spice_dist.errors import Interrupted, NotFinite, UserError, out_of_memory
 from spice_dist.task import Task
@@ -166,7 +167,7 @@ class LocalWorker:
         self.checkpoint_seconds, self.scratch = storage.checkpoint_seconds, storage.scratch
         self.folder, self.store = run / stage, run / stage / "checkpoints"
         self.log: MetricLog | None = None
-        self.history = History()
+        self.history, self.pace = History(), Pace()
         self.writer = checkpoint.Writer(self.store, storage.owner)
         self.setbacks, self.can_leave_out = Setbacks(), False
         self.started_at = self.saved_at = self.shown_at = time.monotonic()
@@ -182,6 +183,7 @@ class LocalWorker:
         # not the first call after a loss that was not finite
         self.sums, self.summed, self.first_bad = {}, 0, torch.full_like(self.first_bad, torch.inf)
         self.started_at = self.saved_at = time.monotonic()
+        self.pace = Pace()
         if self.log:
             self.log.close()
         if self.rank == 0:
@@ -233,6 +235,27 @@ class LocalWorker:
         if self.log:
             self.log.write(step, dict(zip(names, means.tolist(), strict=True)))
         self.sums, self.summed = {}, 0
+        self._name_slowest()
+
+    def _name_slowest(self) -> None:
+        """Say once a stage which worker the others wait for."""
+        passed = self.pace.passed()
+        # by the first worker's clock
+        if self.world == 1 or not collectives.broadcast_int(int(passed > pace.SECONDS), self.device):
+            return
+        worked = torch.tensor([self.pace.worked()], device=self.device)
+        shares = (collectives.all_gather(worked) / passed).tolist()
+        slowest = self.pace.slowest(shares)
+        if slowest is None:
+            return
+        hosts = collectives.all_gather(pace.host_name().to(self.device)).cpu().numpy()
+        if self.rank == 0:
+            host = hosts[slowest].tobytes().rstrip(b"\0").decode(errors="replace")
+            print(
+                f"worker {slowest} on {host} is the slowest in {self.stage}: it works for {shares[slowest]:.0%} of a "
+                f"step, the {self.world} workers for {sum(shares) / self.world:.0%} on average; the others wait",
+                file=sys.stderr,
+            )
 
     def leaves_out(self, step: int) -> bool:
         self.can_leave_out = True

@@ -20,8 +20,8 @@ from spice_dist.methods.plumbing import (
     autocast,
     black_images,
     check_batch,
+    first_backbone,
     in_passes,
-    new_backbone,
     open_dataset,
     passes_that_fit,
     place,
@@ -63,7 +63,7 @@ def train(task: Task, config: BYOLConfig, worker: Worker) -> None:
     total = config.epochs * steps_per_epoch
 
     torch.manual_seed(task.seed)
-    backbone = new_backbone(task)
+    backbone = first_backbone(task, worker.run)
     projection = MLP(backbone.dim, config.hidden, config.dim)
     prediction = MLP(config.dim, config.hidden, config.dim)
     online = place(nn.Sequential(backbone, projection, prediction), worker.device)

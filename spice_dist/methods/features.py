@@ -35,21 +35,27 @@ def embed(task: Task, config: None, worker: Worker) -> None:
 
     Every worker writes the rows of a consecutive share of the images. The file appears when all rows are written. Rows
     of an interrupted call, with any number of workers, are not computed again: the final features of a finished row
-    have unit norm. If a middle stage's features are mixed in, `mixture.json` holds their weight.
+    have unit norm. If a middle stage's features are mixed in, `mixture.json` holds their weight. A run that goes on
+    from one with the same network takes its features and its weight, and encodes other images alone.
     """
     images, manifest = open_dataset(task, worker)
-    backbone = load_backbone(task, worker.run)
+    backbone, earlier = load_backbone(task, worker.run), artifacts.earlier_features(worker.run)
+    if earlier and backbone.mixture is not None:
+        backbone.mixture.set(**artifacts.earlier_mixture(worker.run))
+    mixes = backbone.mixture is not None and not earlier  # its weight is chosen by these images
     folder = worker.run / "features"
     partial = folder / f"features.{_fingerprint(task, backbone)}.partial.npy"
     place(backbone, worker.device)
     if task.pretext == "none":  # not for stage 1's networks: folding would change their features' last bits
         size = task.data.size
         backbone = folded(backbone, torch.rand(2, task.data.channels, size, size, device=worker.device))
-    model = backbone if backbone.mixture is None else BesideEachOther(backbone)
-    final = backbone.dim if backbone.mixture is None else backbone.dim - len(backbone.mixture.center)
+    model = BesideEachOther(backbone) if mixes else backbone
+    final = backbone.dim - len(backbone.mixture.center) if mixes and backbone.mixture is not None else backbone.dim
     _allocate_by_first_worker(partial, (images.n, backbone.dim), worker)
     rows = open_memmap(partial, mode="r+")
     share = np.array_split(np.arange(images.n), worker.world)[worker.rank]
+    if earlier:
+        _fill_in(rows, share, *earlier)
     missing = share[~_finished_rows(rows[:, :final], share)]
     before, written = len(share) - len(missing), 0
 
@@ -72,11 +78,23 @@ def embed(task: Task, config: None, worker: Worker) -> None:
     collectives.barrier()
     if worker.rank == 0:
         tell_if_alike(rows[:, :final], manifest.clustered)
-    if worker.rank == 0 and backbone.mixture is None:
+    if worker.rank == 0 and not mixes:
+        if backbone.mixture is not None:
+            publish_json(artifacts.mixture_file(worker.run), artifacts.earlier_mixture(worker.run))
         commit(partial, artifacts.features_file(worker.run))
     elif worker.rank == 0:
         mix(rows, final, manifest.clustered, worker)
         partial.unlink()
+
+
+def _fill_in(
+    rows: Float16[np.ndarray, "N D"], share: Int[np.ndarray, " S"], known: Int[np.ndarray, " M"],
+    features: Float16[np.ndarray, "M D"],
+) -> None:  # fmt: skip
+    """Copy features that are known into the rows of a share, in chunks."""
+    own = np.flatnonzero(np.isin(known, share))
+    for chunk in np.array_split(own, -(-len(own) // CHUNK) or 1):
+        rows[known[chunk]] = features[chunk]
 
 
 def tell_if_alike(rows: Float16[np.ndarray, "N D"], clustered: int) -> None:

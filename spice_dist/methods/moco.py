@@ -21,8 +21,8 @@ from spice_dist.methods.plumbing import (
     autocast,
     black_images,
     check_batch,
+    first_backbone,
     in_passes,
-    new_backbone,
     open_dataset,
     passes_that_fit,
     place,
@@ -79,7 +79,7 @@ def train(task: Task, config: MoCoConfig, worker: Worker) -> None:
     total = config.epochs * steps_per_epoch
 
     torch.manual_seed(task.seed)
-    backbone = new_backbone(task)
+    backbone = first_backbone(task, worker.run)
     projection = Projection(backbone.dim, config.dim)
     query_net = place(nn.Sequential(backbone, projection), worker.device)
     key_net = slow_copy(query_net)

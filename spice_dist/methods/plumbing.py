@@ -260,6 +260,22 @@ def new_backbone(task: Task) -> Backbone:
     return pretrained_backbone(task.backbone, task.data.channels, task.data.size)
 
 
+def first_backbone(task: Task, run: Path) -> Backbone:
+    """Build the backbone that stage 1 begins with: of the run that this one goes on from, else `new_backbone`."""
+    return begin_with_earlier(new_backbone(task), run, "backbone")
+
+
+def begin_with_earlier(module: M, run: Path, name: str) -> M:
+    """Load the weights of this name of the run that this one goes on from, if there are any of the same shapes."""
+    saved = checkpoint.newest(run / "from/checkpoints")
+    if saved is None or f"{name}.safetensors" not in saved.sha256:
+        return module
+    tensors, wanted = saved.tensors(name), module.state_dict()
+    if {key: tensor.shape for key, tensor in tensors.items()} == {key: value.shape for key, value in wanted.items()}:
+        module.load_state_dict(tensors)
+    return module
+
+
 def load_backbone(task: Task, run: Path) -> Backbone:
     """Load the network of stage 1, with the mixture of the stage `features` if that is done."""
     if task.pretext == "none":

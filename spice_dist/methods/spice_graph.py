@@ -123,13 +123,31 @@ def train(task: Task, config: SpiceGraphConfig, worker: Worker) -> None:
         targets = e_step(config, heads, features, neighbors, starts) if step else starts
         learner = heads
         if step == config.rounds:  # last: one more head learns the consensus
-            learner, targets = best, graph.consensus(targets, seed=task.seed)[0][None]
+            learner, targets = best, consensus(task, targets, worker.run)[0][None]
         loss = m_step(task, config, learner, optimizer, features, targets, step)
         if learner is best:
             calibrate(best, features, targets[0])
         worker.report(step + 1, total, loss, lambda: state_of(parts, optimizer), every=1)
-    write_posterior(task, config, worker.run / "spice_graph", parts, features, neighbors, starts)
+    write_posterior(task, config, worker.run, parts, features, neighbors, starts)
     tell_if_one_takes_all("spice_graph", torch.from_numpy(artifacts.posterior(worker.run).argmax(1)), worker)
+
+
+def consensus(
+    task: Task, targets: Float[np.ndarray, "H N K"], run: Path
+) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, " N"]]:
+    """Do as `graph.consensus`; clusters have the numbers of the earlier run that this one goes on from.
+
+    With as many clusters, an image's cluster there counts as much as all heads together, so that it rarely moves.
+    """
+    mean, agreement = graph.consensus(targets, seed=task.seed)
+    if (earlier := artifacts.earlier_labels(run)) is None:
+        return mean, agreement
+    earlier = earlier[: len(mean)]
+    mean[:, graph.numbered_as(earlier, mean.argmax(1), task.clusters)] = mean.copy()
+    known = np.flatnonzero(earlier >= 0)
+    if artifacts.earlier_clusters(run)[0] == task.clusters:
+        mean[known] = (mean[known] + np.eye(task.clusters)[earlier[known]]) / 2
+    return mean, agreement
 
 
 def for_images(config: SpiceGraphConfig, images: int, clusters: int) -> SpiceGraphConfig:
@@ -253,7 +271,7 @@ def calibrate(head: ClusterHeads, features: Float[Tensor, "N D"], targets: Float
 
 
 def write_posterior(
-    task: Task, config: SpiceGraphConfig, folder: Path, parts: dict[str, nn.Module], features: Tensor,
+    task: Task, config: SpiceGraphConfig, run: Path, parts: dict[str, nn.Module], features: Tensor,
     neighbors: Int[np.ndarray, "N S"], starts: Float[np.ndarray, "H N K"],
 ) -> None:  # fmt: skip
     """Write every image's posterior and the share of the heads that agree with their consensus.
@@ -263,11 +281,11 @@ def write_posterior(
     heads, best = parts["heads"], parts["best"]
     assert isinstance(heads, ClusterHeads)
     assert isinstance(best, ClusterHeads)
-    mean, agreement = graph.consensus(e_step(config, heads, features, neighbors, starts), seed=task.seed)
+    mean, agreement = consensus(task, e_step(config, heads, features, neighbors, starts), run)
     learned = graph.spread(outputs(best, features)[0], neighbors[:, : config.spread])
     joint = np.sqrt(np.maximum(learned, 1e-6) * np.maximum(mean, 1e-6))
     for name, values in {"posterior": joint / joint.sum(1, keepdims=True), "agreement": agreement}.items():
-        with publish(folder / f"{name}.npy") as file:
+        with publish(run / f"spice_graph/{name}.npy") as file:
             np.save(file, values.astype(np.float16))
 
 

@@ -35,6 +35,7 @@ from spice_dist.losses import cross_entropy, double_softmax_cross_entropy, entro
 from spice_dist.methods import stored_views
 from spice_dist.methods.plumbing import (
     autocast,
+    begin_with_earlier,
     load_backbone,
     load_modules,
     modules_state,
@@ -128,7 +129,7 @@ def train(task: Task, config: SpiceSelfConfig, worker: Worker) -> None:
 
     backbone = place(load_backbone(task, worker.run), worker.device).eval()
     torch.manual_seed(task.seed)
-    heads = new_heads(task, config, backbone.dim).to(worker.device)
+    heads = begin_with_earlier(new_heads(task, config, backbone.dim), worker.run, "heads").to(worker.device)
     selection = Selection(heads, config.epochs, min(num_images, FOLLOWED))
     parts: dict[str, nn.Module] = {"heads": heads, "select": selection}
     saved = worker.resume()

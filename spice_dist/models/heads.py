@@ -3,8 +3,9 @@
 import itertools
 import math
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spice_dist.models.backbone import unit
@@ -215,6 +216,18 @@ class ClassifierNet(nn.Module):
     def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Return the logits of images whose features the backbone has computed."""
         return self.head(features)[0]
+
+
+@torch.no_grad()
+def renumber(net: "ClusterNet | LinearNet", numbers: Int[np.ndarray, " K"]) -> None:
+    """Give cluster k the number `numbers[k]`, in place."""
+    places = torch.from_numpy(np.argsort(numbers)).to(next(net.parameters()).device)
+    if isinstance(net, LinearNet):
+        for parameter in (net.head.weight, net.head.bias):
+            parameter.copy_(parameter[places])
+        return
+    for parameter in (net.head.weights[-1], net.head.biases[-1]):
+        parameter.copy_(parameter[..., places])
 
 
 Network = ClusterNet | LinearNet | ClassifierNet

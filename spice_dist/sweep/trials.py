@@ -172,10 +172,10 @@ def _train(trial: Trial, stage: StageCall, score: Callable[[Tensors], Scores] | 
 
 
 def _train_on_workers(trial: Trial, stage: StageCall) -> None:
-    from spice_dist.distributed import ray_train
+    from spice_dist.distributed import ray_elastic, ray_train
 
     def message(line: str) -> None:
         print(plain(line), file=sys.stderr)
 
     job = ray_train.Job((stage,), trial.folder, trial.plan.threads, lambda: False, lambda _progress: None, message)
-    ray_train.train_on_workers(job, trial.plan.workers)
+    ray_elastic.train(job, (trial.plan.workers,))

@@ -45,7 +45,7 @@ from spice_dist.counting import counted
 from spice_dist.data.dataset import DataConfig
 from spice_dist.data.ingest import ingest
 from spice_dist.data.sources import from_array
-from spice_dist.distributed import ray_train
+from spice_dist.distributed import ray_elastic, ray_train
 from spice_dist.distributed.worker import LocalWorker, StageCall, Worker, usable_cores
 from spice_dist.methods import moco
 from spice_dist.models.backbone import BackboneConfig
@@ -164,7 +164,7 @@ def by_ray(run: Path, workers: int, threads: int, steps: int) -> None:
     stages = (StageCall("moco", timed_moco, task, task.moco),)
     quiet = lambda _told: None  # noqa: E731
     job = ray_train.Job(stages, run, threads, lambda: False, quiet, quiet)
-    ray_train.train_on_workers(job, workers)
+    ray_elastic.train(job, (workers,))
 
 
 class PlainWorker(LocalWorker):

@@ -20,7 +20,7 @@ from spice_dist.data.manifest import read_manifest
 from spice_dist.data.packed import Decoder, PackedImages
 from spice_dist.data.packed_files import pack
 from spice_dist.data.pillow_decoder import PillowDecoder
-from spice_dist.data.stream import stream
+from spice_dist.data.stream import Stream
 from spice_dist.data.torchvision_decoder import TorchvisionDecoder
 from spice_dist.errors import UserError
 from spice_dist.export.trained import cropping, preprocessing
@@ -90,7 +90,10 @@ def test_every_decoder_of_stored_jpegs_shows_the_whole_image(folder: Path, tmp_p
 def test_images_on_the_way_to_a_model_are_those_of_a_packed_set(folder: Path, tmp_path: Path, format: str):
     data = DataConfig(size=SIZE, format=format, fit="squash")
     prepare(open_data(str(folder)), data, tmp_path)
-    with closing(stream(open_data(str(folder)), data, 10, CPU, {})) as batches:
+    with (
+        closing(Stream(data, CPU, 1)) as decoding,
+        closing(decoding.batches(open_data(str(folder)), 10, {})) as batches,
+    ):
         on_the_way = torch.cat([batch for batch, _ in batches]).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(on_the_way, decoded(tmp_path, TorchvisionDecoder()))
 

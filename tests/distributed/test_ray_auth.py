@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -93,6 +95,21 @@ def test_a_token_is_taken_from_a_private_file_and_must_be_the_clusters(environme
         ray_auth.use_token_of("head:6379")
     answers(environment, disabled="refused", token="open")
     ray_auth.use_token_of("head:6379")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize("default", ["token", "disabled"])
+def test_the_mode_that_ray_takes_by_itself_changes_nothing(environment, default):
+    """It is `disabled` for most clusters of Ray 2.60, and `token` for all from 2.61 on. The variable stands for it."""
+    environment.setenv("RAY_AUTH_MODE", default)
+    subprocess.run([sys.executable, "-c", ray_auth.AUTO], check=True)  # needs no token
+    for answer, insecure, mode in (("open", True, "disabled"), ("refused", False, "token")):
+        asked = answers(environment, disabled=answer, token="open")
+        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)
+        ray_auth.use_token_of("head:6379", insecure)
+        assert (os.environ["RAY_AUTH_MODE"], asked[0]) == (mode, "disabled")
+        environment.setenv("RAY_AUTH_MODE", default)
+    ray_auth.use_own_token()
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 

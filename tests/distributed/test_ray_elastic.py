@@ -1,10 +1,23 @@
 """How many workers run when: the choice of a size, what a loss and a returning node do. Real clusters: tests/slurm."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 import socket
 from pathlib import Path
 
 import pytest
+import ray.train.v2
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
+from ray.train.v2._internal.execution import callback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.exceptions import NCCLHangError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from spice_dist.cli import parser
 from spice_dist.config import override
@@ -26,16 +39,18 @@ class Cluster:
         self.free, self.ran, self.ends = 4, [], []
         self.stop = False
         stages = tuple(StageCall(name, lambda *_: None, Task(), None) for name in ("moco", "features", "spice_semi"))
-        self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, print)
+        self.said: list[str] = []
+        self.job = Job(stages, tmp_path, 1, lambda: self.stop, print, self.said.append)
         for folder in ("moco/checkpoints", "spice_semi/checkpoints", ".ray"):
             (tmp_path / folder).mkdir(parents=True)
-        monkeypatch.setattr(ray_elastic, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ray_nodes, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "CPU")
+        monkeypatch.setattr(ray_nodes, "room_in_words", lambda: "each needs 1 CPU")
         monkeypatch.setattr(ray_nodes, "free_seats", lambda: self.free)
         monkeypatch.setattr(ray_nodes, "seats", lambda: 4)
         monkeypatch.setattr(ray_elastic, "run_group", self.run_group)
 
-    def run_group(self, job: Job, workers: int, max_failures: int, leave) -> bool:
-        assert max_failures == 0  # Ray would wait for as many workers as there were
+    def run_group(self, job: Job, workers: int, leave) -> bool:
         self.ran.append(workers)
         return self.ends.pop(0)(leave)
 
@@ -123,21 +138,51 @@ def test_asked_to_stop_it_does_not_start_again(cluster):
         ray_elastic.train(cluster.job, SIZES)
 
 
-def test_without_room_for_the_smallest_group_it_waits_and_then_says_so(cluster, monkeypatch):
+@pytest.mark.parametrize("sizes", [(2, 4), (2,)], ids=["elastic", "fixed"])
+def test_without_room_for_the_smallest_group_it_says_what_it_waits_for_and_then_ends(cluster, monkeypatch, sizes):
     cluster.free = 1
     monkeypatch.setattr(ray_elastic, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(ray_nodes, "SAY_SECONDS", 0.02)
     with pytest.raises(UserError, match="at least 2"):
-        ray_elastic.train(cluster.job, (2, 4))
+        ray_elastic.train(cluster.job, sizes)
     assert cluster.ran == []
+    assert cluster.said[0] == "no room for 2 workers: each needs 1 CPU; waiting 0 s more"
+    assert 2 <= len(cluster.said) <= 4, "one line an interval"
 
 
 def test_a_group_of_fixed_size_is_started_again_as_long_as_that_brings_the_job_on(cluster, monkeypatch):
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", True)  # where Ray itself has replaced the workers three times
     cluster.ends = [cluster.loses(4, 10), cluster.loses(4, 20), cluster.loses(4, None)]
-    monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "CPU")
-    monkeypatch.setattr(ray_train, "run_group", lambda job, workers, max_failures: cluster.ends.pop(0)(None))
     with pytest.raises(WorkersLost, match="killed"):
-        ray_train.train_on_workers(cluster.job, 2)
+        ray_elastic.train(cluster.job, (2,))
     assert cluster.ends == []
+
+
+def test_more_workers_than_the_cluster_has_seats_are_refused_at_once(cluster):
+    with pytest.raises(UserError, match="--workers is 8, but Ray has 4 CPUs for them"):
+        ray_elastic.train(cluster.job, (8,))
+
+
+def test_a_group_left_by_a_node_that_goes_is_followed_by_one_of_the_size_that_has_room(cluster):
+    cluster.ends = [lambda leave: bool(setattr(cluster, "free", 1)), lambda leave: True]  # saved and stopped; done
+    ray_elastic.train(cluster.job, SIZES)
+    assert cluster.ran == [4, 1]
+
+
+@pytest.mark.parametrize(("deadline", "when"), [(0, "soon"), (2_000_000_060_000, "in 60 s")])
+def test_nodes_that_leave_are_no_room_and_are_named_if_workers_are_on_them(monkeypatch, deadline, when):
+    nodes = [
+        {"NodeID": each, "NodeManagerHostname": each, "Alive": True, "Resources": {"CPU": 2.0, "GPU": gpus}}
+        for each, gpus in (("a", 2.0), ("b", 1.0), ("c", 4.0))
+    ]
+    monkeypatch.setattr(ray_nodes, "_alive", lambda: nodes)
+    monkeypatch.setattr(ray_nodes, "_answers", lambda node: True)
+    monkeypatch.setattr(ray_nodes, "_draining", lambda: {"b": deadline, "gone": 0})
+    monkeypatch.setattr(ray_nodes, "kind_of_seat", lambda: "GPU")
+    monkeypatch.setattr(ray_nodes.time, "time", lambda: 2_000_000_000.0)
+    assert ray_nodes.seats() == 2 + 2, "each GPU needs a CPU"
+    assert ray_nodes.leaving({"a", "b"}) == [f"node b leaves {when}"]
+    assert ray_nodes.leaving({"a", "c"}) == []
 
 
 @pytest.mark.parametrize(
@@ -168,6 +213,73 @@ def test_the_option_takes_a_number_or_a_range(capsys):
 def test_the_interface_of_an_address_is_found():
     assert ray_trainer.interface_of("127.0.0.1") == "lo"
     assert ray_trainer.interface_of("192.0.2.199") is None
+
+
+def test_on_a_cluster_that_we_have_joined_ray_waits_for_no_lost_node_and_for_no_drained_one(monkeypatch):
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", False)
+    drained = PreemptionError(PreemptionInfo(None, {"node": [1]}))
+    killed = WorkerGroupError("killed", {1: RayActorError()})
+    by_default = ray.train.FailureConfig(max_failures=0)
+    assert create_failure_policy(by_default).make_decision(drained) == FailureDecision.RETRY, "Ray's count of its own"
+    for error in (drained, killed):
+        assert create_failure_policy(ray_train.failure_config()).make_decision(error) == FailureDecision.RAISE
+    monkeypatch.setattr(ray_train, "_cluster_is_ours", True)
+    ours = create_failure_policy(ray_train.failure_config())
+    assert [ours.make_decision(killed) for _ in range(4)] == [*[FailureDecision.RETRY] * 3, FailureDecision.RAISE]
+
+
+OTHER_FRAMEWORKS = ("examples", "horovod", "jax", "lightgbm", "tensorflow", "xgboost")
+
+
+def callbacks_of_ray() -> set[str]:
+    """The callbacks that Ray Train has for its controller and its workers; not the classes that they derive from."""
+    found = set()
+    for module in pkgutil.walk_packages(ray.train.v2.__path__, "ray.train.v2."):
+        if module.name.split(".")[3] not in OTHER_FRAMEWORKS:
+            for name, each in vars(importlib.import_module(module.name)).items():
+                if isinstance(each, type) and issubclass(each, RayTrainCallback) and each.__module__ == module.name:
+                    found.add(name)
+    bases = {name for name, each in vars(callback).items() if isinstance(each, type)}
+    return found - bases - {"RayTrainCallback", "UserCallback"}
+
+
+def test_the_installed_ray_has_no_callback_that_our_trainer_does_not_know():
+    assert callbacks_of_ray() == ray_trainer.KNOWN
+
+
+def test_our_trainer_leaves_out_of_rays_callbacks_only_those_that_it_names(monkeypatch):
+    for name, value in ray_train.RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    trainer = ray_trainer.Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=2))
+    of_ray = {type(each).__name__ for each in TorchTrainer._create_default_callbacks(trainer)}
+    used = {}
+    for trainer.cleans_up in (True, False):
+        used[trainer.cleans_up] = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert of_ray - used[True] == ray_trainer.NEEDLESS
+    assert of_ray - used[False] == {*ray_trainer.NEEDLESS, ray_trainer.CLEANER}
+    assert used[True] == {
+        *("AcceleratorSetupCallback", "BackendSetupCallback", "WorkingDirectorySetupCallback", "UserCallbackHandler"),
+        ray_trainer.CLEANER,
+    }
+
+
+def test_on_gpus_rays_detector_of_hanging_collectives_is_on_and_ends_the_group(monkeypatch):
+    for name, value in (ray_train.RAY_SETTINGS | ray_train.NCCL_SETTINGS).items():
+        monkeypatch.setenv(name, value)
+    trainer = ray_trainer.Trainer(lambda: None, scaling_config=ray.train.ScalingConfig(num_workers=2))
+    (detector,) = [each for each in trainer._create_default_callbacks() if isinstance(each, NCCLRASCallback)]
+    assert (detector._action, detector._confirm_duration_s) == ("fail", 300)
+
+
+def test_what_rays_detector_finds_is_one_line():
+    found = "1 of 2 communicators have a collective mismatch and made no progress for 300 seconds (20 polls). This ..."
+    error = NCCLHangError(f"{found}\nTo debug:\n  - Read the report\n", {})
+    with pytest.raises(WorkersLost, match=r"^the training workers failed: 1 of 2 .* for 300 seconds \(20 polls\)$"):
+        ray_train._is_done(error)
+
+
+def test_ray_starts_the_process_group_by_the_method_that_we_extend():
+    assert list(inspect.signature(_TorchBackend.on_start).parameters) == ["self", "worker_group", "backend_config"]
 
 
 def test_a_node_whose_daemon_is_gone_does_not_count():

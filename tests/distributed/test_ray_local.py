@@ -3,6 +3,8 @@
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,6 +35,34 @@ def test_the_folder_is_closed_to_others_and_gone_at_the_end_also_of_a_failure(te
     with pytest.raises(RuntimeError):
         fail_in_a_private_folder()
     assert list(temporary.iterdir()) == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from spice_dist.distributed import ray_local
+with ray_local.held_folder(Path(sys.argv[1])) as folder:
+    (folder / "token").touch()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_at_the_next_start_and_that_of_a_living_one_is_not(temporary):
+    held = []
+    for _ in range(2):
+        held.append(subprocess.Popen([sys.executable, "-c", HOLD, temporary], stdin=-1, stdout=-1, text=True))
+    killed, living = (Path(each.stdout.readline().strip()) for each in held if each.stdout)
+    other = temporary / "spice-of-another"  # program, or of an earlier version
+    other.mkdir()
+    held[0].kill()
+    held[0].wait()
+    with ray_local.held_folder(temporary) as folder:
+        assert {*temporary.iterdir()} == {living, other, folder}
+    assert (living / "token").exists()
+    held[1].communicate("")
+    assert {*temporary.iterdir()} == {other}
+    assert not killed.exists()
 
 
 def test_the_longest_name_that_is_taken_holds_a_socket_and_one_byte_more_does_not(temporary, monkeypatch):

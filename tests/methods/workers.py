@@ -14,6 +14,7 @@ from torch import nn
 from spice_dist import baselines, outer_stages
 from spice_dist.data import images
 from spice_dist.data.sources import open_source
+from spice_dist.distributed import pace
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import features, reliable
 from spice_dist.stages import stages_of
@@ -37,7 +38,9 @@ class GlooWorker(LocalWorker):
         super().__init__(run, stage, CPU)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        pace.time_averaging(wrapped)
+        return wrapped
 
 
 class Group:

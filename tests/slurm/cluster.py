@@ -4,7 +4,7 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class SlurmCluster:
         self.folder = nodes.folder / "slurm"
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def command(self, *command: str, **options) -> str:
-        """What a SLURM command prints on the login node."""
-        return self.nodes.run(LOGIN, *command, env=self.environment, **options).strip()
+    def command(self, *command: str, variables: Mapping[str, str] | None = None, **options) -> str:
+        """What a SLURM command prints on the login node; `variables` go into its environment."""
+        return self.nodes.run(LOGIN, *command, env={**self.environment, **(variables or {})}, **options).strip()
 
     def submit(self, *arguments: str | Path, **variables: str) -> str:
         """sbatch; returns the job's number. `variables` go into its environment."""

@@ -5,6 +5,7 @@ import os
 import secrets
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,26 @@ class Cluster:
     def join(self) -> subprocess.Popen:
         return self.start(OTHER, f"--address={self.address}")
 
+    def return_of(self, name: str) -> None:
+        """Boot the host, also if it is up, and let it join."""
+        if name in self.nodes.inits:
+            self.nodes.kill(name)
+        wait_until(lambda: self.count() == 1, 60, "the host that left is still counted")
+        self.nodes.boot(name)
+        self.join()
+        wait_until(lambda: self.count() == 2, 120, "the host did not return")
+
+    def drain(self, name: str, seconds: int) -> None:
+        """Tell the cluster that the host leaves in so many seconds, as a cloud does before it takes a spot machine."""
+        code = "import sys; from ray._raylet import GcsClient as C; print(*(i.hex() for i, n in "
+        code += "C(address=sys.argv[1]).get_all_node_info(timeout=10).items() "
+        code += "if n.state == 0 and n.node_manager_address == sys.argv[2]))"
+        node = self.run(PYTHON, "-c", code, self.address, self.nodes.address(name)).stdout.strip()
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+        when = ["--deadline-remaining-seconds", str(seconds)]
+        drained = self.run(RAY, "drain-node", "--address", self.address, "--node-id", node, *why, *when)
+        assert drained.returncode == 0, drained.stderr
+
     def run(self, *command: str, name: str = HEAD, **environment: str) -> subprocess.CompletedProcess[str]:
         """The command on a host, with the token unless `environment` says otherwise."""
         return subprocess.run(
@@ -61,7 +82,7 @@ class Cluster:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=550,
         )
 
     def count(self) -> int:
@@ -180,6 +201,46 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone
     hand.join(10)
     assert done.returncode == 0, done.stderr
     assert seen == ["shrunk", "grown"]
+    assert (out / "assignments.csv").read_bytes() == alone(ELASTIC)
+
+
+@pytest.mark.parametrize(("workers_asked", "cut"), [("1:2", False), ("1:2", True), ("2", False)])
+def test_a_drained_host_costs_no_five_steps_and_the_run_goes_on_without_it(cluster, alone, workers_asked, cut):
+    """An elastic run shrinks, also if the power is cut at the notice; two fixed workers wait until it is back."""
+    out = cluster.nodes.folder / f"drained-{workers_asked[0]}-{cut}"
+    seldom = [
+        "--checkpoint-seconds",
+        "4" if cut else "3600",
+    ]  # without the power cut, what is saved is due to the notice
+    fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", workers_asked, *ELASTIC, *seldom]
+    seen: list[int] = []
+
+    def drain_and_return() -> None:
+        wait_until(lambda: step(out) > 20 and workers(cluster) == 2, 200, "two workers did not start")
+        wait_until(lambda: not cut or len(list((out / "moco/checkpoints").glob("0*"))) > 1, 60)
+        cluster.drain(OTHER, 60)
+        if cut:
+            cluster.nodes.kill(OTHER)
+        while workers(cluster) == 1 + (not cut):
+            seen.append(step(out))
+            time.sleep(0.1)
+        if workers_asked == "1:2":
+            wait_until(lambda: workers(cluster) == 1 and step(out) > 0, 200, "one worker did not go on")
+            wait_until(lambda: workers(cluster) == 0, 500, "it did not end")
+        cluster.return_of(OTHER)
+
+    hand = threading.Thread(target=drain_and_return, daemon=True)
+    hand.start()
+    done = cluster.run(*fit, "--address", cluster.address)
+    hand.join(100)
+    assert not hand.is_alive()
+    assert done.returncode == 0, done.stderr
+    resumed = sorted(int(path.suffix[1:]) for path in (out / "moco").glob("events.*"))
+    assert len(resumed) == 2
+    assert cut or max(seen) - resumed[1] < 5
+    assert cut or f"node {OTHER} leaves in " in done.stderr
+    waits = "no room for 2 workers: each needs 1 CPU of one node; free are 1 of 1 CPUs on 1 nodes" in done.stderr
+    assert waits == (workers_asked == "2")
     assert (out / "assignments.csv").read_bytes() == alone(ELASTIC)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +223,25 @@ def test_any_command_of_a_module_runs_and_ray_has_the_gpus_that_slurm_gave(slurm
     job.wait("FAILED")
     assert "Ray runs on 2 of 2 nodes: 2 CPUs, 2 GPUs" in job.log.read_text()
     assert f"spice-dist: {shared / 'none'} is not a folder" in job.log.read_text()
+
+
+def test_the_command_slurm_submits_the_job_that_it_prints(slurm, shared, alone):
+    folder = shared / "submitted"
+    asked = ["--nodes", "2", "--cpus", "1", "--mem", "5000M", "--time", "20", "--partition", "main", "--submit"]
+    command = ["fit", "digits", "--out", str(folder / "run"), *SHORT]
+    variables = {
+        "PYTHONPATH": str(REPOSITORY),
+        "SPICE_LOGS": str(shared),
+        "SBATCH_OUTPUT": str(shared / "submitted.out"),
+    }
+    printed = slurm.command(
+        sys.executable, "-m", "spice_dist", "slurm", *asked, "--", *command, cwd=REPOSITORY, variables=variables
+    )
+    line, meaning, answer = printed.splitlines()
+    assert line.startswith("sbatch --nodes=2 --cpus-per-task=1 --mem=5000M --time=20 --partition=main ")
+    assert meaning.startswith("2 nodes for 20, each with 1 CPUs, 5000M of memory")
+    slurm.wait(answer.removeprefix("Submitted batch job "), seconds=400)
+    assert (folder / "run/assignments.csv").read_bytes() == alone(SHORT)
 
 
 def test_an_array_of_seeds_leaves_one_table(slurm, shared):
