@@ -40,7 +40,7 @@ case $code in
 esac
 
 case $1 in
-  fit | doctor | tune) cluster=(--address auto "${insecure[@]}") ;; # the only commands that use workers
+  fit | pack | doctor | tune) cluster=(--address auto "${insecure[@]}") ;; # the only commands that use workers
   *) cluster=() ;;
 esac
 exec "$ray" job submit --address "$address" -- "${program[@]}" "$@" "${cluster[@]}"

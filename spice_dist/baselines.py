@@ -4,6 +4,9 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,9 @@ from spice_dist import graph
 from spice_dist.data.files import Progress
 from spice_dist.data.images import CHUNK, Images
 from spice_dist.data.manifest import Ingested
+from spice_dist.distributed import helpers
 from spice_dist.methods import spice_graph
+from spice_dist.methods.plumbing import open_run_dataset
 from spice_dist.methods.spice_graph import SpiceGraphConfig
 from spice_dist.neighbors import nearest, search, without_itself
 from spice_dist.task import Task
@@ -34,15 +39,40 @@ def kmeans(
     manifest: Ingested, task: Task, read: Callable[[np.ndarray], Float[np.ndarray, "M D"]]
 ) -> Int[np.ndarray, " N"]:
     """Label all images by k-means, fitted on the clustered ones; `read(index)` gives the float32 rows of images."""
+    model = _fitted(task, manifest.clustered, read)
+    return np.concatenate([model.predict(read(chunk)) for chunk in _chunks(manifest.n)])
+
+
+def of_pixels(task: Task, run: Path, device: torch.device) -> Int[np.ndarray, " N"]:
+    """Label all images of a run by k-means of their pixels, fitted on the clustered ones; helpers take their shares."""
+    images, manifest = open_run_dataset(task, run, device)
+    with closing(images):
+        model = _fitted(task, manifest.clustered, lambda index: pixels(images, index))
+    count = len(_chunks(manifest.n))
+    return helpers.shared(_nearest_centers, count, device, lambda done, total: None, model, task, run)[0]
+
+
+def _nearest_centers(
+    parts: range, device: torch.device, progress: Progress, model: Any, task: Task, run: Path
+) -> helpers.Rows:
+    images, _ = open_run_dataset(task, run, device)
+    with closing(images):
+        chunks = _chunks(images.n)[parts.start : parts.stop]
+        return (np.concatenate([model.predict(pixels(images, chunk)) for chunk in chunks]),)
+
+
+def _fitted(task: Task, clustered: int, read: Callable[[np.ndarray], Float[np.ndarray, "M D"]]) -> Any:
     from sklearn.cluster import KMeans
 
     width = read(np.arange(1)).nbytes
-    order = np.random.default_rng(task.seed).permutation(manifest.clustered)
+    order = np.random.default_rng(task.seed).permutation(clustered)
     fitted = order[: max(FITTED_BYTES // width, 10 * task.clusters)]
     model = KMeans(task.clusters, n_init=STARTS, random_state=task.seed)  # pyright: ignore[reportArgumentType]
-    model.fit(read(np.sort(fitted)))
-    chunks = np.array_split(np.arange(manifest.n), -(-manifest.n // CHUNK))
-    return np.concatenate([model.predict(read(chunk)) for chunk in chunks])
+    return model.fit(read(np.sort(fitted)))
+
+
+def _chunks(count: int) -> list[Int[np.ndarray, " M"]]:
+    return np.array_split(np.arange(count), -(-count // CHUNK))
 
 
 def kmeans_of_features(

@@ -6,7 +6,6 @@ some.
 
 import json
 import sys
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 
 from spice_dist import artifacts, graph, metrics, objectives, verdict
 from spice_dist.assignments import write_assignments
-from spice_dist.baselines import kmeans, of_features, pixels
+from spice_dist.baselines import kmeans, of_features, of_pixels
 from spice_dist.catalog import USING_LABELS
 from spice_dist.clustering import Clustering, scored_images
 from spice_dist.config import Config
@@ -26,9 +25,9 @@ from spice_dist.data.files import Progress, publish, publish_json
 from spice_dist.data.manifest import Ingested, read_paths
 from spice_dist.data.sources import UNLABELLED, Source
 from spice_dist.errors import DamagedFile
-from spice_dist.inference import probabilities
+from spice_dist.inference import predictions
 from spice_dist.inspection import inspect
-from spice_dist.methods.plumbing import finished, open_run_dataset, place
+from spice_dist.methods.plumbing import finished
 from spice_dist.methods.spice_self import followed_images
 from spice_dist.model_folder import save_model
 from spice_dist.models.heads import ClusterNet, LinearNet, renumber
@@ -55,10 +54,20 @@ def evaluate(
     True labels, where the data has them, are read here for the first time: nothing before depends on them.
 
     Args:
-        seconds: the time of each stage.
+        seconds: the time of each stage; see `note_seconds`.
         until: the last stage that is done; None: all stages of these settings.
     """
     return conclude(result_of(config)(run, device, progress, until), config, run, device, seconds, progress)
+
+
+def note_seconds(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Add the time of each stage to the scores, without which they count as unfinished; return `metrics.json`."""
+    result = artifacts.metrics(run)
+    if result["seconds"] != seconds:
+        result["seconds"] = seconds
+        publish_json(artifacts.metrics_file(run), result)
+        record_files(run, ["metrics.json"])
+    return result
 
 
 def conclude(
@@ -150,16 +159,13 @@ def _labels_and_baselines(
         if "spectral" in known:  # else it is compared with the groups before corrections
             more = of_features(task, artifacts.stored_features(run), manifest.clustered, device, known)
         return choice.labels, choice.confidence, known | more
-    images, _ = open_run_dataset(task, run, device)
-    with closing(images):
-        net = place(clustering.net, device)
-        probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
-        baselines = {"kmeans_pixels": kmeans(manifest, task, lambda index: pixels(images, index))}
+    labels, confidence = predictions(clustering.net, task, run, device, progress)
+    baselines = {"kmeans_pixels": of_pixels(task, run, device)}
     if clustering.given is None:  # features that have learned from labels are no baseline
         features = artifacts.stored_features(run)
         baselines["kmeans_features"] = kmeans(manifest, task, lambda index: features[index].astype(np.float32))
         baselines |= of_features(task, features, manifest.clustered, device)
-    return probs.argmax(1), probs.max(1), baselines
+    return labels, confidence, baselines
 
 
 def _agreement(clustering: Clustering) -> float | None:

@@ -14,9 +14,11 @@ from jaxtyping import Float16, Int
 from spice_dist import artifacts, duplicates, outliers
 from spice_dist.data import beton
 from spice_dist.data.decode import formats
-from spice_dist.data.files import csv_line, path_cell, publish
+from spice_dist.data.files import Progress, csv_line, path_cell, publish
 from spice_dist.data.images import chunk_of
 from spice_dist.data.manifest import read_paths
+from spice_dist.distributed import helpers
+from spice_dist.inference import batches_of
 from spice_dist.methods.plumbing import open_run_dataset
 from spice_dist.task import Task
 
@@ -38,7 +40,9 @@ def inspect(task: Task, run: Path, device: torch.device) -> dict[str, int]:
     features = artifacts.stored_features(run) if artifacts.features_file(run).exists() else None
     has_graph = features is not None and artifacts.neighbors_file(run).exists()
     neighbors = artifacts.neighbors(run) if has_graph else None
-    small, info = _pictures(task, run, device), beton.verify(artifacts.data(run) / "dataset.beton")
+    count = -(-len(names) // chunk_of(task.data.size))
+    (small,) = helpers.shared(_pictures, count, device, lambda done, total: None, task, run)
+    info = beton.verify(artifacts.data(run) / "dataset.beton")
     copies = duplicates.find_copies(same_content(info), small, neighbors, features)
     rows = members(copies, small, best_first(artifacts.manifest(run).source, names, info, copies.scene))
     cells = ([m.group, m.index, path_cell(names[m.index]), m.kind, f"{m.similarity:.4f}", int(m.best)] for m in rows)
@@ -56,11 +60,13 @@ def inspect(task: Task, run: Path, device: torch.device) -> dict[str, int]:
     }
 
 
-def _pictures(task: Task, run: Path, device: torch.device) -> Float16[np.ndarray, "N s s"]:
+def _pictures(
+    chunks: range, device: torch.device, progress: Progress, task: Task, run: Path
+) -> tuple[Float16[np.ndarray, "M s s"]]:
     images, _ = open_run_dataset(task, run, device)
     with closing(images):
-        batches = images.batches(np.arange(images.n), chunk_of(images.size))
-        return np.concatenate([duplicates.pictures(batch) for batch, _ in batches])
+        batches = images.batches(batches_of(chunks, images), chunk_of(images.size))
+        return (np.concatenate([duplicates.pictures(batch) for batch, _ in batches]),)
 
 
 def same_content(info: beton.BetonInfo) -> Int[np.ndarray, " N"]:

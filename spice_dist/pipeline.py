@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,19 @@ from tqdm import tqdm
 
 from spice_dist import artifacts
 from spice_dist.config import Config, override
-from spice_dist.data.checksums import OF_RUN, differing, record_files, sums_in
-from spice_dist.data.dataset import open_data, prepare
+from spice_dist.data.checksums import record_files
+from spice_dist.data.dataset import can_travel, ingest_options, open_data, prepare
 from spice_dist.data.files import publish_json, require_regular_files
 from spice_dist.data.sources import Source
 from spice_dist.distributed import setbacks
 from spice_dist.distributed.worker import LocalWorker, StageCall
 from spice_dist.earlier import Earlier, carry_over
-from spice_dist.errors import DamagedFile, Interrupted, UserError, plain
-from spice_dist.evaluate import evaluate, relabel
+from spice_dist.errors import Interrupted, UserError, plain
+from spice_dist.evaluate import note_seconds, relabel
 from spice_dist.launching import Launch, in_words, plan
 from spice_dist.methods import spice_semi
 from spice_dist.methods.plumbing import new_backbone
-from spice_dist.model_folder import damaged_model
+from spice_dist.outer_stages import accept, evaluation, is_evaluated, packing
 from spice_dist.ownership import owned
 from spice_dist.stage_records import (
     damaged_outputs,
@@ -39,7 +40,7 @@ from spice_dist.stage_records import (
     stage_record,
     write_stage_record,
 )
-from spice_dist.stages import Stage, check_settings, evaluation_settings, stage_settings, stages_of
+from spice_dist.stages import Stage, check_settings, stage_settings, stages_of
 from spice_dist.task import AUTO
 from spice_dist.terminal import Bar, StopSignal
 
@@ -93,9 +94,9 @@ def fit(
     with _opened(config, data, out, launch, command, network, earlier) as run:
         if until is not None:
             run = run.up_to(_end_named(until, run))
-        finished_before = _run_stages(run)
+        _run_stages(run, evaluates=True)
         with run.stop.at_once():  # every file appears whole or not at all, and is made again
-            return _conclude(run, finished_before)
+            return _conclude(run)
 
 
 def _end_named(until: str, run: OpenRun) -> str:
@@ -117,7 +118,7 @@ def fit_until(
 ) -> None:
     """Run the stages of `fit` up to the one named `last`; raise what `fit` raises."""
     with _opened(config, data, out, launch, command, network) as run:
-        _run_stages(run.up_to(last))
+        _run_stages(run.up_to(last), evaluates=False)
 
 
 @contextlib.contextmanager
@@ -190,8 +191,8 @@ def _summary(run: OpenRun, parameters: int) -> str:
     )
 
 
-def _run_stages(run: OpenRun) -> set[str]:
-    """Run the stages that are not finished, or whose files are damaged; return those that were finished before."""
+def _run_stages(run: OpenRun, evaluates: bool) -> None:
+    """Run the stages that are not finished, or whose files are damaged, then the evaluation if that is asked for."""
     damaged = _reopen_damaged(run)
     finished = {stage for stage in run.settings if (stage_record(run.folder, stage) or {}).get("done")}
     for stage in run.settings:
@@ -199,31 +200,52 @@ def _run_stages(run: OpenRun) -> set[str]:
             print(f"{stage:<11} finished before", file=sys.stderr)
     rows = [row for row in stages_of(run.config) if row.name in run.settings and row.name not in finished]
     stages = [_stage_call(row, run) for row in rows]
+    if "data" in finished and not artifacts.packed_file(run.folder).exists():
+        prepare(run.source, run.config.data, artifacts.data(run.folder))  # a link; the packed file was moved
+    if "data" in finished and (evaluates or any(row.reads_labels for row in rows)):
+        _relabel(run)
+    if (
+        evaluates
+        and not damaged
+        and (finished != set(run.settings) or not is_evaluated(run.config, run.folder, finished))
+    ):
+        stages.append(evaluation(_with_plain_loader(run), list(run.settings)[-1]))
     with _ray_session(run) if stages and run.sizes != (0,) else contextlib.nullcontext():
-        if "data" not in finished:
+        if "data" not in finished and stages and _packs_on_workers(run):
+            stages.insert(0, packing(run.config, run.source, ingest_options(run.config.data)))
+        elif "data" not in finished:
             with _recorded(run, "data") as bar:
-                _pack(run, bar)
-        elif not artifacts.packed_file(run.folder).exists():  # a link to a packed file that was moved without the run
-            prepare(run.source, run.config.data, artifacts.data(run.folder))
+                folder = artifacts.data(run.folder)
+                accept(run.config, prepare(run.source, run.config.data, folder, bar.show), folder)
         if run.earlier is not None and stages:
             with Bar("from", run.stop) as bar:
                 carry_over(run.earlier, run.config, run.folder, run.device, bar.show)
-        if any(row.reads_labels for row in rows):
-            relabel(run.folder, run.source)  # the images may have been packed without labels
         if run.sizes == (0,):
             _train_here(run, stages)
         elif stages:
             _train_on_workers(run, stages)
+    _remove_later(run, damaged, finished)
+    if damaged:
+        artifacts.metrics_file(run.folder).unlink(missing_ok=True)  # what it tells may have come out otherwise
+        _run_stages(run, evaluates)
+
+
+def _relabel(run: OpenRun) -> None:
+    """Take the labels that the source has now; the images may have been packed without labels."""
+    if relabel(run.folder, run.source):
+        artifacts.metrics_file(run.folder).unlink(missing_ok=True)  # the scores are made again, also by a later call
+
+
+def _remove_later(run: OpenRun, damaged: dict[str, dict[str, str]], finished: set[str]) -> None:
+    """Remove the finished stages after a damaged one that has come out otherwise than it was."""
+    names = list(run.settings)
     for stage, before in damaged.items():
-        if before and before != (stage_record(run.folder, stage) or {}).get("sha256"):
-            names = list(run.settings)
-            later = [name for name in names[names.index(stage) + 1 :] if name in finished]
-            if later:
-                print(f"{stage} has come out otherwise than before: {', '.join(later)} are made again", file=sys.stderr)
-                for name in later:
-                    shutil.rmtree(run.folder / name)
-                return finished.difference(later) & _run_stages(run)
-    return finished
+        later = [name for name in names[names.index(stage) + 1 :] if name in finished]
+        if later and before and before != (stage_record(run.folder, stage) or {}).get("sha256"):
+            print(f"{stage} has come out otherwise than before: {', '.join(later)} are made again", file=sys.stderr)
+            for name in later:
+                shutil.rmtree(run.folder / name)
+            return
 
 
 def _reopen_damaged(run: OpenRun) -> dict[str, dict[str, str]]:
@@ -245,45 +267,17 @@ def _stage_call(row: Stage, run: OpenRun) -> StageCall:
     return StageCall(row.name, row.train, task, row.settings_in(run.config), row.shared(run.config, many))
 
 
-def _conclude(run: OpenRun, finished_before: set[str]) -> dict[str, Any]:
-    """Write assignments, scores and the report of a run whose stages are done; return the scores."""
+def _conclude(run: OpenRun) -> dict[str, Any]:
+    """Write the times of the stages, the card and the report of a run that is evaluated; return its scores."""
     from spice_dist.model_card import write_card
     from spice_dist.report import write_report
 
     folder = run.folder
     seconds = {stage: (stage_record(folder, stage) or {}).get("seconds", 0.0) for stage in run.settings}
-    relabelled = "data" in finished_before and relabel(folder, run.source)
-    if relabelled or finished_before != set(run.settings) or _evaluated_otherwise(run):
-        with Bar("evaluate", run.stop) as bar:
-            evaluate(_with_plain_loader(run), folder, run.device, seconds, bar.show, until=list(run.settings)[-1])
-    metrics = artifacts.metrics(folder)
+    metrics = note_seconds(folder, seconds)
     write_card(folder)
     write_report(folder)
     return metrics
-
-
-def _evaluated_otherwise(run: OpenRun) -> bool:
-    """Tell whether results are missing or damaged, or are of other stages, methods or settings of evaluation."""
-    folder = run.folder
-    try:
-        recorded = sums_in(folder / OF_RUN)
-        results = differing(folder, recorded)
-        if "metrics.json" not in recorded and any(
-            (stage_record(folder, name) or {}).get("sha256") for name in run.settings
-        ):
-            results = [OF_RUN]  # it was lost; folders of earlier versions have no digests at all
-    except DamagedFile:
-        results = [OF_RUN]
-    damaged = results + [f"model/{name}" for name in damaged_model(artifacts.model(folder))]
-    if not (artifacts.metrics_file(folder).exists() and artifacts.assignments_file(folder).exists()):
-        return True
-    if damaged:
-        print(f"{folder / damaged[0]} is damaged or missing: the results are made again", file=sys.stderr)
-        return True
-    metrics = artifacts.metrics(folder)
-    now = {"method": run.config.method} | evaluation_settings(run.config)
-    changed = any(metrics.get(name) != value for name, value in now.items())
-    return changed or set(metrics.get("seconds", ())) != set(run.settings)
 
 
 @contextlib.contextmanager
@@ -324,10 +318,16 @@ def _recorded(run: OpenRun, stage: str) -> Iterator[Bar]:
 
 def _train_here(run: OpenRun, stages: list[StageCall]) -> None:
     for stage in stages:
-        with _recorded(run, stage.name) as bar:
+        with _shown(run, stage) as bar:
             storage = run.launch.storage
             worker = LocalWorker(run.folder, stage.name, run.device, run.stop.requested, bar.show, storage)
-            stage.run(worker, run.threads)
+            with contextlib.nullcontext() if stage.has_folder else run.stop.at_once():
+                stage.run(worker, run.threads)
+
+
+def _shown(run: OpenRun, stage: StageCall) -> AbstractContextManager[Bar]:
+    """Show the bar of a stage, and record it if it has a folder."""
+    return _recorded(run, stage.name) if stage.has_folder else Bar(stage.name, run.stop)
 
 
 def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
@@ -336,18 +336,18 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
 
     names = [stage.name for stage in stages]
     # before a worker can save: workers go on while this process is held up
-    for name in names:
+    for name in (stage.name for stage in stages if stage.has_folder):
         spent = (stage_record(run.folder, name) or {}).get("seconds", 0.0)
         write_stage_record(run.folder, name, run.settings[name], False, spent)
     with contextlib.ExitStack() as current:
-        reached, bar = 0, current.enter_context(_recorded(run, names[0]))
+        reached, bar = 0, current.enter_context(_shown(run, stages[0]))
 
         def reach(stage: int) -> None:
             nonlocal reached, bar
             while reached < stage:
                 current.close()
                 reached += 1
-                bar = current.enter_context(_recorded(run, names[reached]))
+                bar = current.enter_context(_shown(run, stages[reached]))
 
         def progress(shown: ray_channel.Progress) -> None:
             reach(names.index(shown.stage))
@@ -364,15 +364,11 @@ def _train_on_workers(run: OpenRun, stages: list[StageCall]) -> None:
         reach(len(names) - 1)
 
 
-def _pack(run: OpenRun, bar: Bar) -> None:
-    """Pack the images into one verified file in FFCV's format."""
-    folder = artifacts.data(run.folder)
-    manifest = prepare(run.source, run.config.data, folder, bar.show)
-    check_settings(run.config, manifest, manifest.source)
-    for note in manifest.notes():
-        tqdm.write(note, sys.stderr)
-    if manifest.bad:
-        tqdm.write(f"{folder / 'quarantine.csv'} says why", sys.stderr)
+def _packs_on_workers(run: OpenRun) -> bool:
+    """Tell whether workers pack the images: those of one node would share the cores that this process uses too."""
+    from spice_dist.distributed import ray_nodes
+
+    return run.sizes != (0,) and run.earlier is None and can_travel(run.source) and ray_nodes.count() > 1
 
 
 def _with_plain_loader(run: OpenRun) -> Config:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import select
 import shutil
@@ -23,15 +24,26 @@ import psutil
 import pytest
 import ray  # noqa: F401  as in a notebook, before any token is set: with that, too, our cluster asks for one
 
-from spice_dist import cli
-from spice_dist.distributed import checkpoint, collectives, ray_channel, ray_elastic, ray_pulse, ray_train
+from spice_dist import cli, pipeline
+from spice_dist.data.journal import RECORD
+from spice_dist.distributed import (
+    checkpoint,
+    collectives,
+    ray_channel,
+    ray_elastic,
+    ray_nodes,
+    ray_pulse,
+    ray_train,
+)
 from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
 from spice_dist.stage_records import stage_record
 from spice_dist.task import Task
-from tests.test_cli import LONGER, command, wait_for
+from tests.test_cli import LONGER, PHOTO, command, photos, wait_for
+from tests.test_outer_stages import slow_folder
 
 SETTINGS = ["--workers", "2", *LONGER[2:]]
+RESULTS = ("assignments.csv", "model/model.safetensors", "model/model.json", "duplicates.csv")
 
 
 def training_workers() -> list[psutil.Process]:
@@ -128,6 +140,76 @@ def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted
     assert cli.main([*arguments, "--workers", "0"]) == 0
     assert (out / "assignments.csv").read_bytes() == uninterrupted
     assert not (out / ".ray").exists()
+
+
+def kill_when(condition: Callable[[], bool], then: Callable[[], None] = lambda: None) -> threading.Thread:
+    """SIGKILL the last training worker once the condition holds; call `then` when others have taken their place."""
+
+    def kill() -> None:
+        wait_until(condition)
+        workers = training_workers()
+        workers[-1].kill()
+        wait_until(lambda: len(now := training_workers()) == len(workers) and not {*now} & {*workers})
+        then()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.timeout(240)  # starts workers twice
+def test_a_worker_killed_while_it_packs_costs_no_byte_and_what_is_stored_is_not_stored_again(tmp_path):
+    images, pack = slow_folder(tmp_path / "in"), ["--size", "32", "--format", "raw"]
+    assert cli.main(["pack", str(images), str(tmp_path / "one.beton"), *pack]) == 0
+    working = tmp_path / ".two.beton.packing/data"
+    before: dict[Path, int] = {}
+
+    def finished_pieces() -> dict[Path, int]:
+        records = working.glob(".pieces/*/*/records")
+        return {path: path.stat().st_ino for path in records if path.stat().st_size == 64 * RECORD.itemsize}
+
+    def some_are_finished() -> bool:
+        before.update(finished_pieces())
+        return len(before) > 1
+
+    def go_on_with_them() -> None:
+        wait_until(lambda: len(finished_pieces()) > len(before))
+        assert before.items() <= finished_pieces().items(), "they are not stored again"
+
+    killer = kill_when(some_are_finished, go_on_with_them)
+    assert cli.main(["pack", str(images), str(tmp_path / "two.beton"), *pack, "--workers", "2"]) == 0
+    killer.join(10)
+    assert not killer.is_alive()
+    for one in tmp_path.glob("one.beton*"):
+        assert one.read_bytes() == one.with_name(one.name.replace("one", "two")).read_bytes(), one
+    assert not working.parent.exists()
+
+
+@pytest.mark.timeout(480)  # starts Ray once and workers twice
+def test_workers_pack_and_evaluate_a_run_of_several_nodes_and_one_is_killed_in_evaluation(tmp_path, monkeypatch):
+    photos(tmp_path / "in")
+    (tmp_path / "in/upright/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    fit = ["fit", str(tmp_path / "in"), "--clusters", "3", "--recipe", "digits", *PHOTO]
+    assert cli.main([*fit, "--out", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(ray_nodes, "count", lambda: 2)  # so that workers pack
+    monkeypatch.setattr(pipeline, "prepare", None)
+    out = tmp_path / "two"
+
+    def evaluating() -> bool:
+        progress = ray_channel.read_progress(out)
+        return progress is not None and progress.stage == "evaluate" and progress.total > 0
+
+    killer = kill_when(evaluating)
+    assert cli.main([*fit, "--out", str(out), "--workers", "2"]) == 0
+    killer.join(10)
+    assert not killer.is_alive()
+    for path in (tmp_path / "one/data").iterdir():
+        assert path.name == "stage.json" or path.read_bytes() == (out / "data" / path.name).read_bytes(), path
+    for name in RESULTS:
+        assert (tmp_path / "one" / name).read_bytes() == (out / name).read_bytes(), name
+    metrics = [json.loads((run / "metrics.json").read_bytes()) for run in (tmp_path / "one", out)]
+    assert metrics[0].pop("seconds").keys() == metrics[1].pop("seconds").keys()
+    assert metrics[0] == metrics[1]
 
 
 START = """

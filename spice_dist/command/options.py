@@ -82,9 +82,9 @@ def add_launch_options(command: argparse.ArgumentParser) -> None:
     add_cluster_options(command)
 
 
-def add_cluster_options(command: argparse.ArgumentParser) -> None:
+def add_cluster_options(command: argparse.ArgumentParser, seen: str = "--out") -> None:
     command.add_argument(
-        "--address", help="a running Ray cluster to join, host:port or 'auto'; all its nodes must see --out"
+        "--address", help=f"a running Ray cluster to join, host:port or 'auto'; all its nodes must see {seen}"
     )
     command.add_argument(
         "--insecure", action="store_true", help="join a Ray cluster that asks for no token: anybody runs code on it"

@@ -199,6 +199,13 @@ def write_sidecar(info: BetonInfo, crc32: UInt32[np.ndarray, " n"], fingerprint:
     publish_json(sidecar_path(path), {**content, "seal": _seal(content), KEYED: seal.seal(_canonical(content))})
 
 
+def seal_anew(path: Path) -> None:
+    """Seal the sidecar of a file by this user's key on this host; the worker that wrote it may have another one."""
+    content = _sidecar(path)
+    checksum, _ = content.pop("seal"), content.pop(KEYED)
+    publish_json(sidecar_path(path), {**content, "seal": checksum, KEYED: seal.seal(_canonical(content))})
+
+
 def is_ours(path: Path) -> bool:
     """Return whether this user's key sealed the sidecar; a file and a sidecar that strangers made agree as well."""
     try:

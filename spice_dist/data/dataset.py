@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spice_dist.data import beton
 from spice_dist.data.decode import FITS, MAX_MEGAPIXELS, MIN_SIDE, Packing
@@ -56,20 +57,27 @@ def prepare(source: Source, config: DataConfig, out_dir: Path, progress: Progres
     require_fit(source, config.fit, source.name)
     if is_ours(source.name):
         return adopt(Path(source.name), out_dir)
-    return ingest(
-        source,
-        out_dir,
-        size=config.size,
-        jpeg_side=_jpeg_side(config),
-        format=config.format,
-        quality=config.quality,
-        grey_bits=config.grey_bits,
-        max_megapixels=config.max_megapixels,
-        fit=config.fit,
-        max_bad=config.max_bad,
-        drop_duplicates=config.drop_duplicates,
-        progress=progress,
-    )
+    return ingest(source, out_dir, **ingest_options(config), progress=progress)
+
+
+def ingest_options(config: DataConfig) -> dict[str, Any]:
+    """Return the options with which the images of a run are ingested."""
+    return {
+        "size": config.size,
+        "jpeg_side": _jpeg_side(config),
+        "format": config.format,
+        "quality": config.quality,
+        "grey_bits": config.grey_bits,
+        "max_megapixels": config.max_megapixels,
+        "fit": config.fit,
+        "max_bad": config.max_bad,
+        "drop_duplicates": config.drop_duplicates,
+    }
+
+
+def can_travel(source: Source) -> bool:
+    """Return whether workers on other nodes can read the images: files of a folder or a list, or of a bucket."""
+    return source.file is not None or is_remote(source.name)
 
 
 def is_ours(name: str) -> bool:

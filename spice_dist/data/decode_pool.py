@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -25,10 +25,12 @@ REUSED_BYTES = 64 << 20  # freed memory that a child does not give back
 CHILD = (sys.executable, "-m", "spice_dist.data.decode")
 
 
-def packed_in_order(source: Source, packing: Packing, workers: int, first: int = 0) -> Generator[Result, None, None]:
+def packed_in_order(
+    source: Source, packing: Packing, workers: int, which: Sequence[int] | None = None
+) -> Generator[Result, None, None]:
     """As `DecodePool.in_order`, in a pool for this source alone."""
     with closing(DecodePool(packing, workers)) as pool:
-        yield from pool.in_order(source, first)
+        yield from pool.in_order(source, which)
 
 
 class DecodePool:
@@ -42,17 +44,17 @@ class DecodePool:
         self._children = _Children(packing)
         self._threads = ThreadPoolExecutor(workers, "ingest")
 
-    def in_order(self, source: Source, first: int = 0) -> Generator[Result, None, None]:
-        """Yield for each image from `first` on, in order, the bytes to store, or the reason why it cannot be used.
+    def in_order(self, source: Source, which: Sequence[int] | None = None) -> Generator[Result, None, None]:
+        """Yield for each image of `which`, by default all, the bytes to store, or the reason why it cannot be used.
 
         At most CHUNK * AHEAD * workers images are held at once, whatever their number.
         """
         ahead: deque[Future[list[Result]]] = deque()
+        which = range(len(source.paths)) if which is None else which
         try:
             with strict_pillow(self._packing.max_megapixels):
-                for start in range(first, len(source.paths), CHUNK):
-                    chunk = range(start, min(start + CHUNK, len(source.paths)))
-                    ahead.append(self._threads.submit(self._pack, source, chunk))
+                for start in range(0, len(which), CHUNK):
+                    ahead.append(self._threads.submit(self._pack, source, which[start : start + CHUNK]))
                     if len(ahead) >= AHEAD * self._workers:
                         yield from ahead.popleft().result()
                 while ahead:
@@ -67,11 +69,11 @@ class DecodePool:
         self._threads.shutdown(wait=True)
         self._children.close()
 
-    def _pack(self, source: Source, chunk: range) -> list[Result]:
+    def _pack(self, source: Source, chunk: Sequence[int]) -> list[Result]:
         return self._children.pack(source, chunk) if source.encoded else _pack_arrays(source, chunk, self._packing)
 
 
-def _pack_arrays(source: Source, chunk: range, packing: Packing) -> list[Result]:
+def _pack_arrays(source: Source, chunk: Sequence[int], packing: Packing) -> list[Result]:
     results: list[Result] = []
     for i in chunk:
         try:
@@ -91,7 +93,7 @@ class _Children:
         self._closed = False
         self._lock = threading.Lock()
 
-    def pack(self, source: Source, chunk: range) -> list[Result]:
+    def pack(self, source: Source, chunk: Sequence[int]) -> list[Result]:
         """Pack a chunk; one that ends its child is packed again image by image, so that only the cause is lost."""
         results: dict[int, Result] = {}
         items: dict[int, Path | bytes] = {}

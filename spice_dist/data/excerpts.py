@@ -63,7 +63,7 @@ class Excerpts:
         names, places = [name for name, _ in rows], [place for _, place in rows]
         if is_remote(self.data):
             return remote_files(self.data, names, [(size, stamp) for size, stamp in places])
-        return files_source(self.data, names, lambda i: Path(places[i]))
+        return files_source(self.data, names, Path(), places=places)
 
     def require_seen(self) -> None:
         """Raise UserError if this machine does not see the same files: it would call them unreadable."""

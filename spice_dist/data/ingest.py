@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,24 +18,19 @@ from typing import Any
 import numpy as np
 
 from spice_dist.data import beton
-from spice_dist.data.beton_writer import BetonWriter, page_size_for, publish_beton
+from spice_dist.data.beton_writer import BetonWriter, publish_beton
 from spice_dist.data.checksums import differing, publish_sealed, sha256
-from spice_dist.data.decode import LEAST_BITS, MAX_MEGAPIXELS, MAX_STORED_SIDE, MIN_SIDE, Packing
-from spice_dist.data.decode_pool import packed_in_order
+from spice_dist.data.decode import LEAST_BITS, MAX_MEGAPIXELS, MIN_SIDE, Packing
 from spice_dist.data.files import Progress, csv_line, path_cell, publish, publish_json, text_cell
-from spice_dist.data.journal import Journal
-from spice_dist.data.manifest import (
-    Ingested,
-    fingerprint_of,
-    read_manifest,
-)
+from spice_dist.data.journal import JOURNAL, RECORD, Journal, page_size_of, read_call, store
+from spice_dist.data.manifest import Ingested, fingerprint_of, read_manifest
+from spice_dist.data.pieces import PIECES, Pieces
 from spice_dist.data.sources import Source, digest_of_image, hash_of_contents, listing
 from spice_dist.errors import DamagedFile, UserError
 
 MAX_SIZE, MOST_MEGAPIXELS = 4_096, 1_000
 RAW_SIZE, RAW_BYTES = 128, 8 << 30  # "auto" stores raw squares up to this side and this much in all
 HASHED = 1 << 30  # bytes of a packed file that are read to see whether it is whole
-NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
 LISTS = ("paths.jsonl", "labels.npy", "classes.json", "quarantine.csv")  # whose digests the manifest holds
 OF_LABELS = ("labels.npy", "classes.json")
 SEAL = ("manifest.json", *OF_LABELS)
@@ -80,8 +75,9 @@ def ingest(
         UserError: too many bad images or no good one (quarantine.csv says why), the folder cannot be written, or the
             source is a file that was packed with another `fit`.
     """
-    packing = checked_packing(
+    call = call_with(
         source,
+        out_dir,
         size=size,
         jpeg_side=jpeg_side,
         format=format,
@@ -89,31 +85,93 @@ def ingest(
         grey_bits=grey_bits,
         max_megapixels=max_megapixels,
         fit=fit,
+        max_bad=max_bad,
+        drop_duplicates=drop_duplicates,
     )
-    call_hash, quarantine = call_hash_of(source, packing, drop_duplicates), out_dir / "quarantine.csv"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if finished := _finished(out_dir, call_hash):
-            _check_share(finished.n + finished.dropped, finished.bad, max_bad, quarantine, "")
-            return finished
-        for name in SEAL:  # break the seal of an earlier call before anything of it changes
-            (out_dir / name).unlink(missing_ok=True)
-        cores, bits, manifest = workers or len(os.sched_getaffinity(0)), grey_bits or LEAST_BITS, None
-        while manifest is None:  # once more for each image whose greys need more bits than those before it
-            journal = Journal(out_dir / ".ingest", call_hash, bits)
-            scaled = replace(packing, grey_bits=journal.grey_bits)
-            with closing(_writer(source, scaled, journal)) as writer:
-                bits = _store_all(source, scaled, cores, writer, journal, progress, is_fixed=grey_bits > 0)
+    return call.carry_out(workers or len(os.sched_getaffinity(0)), progress)
+
+
+def call_with(
+    source: Source, out_dir: Path, *, max_bad: float = 0.05, drop_duplicates: bool = False, **options: Any
+) -> "Call":
+    """Return the call of `ingest` with these options, which is not carried out yet; raise what it raises for them."""
+    packing = checked_packing(source, **options)
+    return Call(source, out_dir, packing, call_hash_of(source, packing, drop_duplicates), drop_duplicates, max_bad)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `ingest` whose options are checked."""
+
+    source: Source
+    out_dir: Path
+    packing: Packing  # its grey_bits as asked for
+    call_hash: str
+    drop_duplicates: bool
+    max_bad: float
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces that several workers may store of it."""
+        return Pieces(self.out_dir, self.call_hash, len(self.source.paths))
+
+    def finished(self) -> Ingested | None:
+        """Return the manifest of an equal call whose files are still there."""
+        try:
+            manifest = read_manifest(self.out_dir)
+        except DamagedFile:
+            return None
+        is_whole = all(
+            (self.out_dir / name).exists() for name in ("dataset.beton", "dataset.beton.json", "paths.jsonl")
+        )
+        is_equal = manifest.listing == self.call_hash
+        return manifest if is_whole and is_equal and not damaged_files(self.out_dir) else None
+
+    def done(self, grey_bits: int) -> int:
+        """Return how many of the first candidates the data set has already, with these bits or more."""
+        journal = read_call(self.out_dir / JOURNAL / "call.json")
+        if journal["hash"] != self.call_hash or journal["grey_bits"] < grey_bits:
+            return 0
+        return (self.out_dir / JOURNAL / "records").stat().st_size // RECORD.itemsize
+
+    def carry_out(self, processes: int, progress: Progress | None) -> Ingested:
+        """Do what `ingest` says in so many decoding processes."""
+        out_dir, max_bad, quarantine = self.out_dir, self.max_bad, self.out_dir / "quarantine.csv"
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            if finished := self.finished():
+                _check_share(finished.n + finished.dropped, finished.bad, max_bad, quarantine, "")
+                return finished
+            for name in SEAL:  # break the seal of an earlier call before anything of it changes
+                (out_dir / name).unlink(missing_ok=True)
+            manifest = self._made(processes, progress)
+            shutil.rmtree(out_dir / JOURNAL)
+            shutil.rmtree(out_dir / PIECES, ignore_errors=True)
+            return manifest
+        except OSError as error:
+            raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
+
+    def _made(self, processes: int, progress: Progress | None) -> Ingested:
+        source, pieces, quarantine = self.source, self.pieces, self.out_dir / "quarantine.csv"
+        fixed, total = self.packing.grey_bits, len(source.paths)
+        bits = fixed or max(LEAST_BITS, pieces.grey_bits())
+        while True:  # once more for each image whose greys need more bits than those before it
+            journal = Journal(self.out_dir / JOURNAL, self.call_hash, bits)
+            scaled = replace(self.packing, grey_bits=journal.grey_bits)
+            writer = BetonWriter(journal.folder / "pages", total, page_size_of(scaled), journal.resume_at)
+            results = pieces.results(source, scaled, processes, journal.done)
+            with closing(writer), closing(results):
+                bits = store(results, scaled, writer, journal, fixed > 0, pieces.drop, _out_of(total, progress))
                 if bits == scaled.grey_bits:
-                    outcome = _outcome(source, journal, drop_duplicates)
+                    outcome = _outcome(source, journal, self.drop_duplicates)
                     _write_quarantine(quarantine, source, outcome)
                     example = outcome.bad[0][1] if outcome.bad else ""
-                    _check_share(outcome.num_good, len(outcome.bad), max_bad, quarantine, example)
-                    manifest = _publish_all(out_dir, source, scaled, call_hash, writer, outcome)
-            shutil.rmtree(journal.folder)
-        return manifest
-    except OSError as error:
-        raise UserError(f"cannot write into {out_dir}: {error.strerror or error}") from error
+                    _check_share(outcome.num_good, len(outcome.bad), self.max_bad, quarantine, example)
+                    return _publish_all(self.out_dir, source, scaled, self.call_hash, writer, outcome)
+
+
+def _out_of(total: int, progress: Progress | None) -> Callable[[int], None] | None:
+    return progress and (lambda done: progress(done, total))
 
 
 def checked_packing(
@@ -172,16 +230,6 @@ def call_hash_of(source: Source, packing: Packing, drop_duplicates: bool) -> str
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _finished(out_dir: Path, call_hash: str) -> Ingested | None:
-    """Return the manifest of an equal call whose files are still there."""
-    try:
-        manifest = read_manifest(out_dir)
-    except DamagedFile:
-        return None
-    is_whole = all((out_dir / name).exists() for name in ("dataset.beton", "dataset.beton.json", "paths.jsonl"))
-    return manifest if is_whole and manifest.listing == call_hash and not damaged_files(out_dir) else None
-
-
 def damaged_files(folder: Path) -> list[str]:
     """Return which files of a packed data set are missing or altered; labels, which are not packed, do not count.
 
@@ -198,51 +246,6 @@ def damaged_files(folder: Path) -> list[str]:
     packed = {"dataset.beton": info.sha256} if info.sha256 and info.file_size <= HASHED else {}
     lists = {name: digest for name, digest in manifest.sha256.items() if name not in OF_LABELS}
     return differing(folder, lists | packed)
-
-
-def _writer(source: Source, packing: Packing, journal: Journal) -> BetonWriter:
-    largest = packing.size**2 * 3 if packing.format == "raw" else MAX_STORED_SIDE * packing.size
-    return BetonWriter(journal.folder / "pages", len(source.paths), page_size_for(largest), journal.resume_at)
-
-
-def _store_all(
-    source: Source,
-    packing: Packing,
-    workers: int,
-    writer: BetonWriter,
-    journal: Journal,
-    progress: Progress | None,
-    is_fixed: bool,
-) -> int:
-    """Store the images that are not stored yet; return `packing.grey_bits`, or more if an image needs more.
-
-    It ends at such an image, unless the bits are fixed: the images before it were made too bright.
-    """
-    total, done = len(source.paths), journal.done
-    noted_at = time.monotonic()
-    results = packed_in_order(source, packing, workers, done)
-    try:
-        for i, result in enumerate(results, done):
-            if not (isinstance(result, str) or is_fixed) and result[0].grey_bits > packing.grey_bits:
-                return result[0].grey_bits
-            if isinstance(result, str):
-                journal.refuse(i, result)
-            elif len(result[1]) > writer.page_size:
-                journal.refuse(i, f"{len(result[1]) >> 20} MiB as JPEG, too large to store")
-            else:
-                packed, data = result
-                journal.store(packed, writer.append(data), len(data))
-            if time.monotonic() - noted_at > NOTE_S:
-                writer.flush()
-                journal.flush()
-                noted_at = time.monotonic()
-            if progress:
-                progress(i + 1, total)
-    finally:  # also after a signal or an error, so that nothing is done twice
-        results.close()
-        writer.flush()
-        journal.flush()
-    return packing.grey_bits
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,20 @@ the call, and the pages of the file that is being written.
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spice_dist.data.decode import Packed
+from spice_dist.data.beton_writer import BetonWriter, page_size_for
+from spice_dist.data.decode import MAX_STORED_SIDE, Packed, Packing
+from spice_dist.data.decode_pool import Result
 from spice_dist.errors import DamagedFile
+
+JOURNAL = ".ingest"  # in the folder of the data set
+NOTE_S = 5.0  # what was done in the last seconds before a crash is done again
 
 RECORD = np.dtype(
     [
@@ -39,7 +46,7 @@ class Journal:
     """Records of the candidates 0 .. done - 1."""
 
     def __init__(self, folder: Path, call_hash: str, grey_bits: int):
-        """Take up the journal of an equal call with its `grey_bits`, or start one with these.
+        """Take up the journal of an equal call that has `grey_bits` or more, or start one with these.
 
         Raises:
             DamagedFile: its files disagree.
@@ -50,12 +57,12 @@ class Journal:
         self._reasons: list[bytes] = []
         call_file, pages = folder / "call.json", folder / "pages"
         files = (self._records_file, self._reasons_file, pages)
-        call = _read_call(call_file)
-        is_same_call = call["hash"] == call_hash
+        call = read_call(call_file)
+        is_same_call = call["hash"] == call_hash and call["grey_bits"] >= grey_bits
         # the pages alone are missing where a process ended between the file's new name and the manifest
         if not (is_same_call and all(file.exists() for file in files)):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            folder.mkdir(parents=True)
             for file in files:
                 file.touch()
             call = {"hash": call_hash, "grey_bits": grey_bits}
@@ -107,7 +114,64 @@ class Journal:
         return records, [(i, reason) for i, reason in sorted(reasons.items()) if i < len(records)]
 
 
-def _read_call(path: Path) -> dict[str, Any]:
+def packed_of(record: np.void) -> Packed:
+    """Return what `Journal.store` noted."""
+    return Packed(
+        **{name: int(record[name]) for name in ("height", "width", "crc32", "pages", "grey_bits")},
+        **{name: bool(record[name]) for name in ("animated", "warned", "faint")},
+        digest=record["digest"].tobytes().hex(),
+        source=record["source"].tobytes().hex(),
+    )
+
+
+def store(
+    results: Iterator[Result],
+    packing: Packing,
+    writer: BetonWriter,
+    journal: Journal,
+    is_fixed: bool,
+    noted: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Store the results of the next candidates; return `packing.grey_bits`, or more if an image needs more.
+
+    It ends at such an image, unless the bits are fixed: the images before it were made too bright.
+
+    Args:
+        noted: gets the number of candidates whenever all so far are on the disk.
+        progress: gets it after every candidate.
+    """
+    noted_at, done = time.monotonic(), journal.done
+    try:
+        for done, result in enumerate(results, journal.done + 1):
+            if not (isinstance(result, str) or is_fixed) and result[0].grey_bits > packing.grey_bits:
+                return result[0].grey_bits
+            if isinstance(result, str):
+                journal.refuse(done - 1, result)
+            elif len(result[1]) > writer.page_size:
+                journal.refuse(done - 1, f"{len(result[1]) >> 20} MiB as JPEG, too large to store")
+            else:
+                packed, data = result
+                journal.store(packed, writer.append(data), len(data))
+            if time.monotonic() - noted_at > NOTE_S:
+                writer.flush()
+                journal.flush()
+                noted(done)
+                noted_at = time.monotonic()
+            if progress:
+                progress(done)
+    finally:  # also after a signal or an error, so that nothing is done twice
+        writer.flush()
+        journal.flush()
+    return packing.grey_bits
+
+
+def page_size_of(packing: Packing) -> int:
+    """Return the size of the pages of a set, in bytes."""
+    return page_size_for(packing.size**2 * 3 if packing.format == "raw" else MAX_STORED_SIDE * packing.size)
+
+
+def read_call(path: Path) -> dict[str, Any]:
     """Read the hash of a call and its `grey_bits`; an empty hash if they cannot be read."""
     try:
         call = json.loads(path.read_text())

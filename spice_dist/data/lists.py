@@ -46,7 +46,7 @@ def list_source(path: Path, *, with_labels: bool, follow_links: bool = False, tr
             if not trusted:
                 _require_inside(path, source.paths)
             _look_for(path, source)
-            source = files_source(source.name, source.paths, source.file, path.parent if follow_links else None)
+            source = files_source(source.name, source.paths, path.parent, path.parent if follow_links else None)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read the list {str(path)!r}: {str(error).splitlines()[0]}") from error
     if not source.paths:
@@ -212,7 +212,7 @@ def _bytes_of(cell: Any, folder: Path, trusted: bool) -> bytes:
 def _of_paths(listed_in: Path, names: list[str]) -> Source:
     folder = listed_in.parent
     names = [_as_meant(name, folder) for name in names]
-    return files_source(str(listed_in.absolute()), names, lambda i: folder / names[i])
+    return files_source(str(listed_in.absolute()), names, folder)
 
 
 def _as_meant(name: str, folder: Path) -> str:

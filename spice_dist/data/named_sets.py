@@ -221,7 +221,7 @@ def _of_files(name: str, folder: Path, split: str) -> Source:
         test = _in_class_folders(name, folder, "val", wnids)
     paths = train.paths + test.paths
     return replace(
-        files_source(name, paths, lambda i: folder / paths[i]),
+        files_source(name, paths, folder),
         labels=np.array(train.labels + test.labels, np.int64),
         label_names=wnids,
         ignored=dict(train.ignored + test.ignored),

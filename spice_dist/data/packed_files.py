@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ BESIDE = {
 LINKED = ("dataset.beton", "dataset.beton.json")
 
 
-def pack(source: Source, out: Path, **options: Any) -> Ingested:
+def pack(source: Source, out: Path, into: Callable[..., Ingested] = ingest, **options: Any) -> Ingested:
     """Ingest with these options into one file, `out`; what belongs to it is `out`.json, `out`.paths.jsonl, ...
 
-    It works in a hidden folder beside `out`. The same call goes on where it was stopped and does nothing once it has
-    finished.
+    It works in a hidden folder beside `out`, laid out as that of a run. The same call goes on where it was stopped and
+    does nothing once it has finished.
+
+    Args:
+        into: called as `ingest`; it may do the same on other workers.
     """
     if out.suffix != ".beton":
         raise UserError(f"{out} does not end with .beton: give a name such as {out.stem or 'images'}.beton")
@@ -39,8 +43,8 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
         if finished.listing == call_hash_of(source, packing, options.get("drop_duplicates", False)):
             beton.verify(out)
             return finished
-    folder = out.parent / f".{out.name}.packing"
-    manifest = ingest(source, folder, **options)
+    folder = out.parent / f".{out.name}.packing/data"
+    manifest = into(source, folder, **options)
     try:
         for suffix in (*BESIDE, ".manifest.json"):
             beside(out, suffix).unlink(missing_ok=True)
@@ -49,7 +53,7 @@ def pack(source: Source, out: Path, **options: Any) -> Ingested:
                 commit(folder / name, beside(out, suffix))
         commit(folder / "dataset.beton", out)
         commit(folder / "manifest.json", beside(out, ".manifest.json"))  # last: it makes the set complete
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     return manifest

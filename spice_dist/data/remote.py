@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spice_dist.data.folders import IMAGE_SUFFIXES, SYSTEM_FOLDERS, is_image_name, suffix_of
@@ -55,25 +55,38 @@ def remote_files(url: str, names: list[str], listed: list[Listed]) -> Source:
     """Take the files of these names below `url`, as `remote_source` has listed them."""
     shown = without_secrets(url)
     system, root = _file_system(url, shown)
-    prefix = root.rstrip("/") + "/"
-
-    def read(i: int) -> bytes:
-        size = listed[i][0]
-        if size > MAX_CELL_BYTES:
-            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
-        try:
-            data = system.cat_file(prefix + names[i], start=0, end=MAX_CELL_BYTES + 1)
-        except Exception as error:  # as above; the run goes on without this image
-            raise BadImage(f"cannot read: {_first_line(error, url)}") from error
-        if not 0 < len(data) <= MAX_CELL_BYTES:
-            raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
-        return data
-
-    return Source(shown, names, read, encoded=True, stamps=lambda i: listed[i][1], listed=listed.__getitem__)
+    bucket = _Bucket(system, root.rstrip("/") + "/", names, listed, url)
+    return Source(shown, names, bucket.read, encoded=True, stamps=bucket.stamp, listed=listed.__getitem__)
 
 
 def _listed(details: dict[str, Any]) -> Listed:
     return details.get("size") or 0, " ".join(str(details[key]) for key in STAMPS if key in details)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Files elsewhere; unlike functions within functions, its methods can be sent to any process."""
+
+    system: Any  # of fsspec
+    prefix: str
+    names: list[str]
+    listed: list[Listed]
+    url: str = field(repr=False)  # may hold a password
+
+    def read(self, i: int) -> bytes:
+        size = self.listed[i][0]
+        if size > MAX_CELL_BYTES:
+            raise BadImage(f"file of {size >> 20} MiB, at most {MAX_CELL_BYTES >> 20} are read")
+        try:
+            data = self.system.cat_file(self.prefix + self.names[i], start=0, end=MAX_CELL_BYTES + 1)
+        except Exception as error:  # every file system raises other errors; the run goes on without this image
+            raise BadImage(f"cannot read: {_first_line(error, self.url)}") from error
+        if not 0 < len(data) <= MAX_CELL_BYTES:
+            raise BadImage("empty file" if not data else f"more than {MAX_CELL_BYTES >> 20} MiB")
+        return data
+
+    def stamp(self, i: int) -> str:
+        return self.listed[i][1]
 
 
 def _file_system(url: str, shown: str) -> tuple[Any, str]:

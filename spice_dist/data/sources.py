@@ -189,7 +189,7 @@ def from_files(files: Sequence[Any]) -> Source:
         raise UserError("the list of images is empty: give at least one path")
     if others := {type(file).__name__ for file in files if not isinstance(file, str | os.PathLike)}:
         raise UserError(f"the list of images holds {', '.join(sorted(others))}: give paths, or uint8 arrays, alone")
-    return files_source("a list of files", [os.fspath(file) for file in files], lambda i: Path(files[i]))
+    return files_source("a list of files", [os.fspath(file) for file in files], Path())
 
 
 def from_arrays(images: Sequence[Any]) -> Source:
@@ -219,7 +219,7 @@ def _folder(root: Path, *, with_labels: bool, follow_links: bool) -> Source:
     name = os.fsencode(root.absolute()).decode("utf-8", "backslashreplace")
 
     return replace(
-        files_source(name, paths, lambda i: root / paths[i], root if follow_links else None),
+        files_source(name, paths, root, root if follow_links else None),
         labels=labels,
         label_names=label_names,
         ignored=ignored,
@@ -227,24 +227,39 @@ def _folder(root: Path, *, with_labels: bool, follow_links: bool) -> Source:
     )
 
 
-def files_source(name: str, paths: list[str], file: Callable[[int], Path], tree: Path | None = None) -> Source:
-    """Take images in local files: image i, called paths[i], is at file(i).
+def files_source(
+    name: str, paths: list[str], folder: Path, tree: Path | None = None, places: list[str] | None = None
+) -> Source:
+    """Take images in local files: image i is at folder / paths[i].
 
     Args:
         tree: a folder; links are followed to files within it. None: links are not followed.
+        places: where the images are below the folder, if not at their paths.
     """
-    inside = None if tree is None else os.path.realpath(tree)
-
-    def place(i: int) -> Path:
-        return file(i) if inside is None else _followed(file(i), inside)
-
-    return Source(name, paths, lambda i: read_file(place(i)), encoded=True, file=place)
+    files = _Files(
+        folder.absolute(), paths if places is None else places, None if tree is None else os.path.realpath(tree)
+    )
+    return Source(name, paths, files.read, encoded=True, file=files.place)
 
 
-def _followed(path: Path, tree: str) -> Path:
-    """Return where a link points to, if that is within the folder `tree`; else the path itself."""
-    target = os.path.realpath(path)
-    return Path(target) if os.path.islink(path) and target.startswith(tree + os.sep) else path
+@dataclass(frozen=True)
+class _Files:
+    """Local files; unlike functions within functions, its methods can be sent to any process."""
+
+    folder: Path
+    names: list[str]
+    tree: str | None  # within which links are followed
+
+    def place(self, i: int) -> Path:
+        """Return the path of image i, or where it points to, if that is within the tree."""
+        path = self.folder / self.names[i]
+        if self.tree is None or not os.path.islink(path):
+            return path
+        target = os.path.realpath(path)
+        return Path(target) if target.startswith(self.tree + os.sep) else path
+
+    def read(self, i: int) -> bytes:
+        return read_file(self.place(i))
 
 
 def folder_labels(root: Path | str, paths: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -1,7 +1,10 @@
 """Gather tensors of all workers, so that each computes the same pure function; with one process nothing is sent."""
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spice_dist.distributed.pace import waits
+from spice_dist.errors import UserError
 from spice_dist.transfer import send
 
+PATIENCE = timedelta(days=30)  # for a worker that does something alone
 _apart = False
 
 
@@ -82,9 +87,14 @@ def _index(rows: np.ndarray, x: Tensor) -> Tensor:
 
 def share(total: int) -> range:
     """Return which of `total` items are this worker's: consecutive ones, cut as by numpy.array_split."""
-    each, more = divmod(total, world())
-    start = rank() * each + min(rank(), more)
-    return range(start, start + each + (rank() < more))
+    return share_of(total, rank(), world())
+
+
+def share_of(total: int, rank: int, world: int) -> range:
+    """Return the `share` of worker `rank` of `world`."""
+    each, more = divmod(total, world)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
@@ -155,3 +165,37 @@ def barrier() -> None:
     if not alone():
         with waits.during(torch.device("cpu")):  # it holds the process, on a GPU too
             dist.barrier()
+
+
+def patient_group() -> Any:
+    """Return a group of all workers for objects, which waits PATIENCE for a worker; None if there is only one."""
+    return None if alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def of_all(value: Any, group: Any) -> list[Any]:
+    """Return the values of all workers of a `patient_group`, in rank order, on every worker."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agreed(compute: Callable[[], Any], group: Any) -> list[Any]:
+    """Return what `compute` returns on each worker of a `patient_group`, on all of them; a UserError is raised by all.
+
+    So no worker waits for one that has failed.
+    """
+    try:
+        value = compute()
+    except UserError as error:
+        value = UserError(str(error))  # of a class that can be sent
+    values = of_all(value, group)
+    if error := next((value for value in values if isinstance(value, UserError)), None):
+        raise error
+    return values
+
+
+def on_this_host(group: Any) -> int:
+    """Return how many workers of a `patient_group` run on this worker's host."""
+    return of_all(socket.gethostname(), group).count(socket.gethostname())

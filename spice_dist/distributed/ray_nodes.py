@@ -55,6 +55,11 @@ def seats() -> int:
     return sum(_seats_in(node["Resources"], each) for node in _nodes())
 
 
+def count() -> int:
+    """Return how many nodes answer."""
+    return len(_nodes())
+
+
 def amounts(kind: str) -> list[int]:
     """Return how many CPUs or GPUs, by `kind`, each node that answers has."""
     return [int(node["Resources"].get(kind, 0)) for node in _nodes()]

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch.distributed as dist
 from torch import nn
 
+from spice_dist.data.pieces import stored_count
 from spice_dist.distributed import (
     checkpoint,
     collectives,
@@ -38,7 +37,6 @@ from spice_dist.errors import Interrupted, UserError
 from spice_dist.stage_records import stage_record
 
 STOP_SECONDS = 120.0  # how long workers may take to save and stop
-PATIENCE = timedelta(days=30)  # for a worker that does a stage alone
 ENDING_SECONDS = 5.0  # for Ray's workers to end with their cluster
 _cluster_is_ours = False  # of the session; Ray allows one
 RAY_SETTINGS = {
@@ -185,10 +183,14 @@ class Job:
     message: Callable[[str], None]  # called with each line of the first worker's messages
     storage: Storage = Storage()  # how often workers save, and where they read images from
 
-    def reached(self) -> list[tuple[bool, int]]:
-        """Return a value that grows with every checkpoint and every finished stage."""
+    def reached(self) -> list[tuple[bool, int, int]]:
+        """Return a value that grows with every finished stage, every checkpoint, and every image that is packed."""
         return [
-            (_is_finished(self.run, stage), checkpoint.newest_step(self.run / stage.name / "checkpoints"))
+            (
+                _is_finished(self.run, stage),
+                checkpoint.newest_step(self.run / stage.name / "checkpoints"),
+                stored_count(self.run / stage.name),
+            )
             for stage in self.stages
         ]
 
@@ -309,7 +311,7 @@ def _train_loop(options: dict[str, Any]) -> str:
 
     os.environ.update(options["environment"])
     run, stages, device = options["run"], options["stages"], ray.train.torch.get_device()
-    group = None if collectives.alone() else dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = collectives.patient_group()
     # only the first worker looks: NFS would cache for the others that later stages have no files
     first = collectives.rank() == 0
     finished = sum(_is_finished(run, stage) for stage in stages) if first else 0
@@ -319,7 +321,8 @@ def _train_loop(options: dict[str, Any]) -> str:
         ray_channel.errors_as_messages(run) if first else contextlib.nullcontext(),
     ):
         for stage in stages[collectives.broadcast_int(finished, device) :]:
-            (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may cache that it was missing
+            if stage.has_folder:
+                (run / stage.name).mkdir(exist_ok=True)  # on every node: NFS may cache that it was missing
             if first:
                 ray_channel.write_progress(run, Progress(stage.name, 0, 0, None))
             if collectives.largest_int(int((run / ray_channel.STOP).exists()), device):
@@ -352,11 +355,7 @@ def _outcome(stage: StageCall, worker: LocalWorker, threads: int) -> str:
 
 def _agreed(outcome: str, step: int, everybody: Any) -> tuple[str, int]:
     """Wait for all workers; return how the stage ended, and the largest of their steps."""
-    if everybody is None:
-        return outcome, step
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (outcome, step), group=everybody)
-    outcomes, steps = zip(*reports, strict=True)
+    outcomes, steps = zip(*collectives.of_all((outcome, step), everybody), strict=True)
     return next((each for each in outcomes if each != "done"), "done"), max(steps)
 
 

@@ -53,10 +53,11 @@ class StageCall:
     """A stage with its arguments, to be called on every worker; its files are in a folder of its name."""
 
     name: str
-    train: Callable[[Task, Any, Any], None]
+    train: Callable[[Any, Any, Any], None]
     task: Task
     config: Any
     shared: bool = True  # False: one worker does it, on all cores of its node, and the others wait
+    has_folder: bool = True  # False: it leaves neither checkpoints nor a record, and is done again if it was cut off
 
     def run(self, worker: "LocalWorker", threads: int) -> None:
         """Run the stage in this process on `threads` CPU threads, or on all cores if it is not shared.

@@ -8,22 +8,21 @@ Beside evaluate.py and probes.py this is the only file that reads true labels. I
 class. Training gets the labels of the drawn images only.
 """
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spice_dist import artifacts
 from spice_dist.clustering import Clustering
 from spice_dist.data.files import Progress, publish
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.inference import outputs
-from spice_dist.methods.plumbing import open_run_dataset, place
+from spice_dist.inference import reduced
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
 from spice_dist.models.backbone import unit
 from spice_dist.pseudo_labels import UNRELIABLE
@@ -103,18 +102,18 @@ def result(
 ) -> Clustering:
     """Return the network of stage 3, without heads; write its features as `features/features.npy`."""
     stage3 = network_task(task, config)
-    net = place(trained_network(stage3, config, run), device)
-    images, manifest = open_run_dataset(task, run, device)
-    with closing(images):
-        every, statistics = np.arange(images.n), stage3.backbone.statistics
-        chunks = outputs(net.backbone, images, every, statistics, precision=task.precision)
-        features = torch.cat([unit(chunk).half().cpu() for chunk in chunks]).numpy()
+    net = trained_network(stage3, config, run)
+    (features,) = reduced(net.backbone, stage3, run, device, _unit_rows, progress)
     artifacts.features_file(run).parent.mkdir(exist_ok=True)
     with publish(artifacts.features_file(run)) as file:
         np.save(file, features)
     given = artifacts.given_labels(run) != UNRELIABLE
-    no_heads = np.zeros((0, manifest.n), np.int64)
+    no_heads = np.zeros((0, len(given)), np.int64)
     return Clustering(stage3, net, no_heads, torch.zeros(0), given=given, last="spice_semi")
+
+
+def _unit_rows(features: Float[Tensor, "B D"]) -> tuple[np.ndarray]:
+    return (unit(features).half().cpu().numpy(),)
 
 
 def check(task: Task, config: GivenLabelsConfig, semi: SpiceSemiConfig) -> None:

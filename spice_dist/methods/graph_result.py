@@ -5,7 +5,6 @@ k-means and spectral clustering of the same features are always compared too.
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,10 @@ from spice_dist import artifacts, objectives
 from spice_dist.baselines import SPECTRAL_NEIGHBORS, STARTS, kmeans_of_features, spectral
 from spice_dist.clustering import Choice, Clustering, Reliable
 from spice_dist.data.files import Progress
-from spice_dist.inference import probabilities
+from spice_dist.inference import predictions
 from spice_dist.methods import spice_graph
 from spice_dist.methods.levels import write_levels
-from spice_dist.methods.plumbing import finished, load_backbone, open_run_dataset, place
+from spice_dist.methods.plumbing import finished, load_backbone
 from spice_dist.methods.spice_graph import SpiceGraphConfig
 from spice_dist.methods.suggested import read_suggestion, with_suggested_clusters
 from spice_dist.models.heads import ClusterHeads, ClusterNet
@@ -136,13 +135,12 @@ def _groupings(
         for name, labels in baselines.items()
     }
     probs = _posterior(run, features)
-    groupings["spice_graph"] = _with_network(probs, partial(spice_graph.network, task, run))
+    network = partial(spice_graph.network, task, run)
+    groupings["spice_graph"] = Grouping(probs.argmax(1), lambda: (probs.max(1), network()))
     if tuned:
-        net = place(_tuned_network(task, run), features.device)
-        images, _ = open_run_dataset(task, run, features.device)
-        with closing(images):
-            probs = probabilities(net, images, task.backbone.statistics, progress, task.precision)
-        groupings["spice_tune"] = _with_network(probs, lambda: net)
+        net = _tuned_network(task, run)
+        labels, confidence = predictions(net, task, run, features.device, progress)
+        groupings["spice_tune"] = Grouping(labels, lambda: (confidence, net))
     return groupings
 
 
@@ -154,10 +152,6 @@ def _tuned_network(task: Task, run: Path) -> ClusterNet:
     net = spice_graph.network(task, run)
     net.load_state_dict(finished(run / "spice_tune").tensors("net"))
     return net
-
-
-def _with_network(probs: Float[np.ndarray, "N K"], network: Callable[[], ClusterNet]) -> Grouping:
-    return Grouping(probs.argmax(1), lambda: (probs.max(1), network()))
 
 
 def _posterior(run: Path, features: Float[Tensor, "N D"]) -> Float[np.ndarray, "N K"]:

@@ -28,7 +28,7 @@ from spice_dist.distributed import collectives
 from spice_dist.distributed.checkpoint import Tensors
 from spice_dist.distributed.worker import Worker, accumulating
 from spice_dist.errors import UserError
-from spice_dist.inference import outputs
+from spice_dist.inference import reduced
 from spice_dist.methods.known_images import Bank, known_images, shares
 from spice_dist.methods.plumbing import (
     autocast,
@@ -367,18 +367,22 @@ def result(
     task: Task, config: ImcSwavConfig, run: Path, device: torch.device, progress: Progress, until: str | None
 ) -> Clustering:
     """Return the network with the selected classifier; heads are all classifiers of the task's K, adapted as it is."""
-    net = place(network(task, run), device)
+    net = network(task, run)
     classifiers, loss = trained_classifiers(run)
-    place(classifiers, device)
-    images, manifest = open_run_dataset(task, run, device)
-    with closing(images), torch.no_grad():
-        if config.eval_bn == "adapt_on_test":
-            adapt_statistics(ClassifierNet(net.backbone, classifiers), task, config, images, scored_images(manifest))
-            net.head = place(classifiers.select(int(loss.argmin())), device).eval()
-        every, statistics = np.arange(images.n), task.backbone.statistics
-        chunks = outputs(net.backbone, images, every, statistics, precision=task.precision)
-        by_head = torch.cat([classifiers(features).argmax(2).cpu() for features in chunks], 1).numpy()  # H N
+    if config.eval_bn == "adapt_on_test":
+        images, manifest = open_run_dataset(task, run, device)
+        with closing(images):
+            whole = place(ClassifierNet(net.backbone, classifiers), device)
+            adapt_statistics(whole, task, config, images, scored_images(manifest))
+        net.head = classifiers.select(int(loss.argmin())).eval()
+    (labels,) = reduced(net.backbone, task, run, device, partial(_labels_by_classifier, classifiers), progress)
+    by_head = labels.T
     return Clustering(task, net, by_head, loss)
+
+
+@torch.no_grad()
+def _labels_by_classifier(classifiers: Classifiers, features: Float[Tensor, "B D"]) -> tuple[np.ndarray]:
+    return (classifiers.to(features.device)(features).argmax(2).cpu().numpy().T,)
 
 
 def check(task: Task, config: ImcSwavConfig, num_images: int, clustered: int) -> None:

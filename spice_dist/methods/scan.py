@@ -17,7 +17,6 @@ As all clustering heads here, these have input of unit norm, which the published
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from spice_dist.data.views import PLAIN, SCAN_STRONG, View
 from spice_dist.distributed import collectives
 from spice_dist.distributed.worker import Worker
 from spice_dist.errors import UserError
-from spice_dist.inference import outputs
+from spice_dist.inference import outputs, reduced
 from spice_dist.methods.plumbing import (
     autocast,
     black_images,
@@ -49,7 +48,6 @@ from spice_dist.methods.plumbing import (
     load_backbone,
     named,
     open_dataset,
-    open_run_dataset,
     own_positions,
     passes_that_fit,
     place,
@@ -316,18 +314,17 @@ def result(
 ) -> Clustering:
     """Return the network after self-labelling, or before it for a run that ends so; heads are those before it."""
     scan_net, loss = trained(task, run)
-    images, _ = open_run_dataset(task, run, device)
-    with closing(images):
-        place(scan_net, device)
-        every, statistics = np.arange(images.n), task.backbone.statistics
-        chunks = outputs(scan_net, images, every, statistics, precision=task.precision)
-        by_head = torch.cat([logits.argmax(2).cpu() for logits in chunks], 1).numpy()
+    by_head = reduced(scan_net, task, run, device, _labels_by_head, progress)[0].T
     selected = int(loss.argmin())
     if until == "scan":
         net = ClusterNet(scan_net.backbone, scan_net.heads.select(selected))
         return Clustering(task, net, by_head, loss, last="scan")
     before = by_head[selected]
     return Clustering(task, network(task, run), by_head, loss, stages={"scan": lambda: before}, last="self_label")
+
+
+def _labels_by_head(logits: Float[Tensor, "heads B K"]) -> tuple[np.ndarray]:
+    return (logits.argmax(2).cpu().numpy().T,)
 
 
 def check(task: Task, config: ScanConfig, num_images: int) -> None:

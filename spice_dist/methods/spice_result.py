@@ -1,7 +1,6 @@
 """The result of SPICE as published: the network of stage 3, or of stage 2 if the run ends before stage 3."""
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ from jaxtyping import Int
 from spice_dist import artifacts
 from spice_dist.clustering import Clustering, Reliable
 from spice_dist.data.files import Progress
-from spice_dist.inference import probabilities
+from spice_dist.inference import predictions
 from spice_dist.methods import imc_swav
-from spice_dist.methods.plumbing import open_run_dataset, place
 from spice_dist.methods.spice_semi import SpiceSemiConfig, network_task, trained_network
 from spice_dist.methods.stage2 import load_heads, stage2_network
 from spice_dist.models.heads import ClusterHeads
@@ -57,7 +55,4 @@ def _labels_by_head(heads: ClusterHeads, run: Path) -> Int[np.ndarray, "H N"]:
 
 def _labels_of_pretext(task: Task, run: Path, device: torch.device) -> Int[np.ndarray, " N"]:
     """Predict the clusters of all images by IMC-SwAV, the run's stage 1."""
-    images, _ = open_run_dataset(task, run, device)
-    with closing(images):
-        net = place(imc_swav.network(task, run), device)
-        return probabilities(net, images, task.backbone.statistics, precision=task.precision).argmax(1)
+    return predictions(imc_swav.network(task, run), task, run, device)[0]

@@ -739,9 +739,9 @@ def test_an_equal_call_decodes_nothing_and_a_changed_one_everything(tmp_path: Pa
 KILLED = """
 import os, sys
 from pathlib import Path
-from spice_dist.data import ingest
+from spice_dist.data import ingest, journal
 from spice_dist.data.sources import open_source
-ingest.NOTE_S = 0.0
+journal.NOTE_S = 0.0
 stop_at, folder = sys.argv[2], Path(sys.argv[1])
 def progress(done, total):
     if str(done) == stop_at:

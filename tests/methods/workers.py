@@ -6,19 +6,23 @@ import socket
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from spice_dist.config import Config
+from spice_dist import baselines, outer_stages
+from spice_dist.data import images
+from spice_dist.data.sources import open_source
 from spice_dist.distributed import pace
 from spice_dist.distributed.worker import LocalWorker
 from spice_dist.methods import features, reliable
+from spice_dist.stages import stages_of
 from tests.methods.conftest import CPU, TRAIN
 
 
-def on_workers(world: int, config: Config, run: Path, stage: str) -> None:
-    """Train a stage of the run on so many workers, of one thread each."""
+def on_workers(world: int, config: Any, run: Path, stage: str) -> None:
+    """Do a stage of the run on so many workers, of one thread each; that of packing gets (folder, options)."""
     try:
         _group(world).train(config, run, stage)
     except BaseException:  # some may still wait for one that failed
@@ -55,7 +59,7 @@ class Group:
             process.start()
             theirs.close()
 
-    def train(self, config: Config, run: Path, stage: str) -> None:
+    def train(self, config: Any, run: Path, stage: str) -> None:
         for pipe in self.ours:
             pipe.send((config, run, stage))
         for pipe in self.ours:
@@ -82,6 +86,12 @@ def _serve(rank: int, world: int, port: int, requests: Connection) -> None:
                 features.embed(config, None, worker)
             elif stage == "reliable":
                 reliable.select(config, config.reliable, worker)
+            elif stage == "data":
+                folder, options = config
+                outer_stages.packing(None, open_source(folder), options).run(worker, 1)
+            elif stage == "evaluate":
+                images.CHUNK = baselines.CHUNK = 80  # three parts of 200 images
+                outer_stages.evaluation(config, stages_of(config)[-1].name).run(worker, 1)
             else:
                 TRAIN[stage](config, worker)
             torch.distributed.barrier()  # the first may still be writing what the stage leaves

@@ -14,6 +14,7 @@ import pytest
 from spice_dist.distributed import ray_channel
 from tests.slurm.conftest import ELASTIC, SHORT
 from tests.slurm.nodes import REPOSITORY, Nodes, wait_until
+from tests.test_outer_stages import slow_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PYTHON, RAY = str(REPOSITORY / ".venv/bin/python"), str(REPOSITORY / ".venv/bin/ray")
@@ -241,6 +242,29 @@ def test_a_drained_host_costs_no_five_steps_and_the_run_goes_on_without_it(clust
     waits = "no room for 2 workers: each needs 1 CPU of one node; free are 1 of 1 CPUs on 1 nodes" in done.stderr
     assert waits == (workers_asked == "2")
     assert (out / "assignments.csv").read_bytes() == alone(ELASTIC)
+
+
+def test_a_host_lost_while_images_are_packed_costs_no_byte_and_the_others_go_on(cluster):
+    """The last test: the host does not return."""
+    wait_until(lambda: cluster.count() == 2, 120, "the other host is not there")
+    images = slow_folder(cluster.nodes.folder / "in")
+    pack = [*SPICE_DIST, "pack", str(images), "--size", "32", "--format", "raw"]
+    one, other = (cluster.nodes.folder / f"{name}.beton" for name in ("one", "other"))
+    working = other.with_name(f".{other.name}.packing") / "data"
+
+    def lose() -> None:
+        wait_until(lambda: len(list(working.glob(".pieces/*/*/pages"))) > 2, 200, "the workers have not begun")
+        assert workers(cluster) == 2
+        cluster.nodes.kill(OTHER)
+
+    hand = threading.Thread(target=lose, daemon=True)
+    hand.start()
+    done = cluster.run(*pack, str(other), "--address", cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert OTHER not in cluster.nodes.inits, "it was lost before the end"
+    assert cluster.run(*pack, str(one)).returncode == 0
+    for path in cluster.nodes.folder.glob("one.beton*"):
+        assert path.read_bytes() == path.with_name(path.name.replace("one", "other")).read_bytes(), path
 
 
 def step(out: Path) -> int:
