@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spice_dist import cli, pipeline
+from spice_dist import cli, outer_stages, pipeline
 from spice_dist.data.manifest import read_paths
 from tests.folders import unrecorded
 
@@ -287,7 +287,8 @@ def test_without_the_check_more_clusters_than_images_cost_stage_1_first(tmp_path
     fit = ("fit", folder, "--clusters", "30", "--out", tmp_path / "run", *PHOTO)
     assert "more than the 18 images" in mistake(capsys, *fit)
     assert not (tmp_path / "run/moco").exists()
-    monkeypatch.setattr(pipeline, "check_settings", lambda *_: None)
+    for module in (pipeline, outer_stages):
+        monkeypatch.setattr(module, "check_settings", lambda *_: None)
     assert run(*fit) == 1
     assert "18 images are too few for 30 clusters" in capsys.readouterr().err
     assert (tmp_path / "run/moco/stage.json").exists()

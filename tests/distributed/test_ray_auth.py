@@ -102,7 +102,8 @@ def test_a_token_is_taken_from_a_private_file_and_must_be_the_clusters(environme
 def test_the_mode_that_ray_takes_by_itself_changes_nothing(environment, default):
     """It is `disabled` for most clusters of Ray 2.60, and `token` for all from 2.61 on. The variable stands for it."""
     environment.setenv("RAY_AUTH_MODE", default)
-    subprocess.run([sys.executable, "-c", ray_auth.AUTO], check=True)  # needs no token
+    looked = subprocess.run([sys.executable, "-c", ray_auth.AUTO], capture_output=True, text=True)
+    assert looked.returncode == 0 or "Could not find any running Ray" in looked.stderr, "it needs no token"
     for answer, insecure, mode in (("open", True, "disabled"), ("refused", False, "token")):
         asked = answers(environment, disabled=answer, token="open")
         environment.setenv("RAY_AUTH_TOKEN", "0" * 64)
