@@ -73,7 +73,7 @@ def write_images(path: Path, count: int, side: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    rng, grid = np.random.default_rng(0), np.stack(np.mgrid[:side, :side]) / side
+    rng, grid = np.random.default_rng(0), np.indices((side, side)) / side
     schema = pa.schema([("image", pa.binary())])
     part = path.with_suffix(".part")
     with parquet.ParquetWriter(part, schema) as writer:
