@@ -21,4 +21,4 @@ if [ ${#missing[@]} -gt 0 ]; then
   RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 unset PYTHONDONTWRITEBYTECODE # the package is compiled once, not in each of the Pythons that the tests start
-exec .venv/bin/python -m pytest -m slurm "${@:-tests/slurm}"
+exec .venv/bin/python -m pytest -m "slurm and not slow" "${@:-tests/slurm}"

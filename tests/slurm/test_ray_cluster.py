@@ -204,7 +204,14 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone
     assert (out / "assignments.csv").read_bytes() == alone(ELASTIC)
 
 
-@pytest.mark.parametrize(("workers_asked", "cut"), [("1:2", False), ("1:2", True), ("2", False)])
+@pytest.mark.parametrize(
+    ("workers_asked", "cut"),
+    [
+        ("1:2", False),
+        pytest.param("1:2", True, marks=pytest.mark.slow),
+        pytest.param("2", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_drained_host_costs_no_five_steps_and_the_run_goes_on_without_it(cluster, alone, workers_asked, cut):
     """An elastic run shrinks, also if the power is cut at the notice; two fixed workers wait until it is back."""
     out = cluster.nodes.folder / f"drained-{workers_asked[0]}-{cut}"
