@@ -2,11 +2,10 @@
 
 `spice_self` starts from random heads and encodes random views. Here each image is encoded once, each head starts from a
 clustering of the neighbour graph (`spice_dist.graph`), the best of several attempts by modularity, and neighbours take
-the place of views. E-step: a head's
-probabilities are spread over neighbours and scaled to the sizes of its clusters, p(k) = mean of its start. These sizes
-are estimated, where SPICE's quotas are equal (P2OT's aim of an uneven prior, by Sinkhorn's scaling). The share `anchor`
-of the start is added, without which the heads drift to the classes that are easiest to separate. M-step: each head, one
-linear layer, learns these probabilities by cross-entropy.
+the place of views. E-step: a head's probabilities are spread over neighbours and scaled to the sizes of its clusters,
+p(k) = mean of its start. These sizes are estimated, where SPICE's quotas are equal (P2OT's aim of an uneven prior, by
+Sinkhorn's scaling). The share `anchor` of the start is added, without which the heads drift to the classes that are
+easiest to separate. M-step: each head, one linear layer, learns these probabilities by cross-entropy.
 
 The result is the consensus of the heads, the mean after matching their clusters. Their agreement is an image's
 confidence. One more head learns the consensus: with the backbone it is the model for new images. The clusters of the
@@ -62,7 +61,7 @@ class SpiceGraphConfig:
     )
     walks: tuple[int, ...] = setting((6, 8, 12), "t, steps of the random walk", least=1)
     attempts: int = setting(
-        5,
+        15,
         "at these H clusterings, with and without the features beside the map; fewer above 20 clusters; 0: once",
         least=0,
     )
