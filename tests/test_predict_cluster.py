@@ -30,9 +30,10 @@ from spice_dist.data.sources import Source
 from spice_dist.distributed import ray_local, ray_predict, ray_train
 from spice_dist.model_folder import load_model
 from spice_dist.prediction_parts import PartJob, PartWorker, digest_of_model, file_of_part, read_part, size_of_part
+from tests.chaos.runs import command_line, has_ended
 from tests.test_cli import command
 from tests.test_predict import saved_model
-from tests.test_ray import has_ended, name_of, wait_until
+from tests.test_ray import wait_until
 
 CPU = torch.device("cpu")
 SIZE, IMAGES = 256, 100  # 32 images in a batch, and so in a part
@@ -253,7 +254,7 @@ def on_workers(shared_ray, monkeypatch) -> list[ray_predict.Answer]:
 
 
 def workers(process: psutil.Process) -> list[psutil.Process]:
-    return [each for each in process.children(recursive=True) if "MapWorker" in name_of(each)]
+    return [each for each in process.children(recursive=True) if "MapWorker" in command_line(each)]
 
 
 @pytest.fixture(scope="module")

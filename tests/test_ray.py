@@ -1,6 +1,5 @@
 """The same pipeline on real Ray Train workers: the same bits, after a killed worker and after signals too."""
 
-import contextlib
 import io
 import json
 import os
@@ -39,6 +38,7 @@ from spice_dist.distributed.worker import StageCall, Worker
 from spice_dist.errors import UserError
 from spice_dist.stage_records import stage_record
 from spice_dist.task import Task
+from tests.chaos.runs import command_line, has_ended
 from tests.test_cli import LONGER, PHOTO, command, photos, wait_for
 from tests.test_outer_stages import slow_folder
 
@@ -47,20 +47,7 @@ RESULTS = ("assignments.csv", "model/model.safetensors", "model/model.json", "du
 
 
 def training_workers() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if "TrainWorker" in name_of(each)]
-
-
-def name_of(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):  # it has just ended
-        return " ".join(process.cmdline())
-    return ""
-
-
-def has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return [each for each in psutil.Process().children(recursive=True) if "TrainWorker" in command_line(each)]
 
 
 def kill_a_worker_and_terminate(run: Path, stopped_at: int, done: list[str]) -> None:
@@ -106,7 +93,7 @@ def test_signals_and_a_killed_worker_leave_the_bits_of_one_process(uninterrupted
     try:
         wait_for(out / "moco/metrics.jsonl")
         family = psutil.Process(child.pid).children(recursive=True)
-        called = [name_of(process) for process in family]
+        called = [command_line(process) for process in family]
         assert len([name for name in called if name.startswith("ray::") and "Agent" not in name]) == 2 + 3
         training = [process for process, name in zip(family, called, strict=True) if "RayTrainWorker" in name]
         assert [process.nice() for process in training] == [0, 0], "beside other work they would starve"
@@ -238,7 +225,7 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
     assert child.stdout
     try:
         # Ray's first process; importing may start others, before signals are taken
-        wait_until(lambda: any("gcs_server" in name_of(each) for each in psutil.Process(child.pid).children()))
+        wait_until(lambda: any("gcs_server" in command_line(each) for each in psutil.Process(child.pid).children()))
         while not select.select([child.stdout], [], [], 0.5)[0]:
             assert child.poll() is None, "the signal has ended the process"
             child.send_signal(signal.SIGTERM)
@@ -247,7 +234,7 @@ def test_a_signal_while_ray_starts_is_kept_and_ray_ends_soon_after_a_killed_driv
         child.send_signal(signal.SIGTERM)
         time.sleep(4)  # an alarm of Ray's native handler would end it after three seconds
         assert child.poll() is None
-        assert any("Agent" in name_of(process) for process in family)
+        assert any("Agent" in command_line(process) for process in family)
     finally:
         child.kill()
         child.communicate()

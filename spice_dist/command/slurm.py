@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from spice_dist.command.options import Commands
 
@@ -85,14 +86,14 @@ def batch_file() -> Path:
     return file
 
 
-def _in_words(nodes: int, gpus: int, asked: dict, command: argparse.Namespace) -> str:
+def _in_words(nodes: int, gpus: int, asked: dict[str, Any], command: argparse.Namespace) -> str:
     each = f"{gpus} GPU{'s' * (gpus > 1)}, " * bool(gpus)
     each += f"{asked['--cpus-per-task']} CPUs, {asked['--mem']} of memory"
-    told = f"{nodes} node{'s' * (nodes > 1)} for {asked['--time']}, each with {each}"
+    text = f"{nodes} node{'s' * (nodes > 1)} for {asked['--time']}, each with {each}"
     workers = nodes * max(1, gpus)
     if getattr(command, "workers", 0) is None and workers > 1:
-        told += f"; {workers} workers, a number that bn_groups must be a multiple of (--set bn_groups={workers})"
-    return told
+        text += f"; {workers} workers, a number that bn_groups must be a multiple of (--set bn_groups={workers})"
+    return text
 
 
 def _submitted(line: list[str]) -> str:

@@ -215,10 +215,7 @@ def test_a_lost_host_costs_no_result_and_one_that_returns_is_used(cluster, alone
 def test_a_drained_host_costs_no_five_steps_and_the_run_goes_on_without_it(cluster, alone, workers_asked, cut):
     """An elastic run shrinks, also if the power is cut at the notice; two fixed workers wait until it is back."""
     out = cluster.nodes.folder / f"drained-{workers_asked[0]}-{cut}"
-    seldom = [
-        "--checkpoint-seconds",
-        "4" if cut else "3600",
-    ]  # without the power cut, what is saved is due to the notice
+    seldom = ["--checkpoint-seconds", "4" if cut else "3600"]  # where no power is cut, the notice alone makes them save
     fit = [*SPICE_DIST, "fit", "digits", "--out", str(out), "--workers", workers_asked, *ELASTIC, *seldom]
     seen: list[int] = []
 
